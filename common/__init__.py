@@ -1,0 +1,1 @@
+"""What both stages need: data, models, positions, training loop, checkpoints."""

@@ -1,0 +1,1 @@
+"""Stage one: unlabelled images in, checkpoint out."""
