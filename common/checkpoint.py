@@ -1,0 +1,275 @@
+"""Checkpoints: the public backbone, and the private state that a run resumes from.
+
+A run folder holds
+
+    config.yaml                       every option as it was resolved
+    metrics.jsonl, tb/, pictures/     what was measured
+    backbone.safetensors, .json       the newest backbone: the public contract, all that evaluation needs
+    state/step_00000100/              one checkpoint: state.pt, its backbone, and manifest.json with checksums
+
+A checkpoint is written aside, flushed to the disk and renamed, so that a folder named step_* is either whole or
+damaged later; damage is found by its checksums. Nothing is unpickled without torch's weights_only.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .errors import Refusal
+from .models import Backbone, ModelConfig, create
+from .plan import PlanSpec
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
+MILESTONE = "milestone"  # an empty file that keeps its checkpoint for good
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to the disk and rename it, so that `path` is never half-written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------- the public backbone
+
+
+def describe(backbone: Backbone, position: str, pooling: str, training: dict[str, Any]) -> dict[str, Any]:
+    """What `backbone.json` says: how to build the backbone, how to feed it, how its features were trained."""
+    config = backbone.config
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "kwargs": dict(config.kwargs),
+        "size": list(backbone.size),
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "crop": config.crop,
+        "attention": config.attention,
+        "position": position,
+        "pooling": pooling,
+        "width": backbone.width,
+        "grid": list(backbone.grid),
+        "num_prefix_tokens": backbone.num_prefix_tokens,
+        "training": training,
+    }
+
+
+def export(folder: Path, backbone: Backbone, description: dict[str, Any]) -> None:
+    """Write backbone.safetensors and backbone.json into `folder`, each atomically, tied together by the weights' hash."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
+    _write_json(folder / DESCRIPTION, description | {"weights_sha256": sha256(folder / WEIGHTS)})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def find(checkpoint: str | Path) -> Path:
+    """The backbone.safetensors that a --ckpt argument means: a run folder, a checkpoint folder or the file itself."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
+        contents = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
+        raise Refusal(
+            f"no checkpoint in {path}: expected {WEIGHTS} and {DESCRIPTION}, found {contents}; give a run folder "
+            "that has reached its first checkpoint"
+        )
+    if not path.exists():
+        raise Refusal(f"no checkpoint at {path}: give a run folder, a {WEIGHTS}, `random`, or `timm:NAME`")
+    return path
+
+
+def read_description(weights: Path) -> dict[str, Any]:
+    """The backbone.json beside `weights`, checked: it is one, of a format we know, and belongs to these weights."""
+    path = weights.with_suffix(".json")
+    for attempt in range(5):  # a running run replaces the two files one after the other
+        try:
+            description = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise Refusal(f"{weights} is not a checkpoint of poslabel: {path.name} is missing beside it") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise Refusal(f"{path} is not a checkpoint description: it is no JSON ({error})") from None
+        if not isinstance(description, dict) or "format" not in description:
+            raise Refusal(f"{path} is not a checkpoint description: it has no `format`")
+        if description["format"] != FORMAT:
+            raise Refusal(
+                f"{path} has checkpoint format {description['format']}, this version reads format {FORMAT}: "
+                f"{'update poslabel' if str(description['format']) > str(FORMAT) else 'export it again'}"
+            )
+        missing = {"name", "kwargs", "size", "mean", "std", "position", "weights_sha256"} - description.keys()
+        if missing:
+            raise Refusal(f"{path} is not a whole checkpoint description: it lacks {', '.join(sorted(missing))}")
+        if sha256(weights) == description["weights_sha256"]:
+            return description
+        time.sleep(0.2 * attempt)
+    raise Refusal(
+        f"{weights} does not match its {path.name} (SHA-256 differs): the file is damaged, half-copied or of another "
+        "run; copy both again, or take an earlier one from the run's state/ folder"
+    )
+
+
+def load_backbone(checkpoint: str | Path) -> tuple[Backbone, PlanSpec, dict[str, Any]]:
+    """Rebuild a trained backbone from its two files alone: (backbone in eval mode, the plan it was trained under, description).
+
+    Raises Refusal for a missing, damaged, foreign or newer checkpoint, and for weights of another model.
+    """
+    weights = find(checkpoint)
+    description = read_description(weights)
+    try:
+        state = load_file(weights)
+    except Exception as error:
+        raise Refusal(f"{weights} cannot be read as safetensors: {error}") from error
+    backbone = build(description)
+    load_exactly(backbone.model, state, str(weights))
+    return backbone.eval(), PlanSpec(description["position"]), description
+
+
+def build(description: dict[str, Any]) -> Backbone:
+    """A freshly initialised backbone of the architecture that `description` names."""
+    config = ModelConfig(
+        name=description["name"],
+        kwargs=dict(description["kwargs"]),
+        mean=list(description["mean"]),
+        std=list(description["std"]),
+        crop=description.get("crop", 0.875),
+        attention=description.get("attention", "auto"),
+    )
+    backbone = create(config, list(description["size"]))
+    backbone.fix_positions({description["position"]})
+    return backbone
+
+
+def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> None:
+    """load_state_dict that names what does not fit: missing and extra keys, and shapes. Raises Refusal."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or extra or shapes:
+        problems = [
+            f"{len(names)} {what} (such as {names[0]})"
+            for names, what in ((missing, "missing"), (extra, "unexpected"), (sorted(shapes), "of another shape"))
+            if names
+        ]
+        raise Refusal(f"{where} holds the weights of another model: {', '.join(problems)}")
+    module.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------ the private state
+
+
+def save_state(
+    run: Path, step: int, state: dict[str, Any], export_to: Callable[[Path], None], keep: int, milestone: bool = False
+) -> None:
+    """Write the checkpoint of `step` under run/state, then drop the oldest beyond the last `keep`; milestones stay.
+
+    `state`: tensors, numbers, strings and containers of them; `export_to(folder)` writes the backbone there, which is
+    then copied to the run folder. Raises OSError (a full disk, say) with every earlier checkpoint intact.
+    """
+    parent = run / "state"
+    parent.mkdir(exist_ok=True)
+    for left in parent.glob(".writing-*"):  # an earlier attempt was cut short
+        shutil.rmtree(left, ignore_errors=True)
+    aside, final = parent / f".writing-{step:08d}", parent / f"step_{step:08d}"
+    try:
+        aside.mkdir()
+        torch.save(state, aside / STATE)
+        _sync(aside / STATE)
+        export_to(aside)
+        if milestone:
+            (aside / MILESTONE).touch()
+        files = {item.name: {"sha256": sha256(item), "bytes": item.stat().st_size} for item in sorted(aside.iterdir())}
+        _write_json(aside / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+        _sync(aside)
+        if final.exists():  # the same step again, after a resume: equal content
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _sync(parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"cannot write the checkpoint of step {step} to {parent}: {error}") from error
+    for name in (WEIGHTS, DESCRIPTION):
+        write_atomically(run / name, lambda path, name=name: shutil.copyfile(final / name, path))
+    for old in _checkpoints(run)[keep:]:
+        if not (old / MILESTONE).exists():
+            shutil.rmtree(old)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    found = [path for path in (run / "state").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def load_state(run: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, or None if none was written yet; each damaged one is told to `warn`.
+
+    Raises Refusal if there are checkpoints and none of them is whole.
+    """
+    checkpoints = _checkpoints(run)
+    for folder in checkpoints:
+        damage = next(_damage(folder), None)
+        if damage is None:
+            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        warn(f"checkpoint {folder} is damaged ({damage}); trying the one before")
+    if checkpoints:
+        raise Refusal(f"every checkpoint under {run / 'state'} is damaged: start again with --overwrite, or restore a copy")
+    return None
+
+
+def _damage(folder: Path) -> Iterator[str]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{MANIFEST} cannot be read: {type(error).__name__}"
+        return
+    if manifest.get("format") != FORMAT:
+        raise Refusal(f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {FORMAT}")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        elif sha256(path) != expected["sha256"]:
+            yield f"the checksum of {name} is wrong"

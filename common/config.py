@@ -1,0 +1,175 @@
+"""Configuration: a dataclass, a YAML recipe and `key=value` words, merged strictly.
+
+A field's docstring is the string below it in the source; `--help` prints it with the default.
+"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from .errors import Refusal, nearest
+from .launch import ROOT
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], recipe: Path | None, words: Sequence[str]) -> T:
+    """An instance of the dataclass `schema`: its defaults, then the YAML `recipe`, then `key=value` words.
+
+    Raises Refusal for an unknown key (with the nearest known), a value of the wrong type, or a file that is no recipe.
+    """
+    config = OmegaConf.structured(schema)
+    if recipe is not None:
+        config = merge(config, read_yaml(recipe), str(recipe), schema)
+    return to_object(override(config, words, schema), schema)
+
+
+def override(config: DictConfig, words: Sequence[str], schema: type) -> DictConfig:
+    """`config` with the `key=value` words merged in. Raises Refusal."""
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise Refusal(f"{word!r} is not understood: expected key=value, such as steps=100; --help lists the keys")
+        try:
+            given = OmegaConf.from_dotlist([word])
+        except Exception as error:  # YAML's scanner has errors of its own
+            raise Refusal(f"{word!r} cannot be read as key=value: {error}") from error
+        config = merge(config, given, f"command line ({word})", schema)
+    return config
+
+
+def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfig:
+    """`config` with `given` merged in, strictly. Raises Refusal that names `where` and the nearest known key."""
+    try:
+        merged = OmegaConf.merge(config, given)
+    except ConfigKeyError as error:
+        unknown = error.full_key or str(error.key)
+        known = [name for name, *_ in fields(schema)]
+        raise Refusal(f"unknown option {unknown!r} in {where}{nearest(unknown, known)}; --help lists all") from None
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise Refusal(f"wrong value for {error.full_key!r} in {where}: {reason}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def to_object(config: DictConfig, schema: type[T]) -> T:
+    """The dataclass instance behind a merged config. Raises Refusal if a value is missing or refers to nothing."""
+    try:
+        OmegaConf.resolve(config)
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise Refusal(f"option {error.full_key!r}: {str(error).splitlines()[0]}") from None
+    assert isinstance(result, schema)
+    return result
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML mapping. Raises Refusal if it is missing, unreadable or no mapping."""
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise Refusal(f"no recipe at {path}: expected a YAML file{_recipes_nearby(path)}") from None
+    except Exception as error:
+        raise Refusal(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise Refusal(f"{path} is not a recipe: expected `key: value` lines")
+    return content
+
+
+def find_recipe(word: str, stage: str) -> Path:
+    """The file a recipe argument means: a path, or the name of one of configs/<stage>."""
+    path = Path(word)
+    named = ROOT / "configs" / stage / f"{path.stem}.yaml"
+    return named if not path.exists() and path.parent == Path() and named.exists() else path
+
+
+def _recipes_nearby(path: Path) -> str:
+    shipped = sorted((ROOT / "configs").glob("*/*.yaml"))
+    return f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {', '.join(p.stem for p in shipped)}"
+
+
+def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """(dotted name, type, default, docstring) of every option of a dataclass, nested ones included."""
+    documentation = _docstrings(schema)
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        name = prefix + item.name
+        if item.default is not dataclasses.MISSING:
+            default = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        else:
+            default = "(required)"
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            yield from fields(hint, f"{name}.")
+            continue
+        yield name, _type_name(hint), default, documentation.get(item.name, "")
+        nested = [argument for argument in typing.get_args(hint) if dataclasses.is_dataclass(argument)]
+        for each in nested:  # dict[str, View]: options of every named entry
+            yield from fields(each, f"{name}.<name>.")
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join("null" if arm is type(None) else _type_name(arm) for arm in typing.get_args(hint))
+    if hint is Any:
+        return "any"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _docstrings(schema: Any) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for statement, below in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            found[statement.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+def describe(schema: Any, prefix: str = "") -> str:
+    """The options of a dataclass as text for --help."""
+    lines = []
+    for name, kind, default, documentation in fields(schema, prefix):
+        lines.append(f"  {name}={_shown(default)}  ({kind})")
+        lines += textwrap.wrap(documentation, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value) or (isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values()))):
+        return "{...}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted key: value}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.")
+    return found
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,177 @@
+"""Starting and stopping: entry scripts, threads, signals, and the `poslabel` command.
+
+Import this module before torch: libgomp reads OMP_WAIT_POLICY when it is loaded.
+"""
+
+import os
+
+# Idle OpenMP threads that spin steal the core from the loader's workers: up to 25 times slower on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import ctypes
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import Refusal
+
+REFUSED = 2
+INTERRUPTED = 128 + signal.SIGINT
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
+    """Make `main(argv)` an entry script's function: a Refusal becomes one line and exit status 2, --debug shows where from."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        argv = sys.argv[1:]
+        debug = "--debug" in argv
+        leave_with_launcher()
+        try:
+            status = main([word for word in argv if word != "--debug"]) or 0
+        except Refusal as refusal:
+            if debug:
+                traceback.print_exc()
+            _complain(str(refusal))
+            status = REFUSED
+        except OSError as error:  # a full disk, a read-only folder, a missing permission
+            if debug:
+                traceback.print_exc()
+            _complain(f"{error}")
+            status = REFUSED
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        _leave(status)
+
+    return run
+
+
+def _complain(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one of them says so
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _leave(status: int) -> None:
+    """Exit with `status`, without waiting for the other processes of a job that this one gives up on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == 0:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        sys.exit(0)
+    os._exit(status)
+
+
+def leave_with_launcher() -> None:
+    """Linux: if `accelerate launch` or torchrun dies, this process gets a SIGTERM (and so saves and stops).
+
+    Without it a killed launcher leaves a training process behind that goes on writing its run folder.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return
+    if any(Path(word.decode(errors="replace")).name in ("accelerate", "torchrun") for word in words[:3]) or any(
+        word.startswith((b"accelerate.commands", b"torch.distributed")) for word in words
+    ):
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def set_threads(threads: int | None = None) -> tuple[int, str]:
+    """Set torch's CPU threads and return them with the reason. None: the usable cores shared among this machine's processes.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where the user set nothing, so a 1 in the environment is not a wish.
+    """
+    import torch
+
+    reason = "given"
+    if threads is None:
+        wished = os.environ.get("OMP_NUM_THREADS", "1")
+        if wished.isdigit() and int(wished) > 1:
+            threads, reason = int(wished), "OMP_NUM_THREADS"
+        else:
+            processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            threads = max(1, usable_cores() // processes)
+            reason = f"{usable_cores()} usable cores / {processes} processes"
+    torch.set_num_threads(threads)
+    return threads, reason
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came, so that the loop can finish its step and save. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @property
+    def status(self) -> int:
+        """Exit status of a run that stopped as asked: 0 after SIGTERM, 130 after Ctrl-C, so that a script does not go on."""
+        return INTERRUPTED if self.received == signal.SIGINT else 0
+
+
+def ignore_signals(_worker: int) -> None:
+    """For loader workers: the training process decides when to stop, also when a signal goes to the whole group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def active_pil() -> str:
+    """Which PIL is imported: "pillow 13.0.0" or "pillow-simd 12.1.1.post0"."""
+    import PIL
+
+    version = PIL.__version__
+    return f"pillow-simd {version}" if ".post" in version else f"pillow {version}"
+
+
+# ------------------------------------------------------------------------------------------- the `poslabel` command
+
+
+def scripts() -> dict[str, Path]:
+    """The entry scripts by the names that `poslabel NAME` takes."""
+    named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("*.py"))}
+    return {"pretrain": ROOT / "pretrain" / "run.py", **named}
+
+
+def main() -> None:
+    """`poslabel [accelerate options] NAME [arguments]`: run a script of this installation.
+
+    One process runs under plain Python; with options, or several GPUs, under `accelerate launch`.
+    """
+    argv = sys.argv[1:]
+    known = scripts()
+    at = next((i for i, word in enumerate(argv) if word in known), None)
+    if at is None:
+        wanted = "" if argv[:1] in ([], ["-h"], ["--help"]) else f"no command in {' '.join(argv)!r}. "
+        print(f"{wanted}usage: poslabel [accelerate options] {{{','.join(known)}}} [arguments]", file=sys.stderr)
+        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else REFUSED)
+    options, command = argv[:at], [str(known[argv[at]]), *argv[at + 1 :]]
+    if options or _num_gpus() > 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
+    else:
+        launcher = [sys.executable]
+    os.execv(sys.executable, launcher + command)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,249 @@
+"""The one adapter over timm: images in, patch tokens and their grid out.
+
+Letters: B images, N = h*w patches, P prefix tokens (class, distillation, registers), D width.
+"""
+
+import inspect
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models.nest import Nest
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import Refusal, nearest
+from ..plan import PlanSpec
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+ATTENTIONS = ("auto", "fused", "explicit")
+
+
+@dataclass
+class ModelConfig:
+    """The backbone: a timm architecture and how images are put into it. Its input size is that of the `global` view."""
+
+    name: str = "vit_small_patch16_224"
+    """Any timm ViT, DeiT, Swin or NesT by its timm name."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, drop_path_rate: 0.1}."""
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Channel means in [0, 1] that are subtracted from the images; one per input channel."""
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    """Channel standard deviations in [0, 1] that the images are divided by."""
+    crop: float = 0.875
+    """Evaluation shows the central `crop` of the short side (ImageNet's habit is 224/256); 1.0 shows all of it."""
+    attention: str = "auto"
+    """fused (scaled_dot_product_attention), explicit (matrix products, often faster in bf16 on a CPU), or auto: measured."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the backbone. Pays on GPUs in long runs; on a CPU it mostly costs the compilation."""
+
+
+@dataclass
+class Features:
+    """What a backbone says about B images."""
+
+    tokens: Tensor  # (B, N, D) patches, row-major, final norm applied
+    prefix: Tensor  # (B, P, D) class, distillation, register tokens; P may be 0
+    grid: tuple[int, int]  # (h, w), N = h*w
+
+
+class Backbone(nn.Module):
+    """timm.create_model(name, **kwargs) with one output: `Features`.
+
+    Images are uint8 (normalised here, on the device, in float32) or already normalised floats, (B, C, H, W).
+    Plain ViTs choose per pass whether position embeddings are added. Swin and NesT carry position inside their
+    blocks, where it can only be on or off for the whole model: see `fix_positions`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, config: ModelConfig, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config = config
+        self.size = size
+        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+        self.plain = isinstance(model, VisionTransformer)
+        self.tells_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
+        self.width: int = model.num_features  # type: ignore[assignment]
+        self.without_position = False  # Swin and NesT: their encodings were zeroed for good
+        self.grid, self.num_prefix_tokens = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[tuple[int, int], int]:
+        was_training = self.training
+        features = self.eval()(torch.zeros(1, len(self.config.mean), *self.size))
+        self.train(was_training)
+        return features.grid, features.prefix.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Input channels."""
+        return len(self.config.mean)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many depths `layers` can return: blocks of a ViT, stages of a hierarchical model."""
+        return len(self.model.feature_info)
+
+    def forward(self, images: Tensor, plan: PlanSpec | None = None) -> Features:
+        """Final-norm features. `plan=None`: with position encoding, unless `fix_positions` removed it."""
+        return self.layers(images, 1, plan)[0]
+
+    def layers(self, images: Tensor, last: int, plan: PlanSpec | None = None) -> list[Features]:
+        """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
+        to each of a plain ViT's and, elsewhere, where timm applies it. Raises ValueError if there are fewer blocks."""
+        position = plan.position if plan is not None else ("none" if self.without_position else "full")
+        if images.dtype == torch.uint8:
+            images = (images.float().div_(255) - self.mean) / self.std
+        if self.plain:
+            return self._plain_layers(images, last, position)
+        if (position == "none") != self.without_position:
+            raise ValueError(f"{self.config.name} was built {'without' if self.without_position else 'with'} position")
+        options: dict[str, Any] = {"return_prefix_tokens": True} if self.tells_prefix else {}
+        outputs = self.model.forward_intermediates(
+            images, indices=last, norm=True, output_fmt="NCHW", intermediates_only=True, **options
+        )
+        return [_from_map(*output) if isinstance(output, tuple) else _from_map(output) for output in outputs]
+
+    def _plain_layers(self, images: Tensor, last: int, position: str) -> list[Features]:
+        model = self.model
+        if last > len(model.blocks):
+            raise ValueError(f"{self.config.name} has {len(model.blocks)} blocks; {last} were asked for")
+        tokens = model.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
+        grid = tuple(tokens.shape[1:3]) if tokens.ndim == 4 else tuple(model.patch_embed.grid_size)
+        if position == "full":
+            tokens = model._pos_embed(tokens)
+        else:  # no position embedding: the answer would be in the question (MP3, arXiv 2207.07611)
+            prefix = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+            prefix = [token.expand(len(images), -1, -1) for token in prefix if token is not None]
+            tokens = model.pos_drop(torch.cat([*prefix, tokens.flatten(1, -2)], 1))
+        tokens = model.norm_pre(model.patch_drop(tokens))
+        outputs = []
+        for i, block in enumerate(model.blocks):
+            if model.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+            if i >= len(model.blocks) - last:
+                normed = model.norm(tokens)
+                outputs.append(
+                    Features(normed[:, model.num_prefix_tokens :], normed[:, : model.num_prefix_tokens], grid)
+                )
+        return outputs
+
+    def fix_positions(self, positions: set[str]) -> None:
+        """Tell the backbone which `position` modes its passes will use, so that no parameter is left without a gradient.
+
+        A position embedding that no pass adds is frozen. Swin's relative position bias and NesT's embeddings are
+        zeroed and frozen, which equals their absence. Raises Refusal where a mode cannot be had.
+        """
+        if positions == {"full"}:
+            return
+        if self.plain:
+            if "full" not in positions and self.model.pos_embed is not None:
+                self.model.pos_embed.requires_grad_(False)
+            return
+        if not isinstance(self.model, (SwinTransformer, Nest)):
+            raise Refusal(
+                f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with position=none: it is known how "
+                "to remove position only from timm's VisionTransformer, DeiT, Swin and NesT; choose one of those, "
+                "or position=full (where the objective may then read the answer off the encoding)"
+            )
+        if positions != {"none"}:
+            raise Refusal(
+                f"model {self.config.name!r} carries position inside its blocks, so it cannot run with position=none in one "
+                "pass and position=full in another: give all objectives the same position"
+            )
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(("relative_position_bias_table", "pos_embed")):
+                parameter.data.zero_()
+                parameter.requires_grad_(False)
+        self.without_position = True
+
+
+def _from_map(features: Tensor, prefix: Tensor | None = None) -> Features:
+    B, D, h, w = features.shape
+    tokens = features.flatten(2).transpose(1, 2)
+    return Features(tokens, tokens.new_empty(B, 0, D) if prefix is None else prefix, (h, w))
+
+
+def create(config: ModelConfig, size: Any) -> Backbone:
+    """The backbone of `config` for images of `size` (pixels: one number, or height and width), freshly initialised.
+
+    Raises Refusal for an unknown name, an argument timm does not take, or a size the architecture cannot be built for.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    if config.attention not in ATTENTIONS:
+        raise Refusal(
+            f"model.attention={config.attention!r}: expected one of {', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
+        )
+    if not timm.is_model(config.name):
+        raise Refusal(
+            f"model.name={config.name!r} is not an architecture of timm {timm.__version__}"
+            f"{nearest(config.name, timm.list_models())}; timm.list_models('vit_*') lists names"
+        )
+    if len(config.mean) != len(config.std) or min(config.std) <= 0:
+        raise Refusal(
+            f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one positive std per mean"
+        )
+    kwargs = {"num_classes": 0, "img_size": (h, w), **config.kwargs}
+    if len(config.mean) != 3 or "in_chans" in kwargs:
+        kwargs.setdefault("in_chans", len(config.mean))
+        if kwargs["in_chans"] != len(config.mean):
+            raise Refusal(
+                f"model.kwargs.in_chans={kwargs['in_chans']} but model.mean has {len(config.mean)} values: "
+                "give one mean and one std per input channel"
+            )
+    if _entrypoint_module(config.name) in ("vision_transformer", "deit"):
+        kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
+            model = timm.create_model(config.name, **kwargs)
+        if getattr(model, "attn_pool", None) is not None:  # SigLIP's pooling would be left without a gradient
+            model.attn_pool = None
+        if config.checkpointing:
+            model.set_grad_checkpointing(True)
+        patch = getattr(model.patch_embed, "patch_size", (1, 1))
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        if h % patch[0] or w % patch[1]:  # timm would silently ignore the remainder
+            raise ValueError(f"{h}x{w} is not divisible by its patch of {patch[0]}x{patch[1]}")
+        backbone = Backbone(model, config, (h, w))
+    except Refusal:
+        raise
+    except Exception as error:  # timm asserts, raises TypeError or RuntimeError, each in its own words
+        raise Refusal(
+            f"timm cannot build model {config.name!r} for {h}x{w} pixels: {' '.join(str(error).split()) or type(error).__name__}; "
+            "change views.global.size, model.kwargs (patch_size, window_size, ...) or model.name"
+        ) from error
+    set_attention(backbone, config.attention)
+    return backbone
+
+
+def _entrypoint_module(name: str) -> str:
+    return timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]
+
+
+def set_attention(backbone: Backbone, attention: str) -> None:
+    """Choose how attention is computed in every block: "fused", "explicit", or "auto" for timm's own choice."""
+    if attention == "auto":
+        return
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention == "fused"
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

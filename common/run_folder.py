@@ -1,0 +1,116 @@
+"""The folder of a run: its name, its birth in one piece, and the lock that keeps a second writer out."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from .errors import Refusal
+
+try:
+    import fcntl
+except ImportError:  # Windows has no POSIX locks: two writers are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG = "config.yaml"
+WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its checkpoint
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises Refusal if a run cannot be begun at `path`; nothing is touched."""
+    if not path.exists():
+        _refuse_unwritable(path)
+        return
+    if not overwrite:
+        raise Refusal(
+            f"run={path} exists: choose another name, continue it with --resume {path}, or replace it with --overwrite"
+        )
+    if not (path / CONFIG).is_file():
+        raise Refusal(f"run={path} exists and is no run (no {CONFIG} in it), so --overwrite will not delete it")
+    _refuse_unwritable(path)
+    RunLock(path).release()
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Try to make and remove a folder beside where the run will be: asking for permissions is not the same."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise Refusal(f"run={path} cannot be written: {error.strerror} in {parent}; choose another with run=PATH") from None
+
+
+def create(path: Path | None, stem: str, config: str, overwrite: bool) -> Path:
+    """Make the folder of a new run, with `config` in config.yaml from its first moment; None numbers it runs/<stem>-001."""
+    if path is not None:
+        refuse_existing(path, overwrite)
+        if path.exists():
+            shutil.rmtree(path)
+        if not _born(path, config):
+            raise Refusal(f"run={path} was made by another process just now: choose another name")
+        return path
+    runs = Path("runs").resolve()
+    taken = [int(name.name[len(stem) + 1 :]) for name in runs.glob(f"{stem}-*") if name.name[len(stem) + 1 :].isdigit()]
+    number = max(taken, default=0) + 1
+    while not _born(runs / f"{stem}-{number:03d}", config):
+        number += 1
+    return runs / f"{stem}-{number:03d}"
+
+
+def _born(path: Path, config: str) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.mkdir()
+    try:
+        (aside / CONFIG).write_text(config)
+        os.rename(aside, path)  # fails if another run took the name and has files
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            return False
+        raise
+    return True
+
+
+class RunLock:
+    """Held by the process that writes a run, and gone with it however it ends (a POSIX lock: not inherited by workers)."""
+
+    def __init__(self, run: Path, wait: float = 0.0) -> None:
+        """Raises Refusal if another process still writes `run` after `wait` seconds."""
+        self.file = None
+        if fcntl is None:
+            return
+        path = run / "lock"
+        try:
+            self.file = path.open("a+")
+        except OSError as error:
+            raise Refusal(f"the run folder {run} cannot be written: {error.strerror}; make it writable, or copy it") from None
+        deadline = time.monotonic() + wait
+        told = False
+        while True:
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                self.file.seek(0)
+                owner = self.file.read().strip() or "?"
+                if time.monotonic() >= deadline:
+                    raise Refusal(
+                        f"process {owner} is still writing {run}: stop it first (kill {owner}; it saves before it ends)"
+                    ) from None
+                if not told:
+                    print(f"waiting for process {owner}, which is still writing {run}", flush=True)
+                    told = True
+                time.sleep(0.2)
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def release(self) -> None:
+        """Let others write."""
+        if self.file is not None:
+            self.file.close()

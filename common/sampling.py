@@ -1,0 +1,176 @@
+"""The stateless sampler: which images make up step s, and what each looks like, as pure functions of the seed.
+
+Epoch e visits the images in an order drawn from (seed, e); step s takes the next `batch` of them; process r of R takes
+the r-th part. Sample i of epoch e is augmented with a generator of its own, keyed by (seed, e, i). So neither workers,
+nor processes, nor an interruption change what the model sees, and resuming at step s needs no stored state but s.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .data import Images, Unreadable
+from .errors import Refusal
+from .launch import ignore_signals
+from .transforms import View, augment
+
+HELD_OUT_EPOCH = 2**62  # the "epoch" of held-out samples: always the same crops, none that training sees
+Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
+
+
+@dataclass
+class Batch:
+    """What a training step receives. It holds no labels."""
+
+    views: dict[str, Tensor]  # name -> uint8 (B, C, H, W)
+    index: Tensor  # (B,) which images
+    draws: dict[str, Tensor] = field(default_factory=dict)  # "objective/what" -> (B, ...) random draws
+    unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
+        draws = {name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()}
+        return Batch(views, self.index, draws, self.unreadable)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        self.views = {name: view.pin_memory() for name, view in self.views.items()}
+        self.draws = {name: draw.pin_memory() for name, draw in self.draws.items()}
+        return self
+
+
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random generator of one sample: counter-based, so that streams of different samples never overlap."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
+
+
+def order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits `size` images, int64 (size,)."""
+    return generator(seed, epoch, 2**63).permutation(size)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (epoch, index) for one process, from step `start` (0-based) up to `steps`.
+
+    Every epoch drops the images that do not fill a last global batch; they come first nowhere, as each epoch has an
+    order of its own. Raises Refusal if a global batch does not fit the data, the processes or the accumulation.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        steps: int,
+        start: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        if batch < 1:
+            raise Refusal(f"batch={batch}: expected at least 1")
+        if accumulate < 1:
+            raise Refusal(f"accumulate={accumulate}: expected at least 1")
+        if batch > size:
+            raise Refusal(f"batch={batch} is larger than the training data, {size} images: set batch={size} or less")
+        if batch % (processes * accumulate):
+            raise Refusal(
+                f"batch={batch} (global) cannot be shared by {processes} processes x {accumulate} accumulation steps: "
+                f"choose a multiple of {processes * accumulate}"
+            )
+        self.size, self.batch, self.seed, self.steps, self.start = size, batch, seed, steps, start
+        self.rank, self.processes, self.accumulate = rank, processes, accumulate
+        self.per_epoch = size // batch
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, images = -1, np.empty(0, np.int64)
+        micro = self.batch // self.accumulate
+        share = micro // self.processes
+        for step in range(self.start, self.steps):
+            if step // self.per_epoch != epoch:
+                epoch = step // self.per_epoch
+                images = order(self.seed, epoch, self.size)
+            first = (step % self.per_epoch) * self.batch + self.rank * share
+            for part in range(self.accumulate):
+                begin = first + part * micro
+                yield [(epoch, int(index)) for index in images[begin : begin + share]]
+
+
+class Samples(Dataset):
+    """Decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. Runs in the loader's workers."""
+
+    ATTEMPTS = 16  # neighbours tried when an image cannot be read
+
+    def __init__(
+        self, images: Images, views: Mapping[str, View], seed: int, channels: int, draws: Mapping[str, Draw] | None = None
+    ) -> None:
+        self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
+        self.draws = dict(draws or {})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        """One batch for a list of (epoch, index)."""
+        views: dict[str, list[Tensor]] = {name: [] for name in self.views}
+        draws: dict[str, list[np.ndarray]] = {}
+        unreadable: list[str] = []
+        for epoch, index in keys:
+            rng = generator(self.seed, epoch, index)
+            image = self._read(index, unreadable)
+            for name, draw in self.draws.items():
+                for what, value in draw(rng).items():
+                    draws.setdefault(f"{name}/{what}", []).append(value)
+            for name, view in self.views.items():
+                views[name].append(augment(image, view, rng))
+        return Batch(
+            {name: torch.stack(crops) for name, crops in views.items()},
+            torch.tensor([index for _, index in keys]),
+            {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()},
+            unreadable,
+        )
+
+    def _read(self, index: int, unreadable: list[str]) -> Tensor:
+        """Image `index`, or, where it cannot be read, the next that can: the same one every time."""
+        for attempt in range(self.ATTEMPTS):
+            try:
+                return self.images.read((index + attempt) % len(self.images), self.channels)
+            except Unreadable as error:
+                unreadable.append(str(error))
+        raise Refusal(f"{self.ATTEMPTS} images in a row cannot be read, the last: {unreadable[-1]}")
+
+
+def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoader:
+    """Batches from `workers` processes (0: in this one), in the sampler's order."""
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin,
+        worker_init_fn=ignore_signals,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def held_out(size: int, share: float, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split `size` images: (indices to train on, indices held out for monitors), both sorted.
+
+    The split depends on `size` alone, so that runs with different seeds are judged on the same images.
+    """
+    count = min(int(size * share), most)
+    shuffled = order(0, HELD_OUT_EPOCH, size)
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])

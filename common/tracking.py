@@ -1,0 +1,155 @@
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard, pictures, and lines for the eye.
+
+After a resume every step is there once: metrics.jsonl is cut back to the checkpoint, and TensorBoard is told to
+forget what came after it.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .checkpoint import write_atomically
+from .errors import Refusal
+
+METRICS = "metrics.jsonl"
+
+
+def check_tensorboard() -> None:
+    """Raises Refusal if TensorBoard's writer cannot be had."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise Refusal(
+            f"tensorboard=true, but TensorBoard cannot be imported ({error}): pip install tensorboard, or set tensorboard=false"
+        ) from None
+
+
+class Tracker:
+    """Writes what `fit` measures; a do-nothing on every process but the first."""
+
+    def __init__(self, run: Path, start: int, tensorboard: bool, active: bool = True) -> None:
+        self.run, self.active, self.writer = run, active, None
+        if not active:
+            return
+        if start:
+            cut(run / METRICS, start)
+        self.file = (run / METRICS).open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """One JSON line, floats in full precision, and one TensorBoard scalar for each number."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """An RGB picture, uint8 (H, W, 3): run/pictures/<name>-<step>.png and TensorBoard."""
+        if not self.active:
+            return
+        folder = self.run / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{name}-{step:08d}.png")
+        if self.writer is not None:
+            self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Everything written so far reaches the disk: called before a checkpoint, which must not know more steps than they do."""
+        if not self.active:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if not self.active:
+            return
+        self.sync()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def cut(path: Path, last: int) -> None:
+    """Drop the lines of steps after `last`, and a line that a crash left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, lambda aside: aside.write_text("".join(kept)))
+
+
+class Progress:
+    """A bar on a terminal; a line at every log step in a file; nothing on other processes."""
+
+    def __init__(self, steps: int, start: int, active: bool) -> None:
+        self.steps, self.start, self.active = steps, start, active
+        self.begun = time.perf_counter()
+        self.bar = None
+        if active and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def step(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Tell the numbers of a logged step."""
+        if not self.active:
+            return
+        text = summary(record)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            each = (time.perf_counter() - self.begun) / max(1, step - self.start)
+            print(f"step {step}/{self.steps}  {text}  ETA {clock(each * (self.steps - step))}", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line that does not tear the bar."""
+        if self.active:
+            tqdm.write(line) if self.bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The few numbers of a record that one watches: loss, accuracy against chance, images/s, share of time spent waiting."""
+    words = [f"loss {record['loss']:.4f}"]
+    for name, value in record.items():
+        task, _, what = name.rpartition("/")
+        if what == "accuracy" and "/" not in task:
+            words.append(f"{task} {value:.1%} (chance {record[f'{task}/chance']:.1%})")
+    words += [f"{record['images_per_second']:,.0f} img/s", f"data_wait {record['data_wait']:.1%}"]
+    return "  ".join(words)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,86 @@
+"""The command line of `pretrain/run.py`: words to options."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from common import config as configuration
+from common.errors import Refusal, nearest
+from common.run_folder import CONFIG
+from pretrain import objectives
+from pretrain.config import PretrainConfig, check, resumed
+
+FLAGS = ("--resume", "--dry-run", "--overwrite", "--debug", "--help")
+
+
+@dataclass
+class Arguments:
+    """What was typed."""
+
+    stem: str = "quickstart"  # the recipe's name, after which an unnamed run is numbered
+    recipe: Path | None = None
+    words: list[str] = field(default_factory=list)  # key=value
+    resume: Path | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        unknown = next((word for word in sys.argv[1:] if word.startswith("-") and word.split("=")[0] not in FLAGS), "")
+        raise Refusal(f"{message}{nearest(unknown, FLAGS)}; --help shows the usage")
+
+
+def parse(argv: list[str], usage: str) -> Arguments:
+    """Read the command line; --help prints every option and exits. Raises Refusal for what is not understood."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text(usage))
+        sys.exit(0)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    given = parser.parse_intermixed_args(argv)
+    recipes = [word for word in given.words if "=" not in word]
+    words = [word for word in given.words if "=" in word]
+    if len(recipes) > 1:
+        raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
+    if given.resume is not None:
+        if recipes or given.overwrite:
+            raise Refusal(f"--resume {given.resume} continues the stored recipe: leave out {recipes[0] if recipes else '--overwrite'}")
+        if not (given.resume / CONFIG).is_file():
+            raise Refusal(f"--resume {given.resume}: no run there (expected a folder with {CONFIG})")
+        return Arguments(given.resume.name, None, words, given.resume.resolve(), given.dry_run)
+    recipe = configuration.find_recipe(recipes[0] if recipes else "quickstart", "pretrain")
+    return Arguments(recipe.stem, recipe, words, None, given.dry_run, given.overwrite)
+
+
+def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
+    """The options, and the run folder that was named (None: it numbers itself). Raises Refusal."""
+    if arguments.resume is not None:
+        config = resumed(arguments.resume, arguments.words)
+        check(config)
+        return config, arguments.resume
+    config = configuration.load(PretrainConfig, arguments.recipe, arguments.words)
+    check(config)
+    return config, Path(config.run).resolve() if config.run else None
+
+
+def written(config: PretrainConfig, reasons: dict[str, str]) -> str:
+    """config.yaml: every option as it was resolved, with where the automatic ones came from."""
+    lines = [f"# {name}: {reason}" for name, reason in sorted(reasons.items())]
+    return "\n".join(["# Automatic values", *lines, OmegaConf.to_yaml(OmegaConf.structured(config))])
+
+
+def help_text(usage: str) -> str:
+    """What --help prints."""
+    parts = [usage.strip(), "", "  --resume RUN   continue an interrupted run", "  --dry-run      print the resolved options, cost and speed; write nothing"]
+    parts += ["  --overwrite    replace the run folder named by run=", "  --debug        show tracebacks", "", "Options, key=value:"]
+    parts.append(configuration.describe(PretrainConfig))
+    for name in objectives.names():
+        parts += ["", f"Options of objective {name}:", configuration.describe(objectives.find(name).Options, f"objectives.{name}.")]
+    return "\n".join(parts)

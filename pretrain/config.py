@@ -1,0 +1,190 @@
+"""The options of a pretraining run, and which of them may change when it is resumed."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from common import config as configuration
+from common.errors import Refusal, nearest
+from common.models import ModelConfig
+from common.transforms import View
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, linear warm-up, cosine."""
+
+    lr: float = 5e-4
+    """Peak learning rate for 256 images per step; the rate used is lr * batch / 256."""
+    min_lr: float = 1e-6
+    """Learning rate at the end, scaled alike."""
+    warmup: float = 0.05
+    """Share of the training over which the rate rises linearly."""
+    weight_decay: float = 0.05
+    """Decay of matrices; biases, norms, position embeddings and tokens have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the two moments."""
+    clip: float = 3.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass
+class LoaderConfig:
+    """Reading images."""
+
+    workers: int | None = None
+    """Processes that decode and crop, per training process; 0 does it in the training process, null chooses."""
+
+
+@dataclass
+class MonitorConfig:
+    """What is measured on images held out of the training data. Monitors may read labels; the loss never sees them."""
+
+    every: int | None = None
+    """Steps between measurements; null: ten times in a run."""
+    held_out: float = 0.1
+    """Share of the training images that is held out."""
+    most: int = 1000
+    """At most so many are held out."""
+    bank: int = 2000
+    """Training images whose labels the k-NN monitor votes with, where there are labels."""
+
+
+@dataclass
+class PretrainConfig:
+    """Pretraining: a folder of unlabelled images in, a backbone out."""
+
+    run: str | None = None
+    """Run folder; null numbers itself below runs/. One that exists is refused (see --overwrite, --resume)."""
+    data: str = "builtin"
+    """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images."""
+    data_root: str | None = None
+    """Folder in which a named data set is looked for, and fetched to."""
+    seed: int = 0
+    """Initial weights, order, crops, sampled pairs, dropout."""
+    epochs: float | None = None
+    """Length in passes over the training images."""
+    steps: int | None = None
+    """Length in optimizer steps; goes before epochs."""
+    batch: int = 256
+    """Images per optimizer step over all processes."""
+    accumulate: int = 1
+    """Parts a step is computed in, one after the other, to save memory."""
+    precision: str = "auto"
+    """fp32, bf16, fp16 (GPUs), or auto: measured at the start on this device for this model, and stored."""
+    threads: int | None = None
+    """CPU threads per process; null shares the usable cores among the processes of this machine."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null leaves it to checkpoint_minutes alone."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; 0 leaves it to checkpoint_every alone."""
+    keep: int = 2
+    """So many last checkpoints are kept."""
+    milestone_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept for good."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    views: dict[str, View] = field(default_factory=lambda: {"global": View()})
+    """Named crops of each image; `global` sets the backbone's input size."""
+    objectives: dict[str, Any] = field(default_factory=dict)
+    """What is trained: {NAME: {weight: 1.0, ...}}; the options of each are listed below."""
+
+
+# What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
+MAY_CHANGE = ("loader.", "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "monitor.every",
+              "tensorboard", "data", "data_root", "run")  # fmt: skip
+MAY_GROW = ("steps", "epochs")
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises Refusal for a value outside its range."""
+    if config.precision not in PRECISIONS:
+        raise Refusal(
+            f"precision={config.precision!r}: expected one of {', '.join(PRECISIONS)}{nearest(config.precision, PRECISIONS)}"
+        )
+    if config.steps is None and config.epochs is None:
+        raise Refusal("how long to train? set steps=N or epochs=N")
+    if "global" not in config.views:
+        raise Refusal(f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}")
+    at_least: dict[str, tuple[Any, float]] = {
+        "steps": (config.steps, 1),
+        "batch": (config.batch, 1),
+        "accumulate": (config.accumulate, 1),
+        "threads": (config.threads, 1),
+        "log_every": (config.log_every, 1),
+        "checkpoint_every": (config.checkpoint_every, 1),
+        "checkpoint_minutes": (config.checkpoint_minutes, 0),
+        "keep": (config.keep, 1),
+        "milestone_every": (config.milestone_every, 1),
+        "loader.workers": (config.loader.workers, 0),
+        "monitor.every": (config.monitor.every, 1),
+        "monitor.held_out": (config.monitor.held_out, 0),
+        "monitor.most": (config.monitor.most, 0),
+        "monitor.bank": (config.monitor.bank, 1),
+        "optimizer.lr": (config.optimizer.lr, 0),
+        "optimizer.min_lr": (config.optimizer.min_lr, 0),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
+        "optimizer.clip": (config.optimizer.clip, 0),
+        "optimizer.warmup": (config.optimizer.warmup, 0),
+        "seed": (config.seed, 0),
+    }
+    for name, (value, least) in at_least.items():
+        if value is not None and not value >= least:  # `not >=` also catches NaN
+            raise Refusal(f"{name}={value}: expected at least {least:g}")
+    for name, value, most in (
+        ("monitor.held_out", config.monitor.held_out, 0.9),
+        ("optimizer.warmup", config.optimizer.warmup, 1.0),
+    ):
+        if value > most:
+            raise Refusal(f"{name}={value}: expected at most {most:g}")
+    if config.epochs is not None and config.steps is None and not config.epochs > 0:
+        raise Refusal(f"epochs={config.epochs}: expected more than 0")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
+    if config.milestone_every is not None and config.checkpoint_every is not None:
+        if config.milestone_every % config.checkpoint_every:
+            raise Refusal(
+                f"milestone_every={config.milestone_every} is not a multiple of checkpoint_every={config.checkpoint_every}"
+            )
+
+
+def num_steps(config: PretrainConfig, per_epoch: int) -> int:
+    """Optimizer steps of the run: `steps`, or `epochs` of `per_epoch` steps."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, math.ceil(config.epochs * per_epoch))
+
+
+def resumed(run: Path, words: list[str]) -> PretrainConfig:
+    """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change what is learned."""
+    stored = OmegaConf.merge(OmegaConf.structured(PretrainConfig), configuration.read_yaml(run / "config.yaml"))
+    changed = configuration.override(stored, words, PretrainConfig)  # type: ignore[arg-type]
+    before = configuration.flat(OmegaConf.to_container(stored))
+    after = configuration.flat(OmegaConf.to_container(changed))
+    differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    forbidden = []
+    for name in sorted(differ):
+        if name in MAY_GROW:
+            was, now = before.get(name), after.get(name)
+            if was is not None and now is not None and now < was:
+                forbidden.append(f"{name} ({was} -> {now}, may only grow)")
+        elif not name.startswith(tuple(item for item in MAY_CHANGE if item.endswith("."))) and name not in MAY_CHANGE:
+            forbidden.append(f"{name} ({before.get(name)} -> {after.get(name)})")
+    if forbidden:
+        raise Refusal(
+            f"--resume {run} with another recipe: {', '.join(forbidden)}; leave them as they were, or start a new run "
+            f"(what may change: {', '.join(item.rstrip('.') for item in MAY_CHANGE)}; steps and epochs may grow)"
+        )
+    return configuration.to_object(changed, PretrainConfig)

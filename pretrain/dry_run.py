@@ -1,0 +1,106 @@
+"""`--dry-run`: what a recipe resolves to and what it will cost, measured; nothing is written."""
+
+import contextlib
+import time
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.launch import active_pil
+from common.models.backbone import count_parameters, set_attention
+from common.sampling import HELD_OUT_EPOCH, loader
+from common.tracking import clock
+from pretrain.assemble import Parts, accelerator_for, optimizer_for, schedule_for
+from pretrain.command import written
+
+CALIBRATION = 20  # steps, of which the first quarter warms up
+
+
+def dry_run(parts: Parts) -> int:
+    """Print options, parameters, FLOPs, memory and speed. Every process takes part. Returns the exit status."""
+    config, process = parts.config, parts.process
+    accelerator = accelerator_for(config)
+    accelerator.print(written(config, parts.reasons))
+    accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
+    share = config.batch // process.num_processes // config.accumulate
+    flops, activations = cost(parts, share)
+    trained, frozen = count_parameters(parts.task), sum(p.numel() for p in parts.task.parameters() if not p.requires_grad)
+    fixed = trained * 16 + frozen * 4  # fp32 weight, gradient and AdamW's two moments
+    accelerator.print(f"parameters      {trained:,} trained ({count_parameters(parts.task.backbone):,} in the backbone), {frozen:,} frozen")
+    accelerator.print(f"FLOPs           {flops / 1e9:.3f} G per image, forward and backward; {flops * config.batch / 1e12:.3f} T per step")
+    accelerator.print(
+        f"memory          {(fixed + activations) / 2**20:,.0f} MiB per process: {fixed / 2**20:,.0f} weights, gradients, moments; "
+        f"{activations / 2**20:,.0f} activations kept for {share} images"
+    )
+    speed, wait = _calibrate(parts, accelerator)
+    accelerator.print(f"speed           {speed:,.1f} images/s over {CALIBRATION} steps, {wait:.1%} of it waiting for data")
+    accelerator.print(f"whole run       {parts.steps:,} steps, {clock(parts.steps * config.batch / speed)} ({parts.steps * config.batch / speed / 3600:.2f} h) without monitors")
+    return 0
+
+
+def cost(parts: Parts, images: int) -> tuple[float, float]:
+    """(FLOPs of forward and backward per image, bytes of activations kept for the backward pass of `images` images).
+
+    Counted on two images with explicit attention, whose matrix products the counter sees, and scaled.
+    """
+    task, device = parts.task, parts.process.device
+    batch = parts.samples.__getitems__([(HELD_OUT_EPOCH, i % len(parts.samples)) for i in range(2)]).to(device)
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    task.to(device).train()
+    lower = config_dtype(parts.config.precision)
+    attention = parts.config.model.attention
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng():
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(device, lower):
+            task(batch)["loss"]
+        set_attention(task.backbone, "explicit")
+        with counter:
+            task(batch)["loss"].backward()
+    set_attention(task.backbone, attention)
+    task.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 2, sum(kept.values()) / 2 * images
+
+
+def config_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that autocast lowers to, or None in fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _calibrate(parts: Parts, accelerator: Any) -> tuple[float, float]:
+    """(images/s over all processes, share of the time spent waiting for data) of real steps on throw-away weights."""
+    config = parts.config
+    task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
+    schedule = schedule_for(config, parts.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(0) * group["lr_scale"]
+    parts.steps, steps = CALIBRATION, parts.steps
+    batches = iter(loader(parts.samples, parts.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda"))
+    parts.steps = steps
+    begun = waited = 0.0
+    for step in range(CALIBRATION):
+        if step == CALIBRATION // 4:
+            begun, waited = time.perf_counter(), 0.0
+        before = time.perf_counter()
+        parts_of_step = list(islice(batches, config.accumulate))
+        waited += time.perf_counter() - before
+        for batch in parts_of_step:
+            accelerator.backward(task(batch.to(accelerator.device))["loss"] / config.accumulate)
+        float(accelerator.clip_grad_norm_(task.parameters(), config.optimizer.clip or 1e9))
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - begun
+    return (CALIBRATION - CALIBRATION // 4) * config.batch / seconds, waited / seconds

@@ -1,0 +1,104 @@
+"""What is measured while a run trains, on images held out of its training data. Never part of the loss."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from common.data import Images
+from common.features import extract
+from common.loop import Report
+from common.models import Backbone
+from common.neighbors import knn
+from common.pictures import board
+from common.plan import PlanSpec
+from common.sampling import HELD_OUT_EPOCH, Batch, Samples
+from common.tracking import Tracker
+from pretrain.assemble import Parts
+from pretrain.task import Pretraining
+
+Monitor = Callable[[int], dict[str, float | str]]
+SHOWN = 8  # images on the board
+
+
+def reports(parts: Parts, task: Pretraining, tracker: Tracker) -> list[Report]:
+    """The monitors of a run, each with how often it is asked."""
+    if not len(parts.held_out):
+        return []
+    every, device, samples = parts.config.monitor.every or 1, parts.process.device, parts.held_out_samples()
+    wanted: list[Monitor | None] = [validation(task, samples, 256, device)]
+    if "absolute" in task.objectives:
+        wanted.append(boards(task, samples, device, tracker))
+    plan = PlanSpec(task.position)
+    wanted.append(neighbors(task.backbone, plan, parts.train, parts.held_out, parts.config.monitor.bank, device))
+    return [(every, monitor) for monitor in wanted if monitor is not None]
+
+
+def _batches(samples: Samples, size: int) -> list[list[tuple[int, int]]]:
+    return [
+        [(HELD_OUT_EPOCH, index) for index in range(first, min(first + size, len(samples)))]
+        for first in range(0, len(samples), size)
+    ]
+
+
+def validation(task: Pretraining, samples: Samples, batch: int, device: torch.device) -> Monitor:
+    """`val/...`: every statistic of the task on held-out images, cropped as in training, always the same crops.
+
+    Beside the training numbers it shows memorisation, to which small data sets invite.
+    """
+
+    @torch.no_grad()
+    def measure(step: int) -> dict[str, float | str]:
+        task.eval()
+        totals: dict[str, float] = {}
+        for keys in _batches(samples, batch):
+            for name, value in task(samples.__getitems__(keys).to(device)).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(keys) / len(samples)
+        return {f"val/{name}": value for name, value in totals.items() if not name.endswith("/chance")}
+
+    return measure
+
+
+def boards(task: Pretraining, samples: Samples, device: torch.device, tracker: Tracker) -> Monitor:
+    """The picture `board`: held-out images, and their patches where `absolute` believes they belong."""
+    objective = task.objectives["absolute"]
+    want = objective.passes["tokens"]  # type: ignore[union-attr, index]
+
+    @torch.no_grad()
+    def draw(step: int) -> dict[str, float | str]:
+        task.eval()
+        batch: Batch = samples.__getitems__([(HELD_OUT_EPOCH, i) for i in range(min(SHOWN, len(samples)))]).to(device)
+        features = task.backbone(batch.views[want.view], want.plan)
+        guesses = objective.logits({"tokens": features}).argmax(-1)  # type: ignore[operator]
+        tracker.picture("board", step, board(batch.views[want.view], guesses, task.backbone.grid))
+        return {}
+
+    return draw
+
+
+def neighbors(
+    backbone: Backbone, plan: PlanSpec, train: Images, held_out: Images, bank: int, device: torch.device
+) -> Monitor | None:
+    """`knn/accuracy`: held-out images classified by their 20 nearest training images (mean patch token, as in DINO).
+
+    None where there are no labels.
+    """
+    if train.labels is None or held_out.labels is None or not len(held_out):
+        return None
+    labelled = np.flatnonzero(train.labels >= 0)
+    chosen = np.sort(np.random.default_rng(0).permutation(labelled)[:bank])
+    asked = np.flatnonzero(held_out.labels >= 0)
+    if len(chosen) < 20 or not len(asked):
+        return None
+    voters, judged = train.subset(chosen), held_out.subset(asked)
+    voter_labels, judged_labels = torch.from_numpy(train.labels[chosen]), torch.from_numpy(held_out.labels[asked])
+
+    @torch.no_grad()
+    def measure(step: int) -> dict[str, float | str]:
+        backbone.eval()
+        known = extract(backbone, plan, voters, device=device)["mean"]
+        new = extract(backbone, plan, judged, device=device)["mean"]
+        guesses = knn(known, voter_labels, new, k=20, num_classes=int(voter_labels.max()) + 1)
+        return {"knn/accuracy": float((guesses == judged_labels).float().mean())}
+
+    return measure

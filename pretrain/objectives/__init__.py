@@ -1,0 +1,76 @@
+"""Training signals. One file = one objective; the file's name is its name in a recipe.
+
+An objective says which passes of the backbone it wants (`passes`), what is drawn beside each sample (`draw`), and
+turns the features of those passes into a loss and statistics. To add one: write `pretrain/objectives/NAME.py` with a
+subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` in a recipe then finds it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from common.config import merge, to_object
+from common.errors import Refusal, nearest
+from common.models import Backbone, Features
+from common.plan import PlanSpec
+from common.sampling import Batch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the backbone that an objective asks for; equal passes of several objectives are run once."""
+
+    view: str = "global"
+    plan: PlanSpec = PlanSpec()
+
+
+class Objective(nn.Module):
+    """One training signal: its passes, its heads, its statistics."""
+
+    Options: Any  # a dataclass; filled strictly from the recipe
+    passes: Mapping[str, Pass]  # the names under which it will find its features
+    draw: Callable[[np.random.Generator], Mapping[str, np.ndarray]] | None = None  # per sample; picklable
+
+    def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": scalar that is trained on, and statistics: scalars without gradient}."""
+        raise NotImplementedError
+
+
+def names() -> list[str]:
+    """Objectives that exist: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> type[Objective]:
+    """The objective class in the file `name`. Raises Refusal with the nearest names."""
+    if name not in names():
+        raise Refusal(f"unknown objective {name!r}{nearest(name, names())}; there are: {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, name.title().replace("_", ""))
+
+
+def options(name: str, given: Mapping[str, Any] | None) -> Any:
+    """The `Options` of objective `name`, filled strictly. Raises Refusal for an unknown option or a wrong type."""
+    schema = find(name).Options
+    if given is not None and not isinstance(given, Mapping):
+        raise Refusal(f"objectives.{name}={given!r}: expected options such as {{weight: 1.0}}")
+    return to_object(merge(OmegaConf.structured(schema), dict(given or {}), f"objectives.{name}", schema), schema)
+
+
+def build(name: str, options: Any, backbone: Backbone) -> Objective:
+    """Objective `name` for the features of `backbone`. Raises Refusal if the two do not go together."""
+    if backbone.grid[0] * backbone.grid[1] < 2:
+        raise Refusal(
+            f"{backbone.config.name} ends with a {backbone.grid[0]}x{backbone.grid[1]} grid on images of "
+            f"{backbone.size[0]}x{backbone.size[1]}: one patch has no position to tell; use larger images or smaller patches"
+        )
+    return find(name)(options, backbone)  # type: ignore[call-arg]
+
+
+__all__ = ["Batch", "Objective", "Pass", "build", "find", "names", "options"]

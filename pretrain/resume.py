@@ -1,0 +1,148 @@
+"""Exact resume: what is stored at a checkpoint, and how a run goes on from it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from common import checkpoint
+from common.errors import Refusal
+from common.sampling import Batch
+from common.tracking import Tracker
+from pretrain.assemble import Parts, commit
+
+UNREADABLE = "unreadable.txt"
+WORST = 0.01  # share of the images that may be unreadable
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run."""
+
+    def __init__(self, run: Path, parts: Parts, accelerator: Accelerator, recipe: str) -> None:
+        self.run, self.parts, self.accelerator, self.recipe = run, parts, accelerator, recipe
+        self.commit = commit()
+        self.saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`, by steps or by this process's clock."""
+        config = self.parts.config
+        if config.checkpoint_every is not None and step % config.checkpoint_every == 0:
+            return True
+        if config.milestone_every is not None and step % config.milestone_every == 0:
+            return True
+        return config.checkpoint_minutes > 0 and time.monotonic() - self.saved > 60 * config.checkpoint_minutes
+
+    def save(self, step: int, task: torch.nn.Module, optimizer: Any, tracker: Tracker) -> None:
+        """Store everything that step + 1 depends on, with the backbone for evaluation. Every process calls it."""
+        process, config, accelerator = self.parts.process, self.parts.config, self.accelerator
+        random = [_random_state()]
+        if process.num_processes > 1:
+            random = gather_object(random)
+        if process.is_main_process:
+            plain = accelerator.unwrap_model(task)
+            state = {
+                "step": step,
+                "fingerprint": self.parts.images.fingerprint(),
+                "task": plain.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "random": random,
+            }
+            tracker.sync()
+            description = checkpoint.describe(plain.backbone, plain.position, "mean", self._training(step))
+            checkpoint.save_state(
+                self.run,
+                step,
+                state,
+                lambda to: checkpoint.export(to, plain.backbone, description),
+                config.keep,
+                milestone=config.milestone_every is not None and step % config.milestone_every == 0,
+            )
+        self.saved = time.monotonic()
+        accelerator.wait_for_everyone()
+
+    def _training(self, step: int) -> dict[str, Any]:
+        config = self.parts.config
+        return {
+            "recipe": self.recipe,
+            "data": config.data,
+            "data_root": config.data_root,
+            "data_fingerprint": self.parts.images.fingerprint(),
+            "objectives": config.objectives,
+            "step": step,
+            "steps": self.parts.steps,
+            "images_seen": step * config.batch,
+            "batch": config.batch,
+            "seed": config.seed,
+            "precision": config.precision,
+            "commit": self.commit,
+        }
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint, or None. Raises Refusal if its data are not this run's."""
+        print_ = self.accelerator.print
+        state = checkpoint.load_state(self.run, lambda line: print_(f"warning: {line}"))
+        if state is not None and state["fingerprint"] != self.parts.images.fingerprint():
+            raise Refusal(
+                f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
+                f"(fingerprint {self.parts.images.fingerprint()}, not {state['fingerprint']}); point data= at the same images"
+            )
+        return state
+
+    def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:
+        """Put `state` into the prepared task and optimizer, and the random generators; returns its step."""
+        process, accelerator = self.parts.process, self.accelerator
+        checkpoint.load_exactly(accelerator.unwrap_model(task), state["task"], str(self.run / "state"))
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        if len(state["random"]) == process.num_processes:
+            _set_random_state(state["random"][process.process_index])
+        else:
+            accelerator.print(
+                f"note: the run was interrupted with {len(state['random'])} processes and goes on with {process.num_processes}: "
+                "the samples are the same, the losses not to the last bit"
+            )
+        return state["step"]
+
+
+def seed_process(seed: int, process_index: int) -> None:
+    """Dropout's generator: one stream per process."""
+    torch.manual_seed(seed * 1_000_003 + process_index)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def watch(batches: Iterator[Batch], run: Path, total: int, say: Any) -> Iterator[Batch]:
+    """The same batches; each unreadable file among them is named once, on the screen and in run/unreadable.txt.
+
+    Raises Refusal if they are more than one in a hundred of the `total` images.
+    """
+    path = run / UNREADABLE
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    for batch in batches:
+        for name in batch.unreadable:
+            if name in known:
+                continue
+            known.add(name)
+            with path.open("a") as file:
+                file.write(name + "\n")
+            say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
+        if len(known) > WORST * total:
+            raise Refusal(
+                f"{len(known)} of {total} images cannot be read, more than {WORST:.0%}: mend or remove the files listed in {path}"
+            )
+        yield batch

@@ -1,0 +1,97 @@
+"""Pretrain a vision transformer on positional labels.
+
+    accelerate launch pretrain/run.py                                          # the quickstart recipe
+    accelerate launch pretrain/run.py configs/pretrain/vit_small.yaml data=PATH run=runs/mine
+    accelerate launch pretrain/run.py --resume runs/mine
+    python pretrain/run.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `import common` fails
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import StopSignal, active_pil, entry  # first: it sets what torch reads when it is imported
+
+# isort: split
+from common.loop import fit
+from common.run_folder import WAIT, RunLock, create, refuse_existing
+from common.sampling import loader
+from common.tracking import Progress, Tracker, check_tensorboard
+from pretrain import monitors
+from pretrain.assemble import accelerator_for, assemble, join_processes, optimizer_for, schedule_for
+from pretrain.command import parse, read, written
+from pretrain.dry_run import dry_run
+from pretrain.resume import Checkpoints, seed_process, watch
+from pretrain.summary import begun, ended
+
+
+def main(argv: list[str]) -> int:
+    """Options -> parts -> fit. Returns the exit status."""
+    stop = StopSignal()
+    arguments = parse(argv, __doc__ or "")
+    config, run = read(arguments)
+    process = join_processes()
+    lock = None  # keeps other processes from writing this run, for as long as it is referred to
+    if arguments.resume is not None:
+        lock = RunLock(arguments.resume, WAIT) if process.is_main_process else None
+    elif run is not None:
+        refuse_existing(run, arguments.overwrite)
+    if config.tensorboard:
+        check_tensorboard()
+    parts = assemble(config)
+    if arguments.dry_run:
+        return dry_run(parts)
+
+    # From here on the run folder is written.
+    config = parts.config
+    if arguments.resume is None:
+        if process.is_main_process:
+            run = create(run, arguments.stem, written(config, parts.reasons), arguments.overwrite)
+            lock = RunLock(run)
+        run = parts.agree_on(run)
+    assert run is not None and (lock is not None or not process.is_main_process)
+
+    accelerator = accelerator_for(config)
+    seed_process(config.seed, process.process_index)
+    if config.model.compile:
+        parts.task.backbone.compile()
+    task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
+    checkpoints = Checkpoints(run, parts, accelerator, arguments.stem)
+    state = checkpoints.load()
+    start = checkpoints.restore(state, task, optimizer) if state is not None else 0
+    tracker = Tracker(run, start, config.tensorboard, process.is_main_process)
+    progress = Progress(parts.steps, start, process.is_main_process)
+    accelerator.print(begun(parts, run, start, active_pil()))
+
+    batches = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
+    try:
+        done = fit(
+            accelerator,
+            task,
+            watch(iter(batches), run, len(parts.images), progress.say),
+            optimizer,
+            schedule_for(config, parts.steps),
+            steps=parts.steps,
+            start=start,
+            accumulate=config.accumulate,
+            clip=config.optimizer.clip,
+            log_every=config.log_every,
+            images_per_step=config.batch,
+            reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker) if process.is_main_process else (),
+            track=tracker.write,
+            save=lambda step: checkpoints.save(step, task, optimizer, tracker),
+            save_due=checkpoints.due,
+            stop=stop,
+            progress=progress,
+        )
+    finally:
+        progress.close()
+        tracker.close()
+    accelerator.print(ended(run, done, parts.steps))
+    return stop.status if done < parts.steps else 0
+
+
+if __name__ == "__main__":
+    entry(main)()

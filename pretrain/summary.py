@@ -1,0 +1,57 @@
+"""What a run says of itself before its first step and after its last."""
+
+from pathlib import Path
+
+import timm
+import torch
+
+from common.models.backbone import count_parameters
+from pretrain.assemble import Parts
+
+
+def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
+    """A few lines: data, model, objectives, device, and every automatic value with its reason."""
+    config, backbone, process = parts.config, parts.task.backbone, parts.process
+    h, w = backbone.grid
+    classes = "no labels read" if parts.images.labels is None else "labels for monitors only"
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"CPU, {config.threads} threads"
+    lines = [
+        f"run        {run}" + (f"  (resumed after step {start})" if start else ""),
+        f"data       {parts.images.where}: {len(parts.train):,} images to train on, {len(parts.held_out):,} held out ({classes})",
+        f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
+        f"{count_parameters(backbone) / 1e6:.2f} M parameters",
+        *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
+        f"length     {parts.steps:,} steps of {config.batch} images, {parts.per_epoch:,} steps an epoch",
+        f"device     {process.num_processes} x {device}; {config.precision}, {config.model.attention} attention, "
+        f"{config.loader.workers} loader workers each",
+        f"versions   torch {torch.__version__}, timm {timm.__version__}, {pil}",
+    ]
+    lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
+    return "\n".join(lines)
+
+
+def _objective(name: str, weight: float, parts: Parts) -> str:
+    passes = parts.task.objectives[name].passes.values()  # type: ignore[union-attr, operator]
+    positions = sorted({want.plan.position for want in passes})
+    leak = "  WARNING: with position=full the answer can be read off the encoding" if "full" in positions else ""
+    return f"objective  {weight:g} x {name}, position {'/'.join(positions)}{leak}"
+
+
+def _value(config: object, name: str) -> object:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def ended(run: Path, done: int, steps: int) -> str:
+    """Where everything is and what to do next."""
+    if done < steps:
+        return f"stopped after step {done} of {steps}, saved; continue with: accelerate launch pretrain/run.py --resume {run}"
+    return "\n".join(
+        [
+            f"done: {done} steps. The backbone is in {run}",
+            f"  how good is it:  accelerate launch evaluate/knn.py --ckpt {run}",
+            f"                   accelerate launch evaluate/linear.py --ckpt {run}",
+            f"  how it went:     tensorboard --logdir {run.parent}",
+        ]
+    )
