@@ -159,6 +159,7 @@ def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoade
         pin_memory=pin,
         worker_init_fn=ignore_signals,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own: else starting the workers would advance dropout's, unlike a resumed run
     )
 
 
