@@ -56,7 +56,8 @@ def _sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk and rename it, so that `path` is never half-written."""
+    """Let `write` fill a file beside `path`, flush it to the disk and rename it, so that `path` is never
+    half-written."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(aside)
@@ -93,7 +94,8 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
 
 
 def export(folder: Path, backbone: Backbone, description: dict[str, Any]) -> None:
-    """Write backbone.safetensors and backbone.json into `folder`, each atomically, tied together by the weights' hash."""
+    """Write backbone.safetensors and backbone.json into `folder`, each atomically, tied together by the weights'
+    hash."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     _write_json(folder / DESCRIPTION, description | {"weights_sha256": sha256(folder / WEIGHTS)})
@@ -149,7 +151,8 @@ def read_description(weights: Path) -> dict[str, Any]:
 
 
 def load_backbone(checkpoint: str | Path) -> tuple[Backbone, PlanSpec, dict[str, Any]]:
-    """Rebuild a trained backbone from its two files alone: (backbone in eval mode, the plan it was trained under, description).
+    """Rebuild a trained backbone from its two files alone: (backbone in eval mode, the plan it was trained under,
+    description).
 
     Raises Refusal for a missing, damaged, foreign or newer checkpoint, and for weights of another model.
     """
@@ -252,7 +255,9 @@ def load_state(run: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
             return torch.load(folder / STATE, map_location="cpu", weights_only=True)
         warn(f"checkpoint {folder} is damaged ({damage}); trying the one before")
     if checkpoints:
-        raise Refusal(f"every checkpoint under {run / 'state'} is damaged: start again with --overwrite, or restore a copy")
+        raise Refusal(
+            f"every checkpoint under {run / 'state'} is damaged: start again with --overwrite, or restore a copy"
+        )
     return None
 
 

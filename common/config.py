@@ -96,7 +96,9 @@ def find_recipe(word: str, stage: str) -> Path:
 
 def _recipes_nearby(path: Path) -> str:
     shipped = sorted((ROOT / "configs").glob("*/*.yaml"))
-    return f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {', '.join(p.stem for p in shipped)}"
+    return (
+        f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {', '.join(p.stem for p in shipped)}"
+    )
 
 
 def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -155,7 +157,9 @@ def describe(schema: Any, prefix: str = "") -> str:
 
 
 def _shown(value: Any) -> str:
-    if dataclasses.is_dataclass(value) or (isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values()))):
+    if dataclasses.is_dataclass(value) or (
+        isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values()))
+    ):
         return "{...}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

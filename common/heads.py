@@ -26,7 +26,8 @@ class LinearHead(nn.Module):
 
 
 class HalfHead(nn.Module):
-    """Positional Label's head (arXiv 2206.04981, Fig. 1): an MLP on the first half of the channels, D/2 -> D/2 -> D/4 -> classes.
+    """Positional Label's head (arXiv 2206.04981, Fig. 1): an MLP on the first half of the channels, D/2 -> D/2 ->
+    D/4 -> classes.
 
     The released code has no activation before the classifier, and neither has this: 259,588 parameters for ViT-B/16.
     """
@@ -34,7 +35,9 @@ class HalfHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         if width % 4:
-            raise Refusal(f"head=half needs a width that is a multiple of 4, and this backbone has {width}: use head=linear")
+            raise Refusal(
+                f"head=half needs a width that is a multiple of 4, and this backbone has {width}: use head=linear"
+            )
         self.half = width // 2
         self.hidden = _linear(self.half, self.half)
         self.feature = _linear(self.half, width // 4)
@@ -46,7 +49,8 @@ class HalfHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Positional Label's pair head (arXiv 2206.04981, Fig. 2): query's first half of the channels beside the key's second,
+    """Positional Label's pair head (arXiv 2206.04981, Fig. 2): query's first half of the channels beside the
+    key's second,
     D -> D/2 -> D/2 -> classes: 508,201 parameters for Swin-T.
 
     Its first layer acts on a concatenation, so it is the sum of a query part and a key part, each computed once per

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
-    """Make `main(argv)` an entry script's function: a Refusal becomes one line and exit status 2, --debug shows where from."""
+    """Make `main(argv)` an entry script's function: a Refusal becomes one line and exit status 2, --debug shows
+    where from."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -85,7 +86,8 @@ def leave_with_launcher() -> None:
 
 
 def set_threads(threads: int | None = None) -> tuple[int, str]:
-    """Set torch's CPU threads and return them with the reason. None: the usable cores shared among this machine's processes.
+    """Set torch's CPU threads and return them with the reason. None: the usable cores shared among this machine's
+    processes.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 where the user set nothing, so a 1 in the environment is not a wish.
     """
@@ -110,7 +112,8 @@ def usable_cores() -> int:
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came, so that the loop can finish its step and save. A second SIGINT stops at once."""
+    """Remembers that SIGTERM or SIGINT came, so that the loop can finish its step and save. A second SIGINT stops
+    at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -124,7 +127,8 @@ class StopSignal:
 
     @property
     def status(self) -> int:
-        """Exit status of a run that stopped as asked: 0 after SIGTERM, 130 after Ctrl-C, so that a script does not go on."""
+        """Exit status of a run that stopped as asked: 0 after SIGTERM, 130 after Ctrl-C, so that a script does
+        not go on."""
         return INTERRUPTED if self.received == signal.SIGINT else 0
 
 

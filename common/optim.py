@@ -13,7 +13,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
     """AdamW groups of the trained parameters: {"params", "weight_decay", "lr_scale"}.
 
     No decay on biases, norms and other 1-D parameters, position embeddings and tokens (timm's own `no_weight_decay`
-    misses NesT's). With `layer_decay`, a layer's rate is scaled by layer_decay ** (layers above it) (BEiT, arXiv 2106.08254).
+    misses NesT's). With `layer_decay`, a layer's rate is scaled by layer_decay ** (layers above it) (BEiT, arXiv
+    2106.08254).
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     layers = layer_ids(module) if layer_decay is not None else {}
@@ -39,13 +40,16 @@ def layer_ids(module: nn.Module) -> dict[str, int]:
     known = {name: layer for layer, names in groups.items() for name in names}
     rest = max(known.values()) + 1
     return {
-        name: rest if not name.startswith(prefix) or name[len(prefix) :].startswith(("norm.", "fc_norm.", "head")) else known[name[len(prefix) :]]
+        name: rest
+        if not name.startswith(prefix) or name[len(prefix) :].startswith(("norm.", "fc_norm.", "head"))
+        else known[name[len(prefix) :]]
         for name, _ in module.named_parameters()
     }
 
 
 def cosine(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """The value at optimizer step `step` (0-based) of `steps`: linear to `peak` over `warmup` steps, cosine to `floor`."""
+    """The value at optimizer step `step` (0-based) of `steps`: linear to `peak` over `warmup` steps, cosine to
+    `floor`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

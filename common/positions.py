@@ -61,7 +61,8 @@ def offset_prior(grid: tuple[int, int]) -> Tensor:
 
 
 def prior_entropy(grid: tuple[int, int]) -> float:
-    """Cross-entropy in nats of the best answer to `relative` that ignores the images: 4.858 for 7x7, 6.269 for 14x14."""
+    """Cross-entropy in nats of the best answer to `relative` that ignores the images: 4.858 for 7x7, 6.269 for
+    14x14."""
     prior = offset_prior(grid)
     return float(-(prior * prior.log()).sum())
 
@@ -81,5 +82,6 @@ def default_pairs(num_patches: int) -> int:
 
 
 def chance(grid: tuple[int, int]) -> float:
-    """Accuracy of a blind guess: 1/N for `absolute`, and for `relative` too, whose likeliest class (offset 0) has N of N*N pairs."""
+    """Accuracy of a blind guess: 1/N for `absolute`, and for `relative` too, whose likeliest class (offset 0) has
+    N of N*N pairs."""
     return 1 / math.prod(grid)

@@ -17,10 +17,14 @@ WORTH = 1.05  # a lower precision must be this much faster to be chosen
 def refuse_impossible(precision: str, device: torch.device) -> None:
     """Raises Refusal if `device` cannot train in `precision`."""
     if precision == "fp16" and device.type == "cpu":
-        raise Refusal("precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32, or auto to measure which is faster")
+        raise Refusal(
+            "precision=fp16 needs a GPU: on a CPU use precision=bf16 or fp32, or auto to measure which is faster"
+        )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
-        raise Refusal(f"precision=bf16 needs a GPU of compute capability 8.0 or newer, and this is {name}: use fp16 or fp32")
+        raise Refusal(
+            f"precision=bf16 needs a GPU of compute capability 8.0 or newer, and this is {name}: use fp16 or fp32"
+        )
 
 
 def choose(

@@ -41,11 +41,14 @@ def _refuse_unwritable(path: Path) -> None:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise Refusal(f"run={path} cannot be written: {error.strerror} in {parent}; choose another with run=PATH") from None
+        raise Refusal(
+            f"run={path} cannot be written: {error.strerror} in {parent}; choose another with run=PATH"
+        ) from None
 
 
 def create(path: Path | None, stem: str, config: str, overwrite: bool) -> Path:
-    """Make the folder of a new run, with `config` in config.yaml from its first moment; None numbers it runs/<stem>-001."""
+    """Make the folder of a new run, with `config` in config.yaml from its first moment; None numbers it
+    runs/<stem>-001."""
     if path is not None:
         refuse_existing(path, overwrite)
         if path.exists():
@@ -77,7 +80,8 @@ def _born(path: Path, config: str) -> bool:
 
 
 class RunLock:
-    """Held by the process that writes a run, and gone with it however it ends (a POSIX lock: not inherited by workers)."""
+    """Held by the process that writes a run, and gone with it however it ends (a POSIX lock: not inherited by
+    workers)."""
 
     def __init__(self, run: Path, wait: float = 0.0) -> None:
         """Raises Refusal if another process still writes `run` after `wait` seconds."""
@@ -88,7 +92,9 @@ class RunLock:
         try:
             self.file = path.open("a+")
         except OSError as error:
-            raise Refusal(f"the run folder {run} cannot be written: {error.strerror}; make it writable, or copy it") from None
+            raise Refusal(
+                f"the run folder {run} cannot be written: {error.strerror}; make it writable, or copy it"
+            ) from None
         deadline = time.monotonic() + wait
         told = False
         while True:

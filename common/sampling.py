@@ -111,7 +111,12 @@ class Samples(Dataset):
     ATTEMPTS = 16  # neighbours tried when an image cannot be read
 
     def __init__(
-        self, images: Images, views: Mapping[str, View], seed: int, channels: int, draws: Mapping[str, Draw] | None = None
+        self,
+        images: Images,
+        views: Mapping[str, View],
+        seed: int,
+        channels: int,
+        draws: Mapping[str, Draw] | None = None,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
         self.draws = dict(draws or {})

@@ -27,7 +27,8 @@ def check_tensorboard() -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise Refusal(
-            f"tensorboard=true, but TensorBoard cannot be imported ({error}): pip install tensorboard, or set tensorboard=false"
+            f"tensorboard=true, but TensorBoard cannot be imported ({error}): pip install "
+            "tensorboard, or set tensorboard=false"
         ) from None
 
 
@@ -68,7 +69,8 @@ class Tracker:
             self.writer.add_image(name, image, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Everything written so far reaches the disk: called before a checkpoint, which must not know more steps than they do."""
+        """Everything written so far reaches the disk: called before a checkpoint, which must not know more steps
+        than they do."""
         if not self.active:
             return
         self.file.flush()
@@ -138,7 +140,8 @@ class Progress:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The few numbers of a record that one watches: loss, accuracy against chance, images/s, share of time spent waiting."""
+    """The few numbers of a record that one watches: loss, accuracy against chance, images/s, share of time spent
+    waiting."""
     words = [f"loss {record['loss']:.4f}"]
     for name, value in record.items():
         task, _, what = name.rpartition("/")

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import subprocess
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
 from common import precision
 from common.data import Images, open_data
@@ -20,6 +21,10 @@ from common.optim import cosine, parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
 from pretrain.config import PretrainConfig, num_steps
 from pretrain.task import Pretraining, build
+
+
+# torch 2.15 announces a new name for `broadcast_buffers`, which older versions do not know.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 @dataclass
@@ -60,14 +65,23 @@ class Parts:
 
 def join_processes() -> PartialState:
     """This process among those of the job. Raises Refusal if they cannot meet."""
+    # Without cpu=True, accelerate on a machine without GPUs runs torchrun's processes as so many unrelated first ones.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        return PartialState()
+        process = PartialState(cpu=cpu)
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistNetworkError is a RuntimeError
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise Refusal(
             f"the processes of this job cannot meet at {where} ({str(error).splitlines()[0]}): is the port taken? "
             "Choose another with accelerate launch --main_process_port or torchrun --master-port"
         ) from None
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if process.num_processes != launched:
+        raise Refusal(
+            f"{launched} processes were launched and accelerate joined {process.num_processes}: "
+            "set ACCELERATE_USE_CPU=true for CPUs, or launch with accelerate launch --multi_gpu"
+        )
+    return process
 
 
 def assemble(config: PretrainConfig) -> Parts:
@@ -145,9 +159,12 @@ def accelerator_for(config: PretrainConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     wanted = {"fp32": "no"}.get(config.precision, config.precision)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    accelerator = Accelerator(mixed_precision=wanted, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=wanted, kwargs_handlers=[ddp], cpu=PartialState().device.type == "cpu")
     if launched not in ("no", wanted):
-        accelerator.print(f"note: the launcher asked for {launched}, the recipe for precision={config.precision}: the recipe's is used")
+        accelerator.print(
+            f"note: the launcher asked for {launched}, the recipe for precision={config.precision}: "
+            "the recipe's is used"
+        )
     return accelerator
 
 

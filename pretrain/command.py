@@ -51,7 +51,10 @@ def parse(argv: list[str], usage: str) -> Arguments:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
     if given.resume is not None:
         if recipes or given.overwrite:
-            raise Refusal(f"--resume {given.resume} continues the stored recipe: leave out {recipes[0] if recipes else '--overwrite'}")
+            raise Refusal(
+                f"--resume {given.resume} continues the stored recipe: leave out "
+                f"{recipes[0] if recipes else '--overwrite'}"
+            )
         if not (given.resume / CONFIG).is_file():
             raise Refusal(f"--resume {given.resume}: no run there (expected a folder with {CONFIG})")
         return Arguments(given.resume.name, None, words, given.resume.resolve(), given.dry_run)
@@ -78,9 +81,23 @@ def written(config: PretrainConfig, reasons: dict[str, str]) -> str:
 
 def help_text(usage: str) -> str:
     """What --help prints."""
-    parts = [usage.strip(), "", "  --resume RUN   continue an interrupted run", "  --dry-run      print the resolved options, cost and speed; write nothing"]
-    parts += ["  --overwrite    replace the run folder named by run=", "  --debug        show tracebacks", "", "Options, key=value:"]
+    parts = [
+        usage.strip(),
+        "",
+        "  --resume RUN   continue an interrupted run",
+        "  --dry-run      print the resolved options, cost and speed; write nothing",
+    ]
+    parts += [
+        "  --overwrite    replace the run folder named by run=",
+        "  --debug        show tracebacks",
+        "",
+        "Options, key=value:",
+    ]
     parts.append(configuration.describe(PretrainConfig))
     for name in objectives.names():
-        parts += ["", f"Options of objective {name}:", configuration.describe(objectives.find(name).Options, f"objectives.{name}.")]
+        parts += [
+            "",
+            f"Options of objective {name}:",
+            configuration.describe(objectives.find(name).Options, f"objectives.{name}."),
+        ]
     return "\n".join(parts)

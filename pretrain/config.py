@@ -102,8 +102,19 @@ class PretrainConfig:
 
 
 # What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
-MAY_CHANGE = ("loader.", "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every", "monitor.every",
-              "tensorboard", "data", "data_root", "run")  # fmt: skip
+MAY_CHANGE = (
+    "loader.",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "milestone_every",
+    "monitor.every",
+    "tensorboard",
+    "data",
+    "data_root",
+    "run",
+)
 MAY_GROW = ("steps", "epochs")
 
 
@@ -111,12 +122,15 @@ def check(config: PretrainConfig) -> None:
     """Raises Refusal for a value outside its range."""
     if config.precision not in PRECISIONS:
         raise Refusal(
-            f"precision={config.precision!r}: expected one of {', '.join(PRECISIONS)}{nearest(config.precision, PRECISIONS)}"
+            f"precision={config.precision!r}: expected one of "
+            f"{', '.join(PRECISIONS)}{nearest(config.precision, PRECISIONS)}"
         )
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:
-        raise Refusal(f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}")
+        raise Refusal(
+            f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}"
+        )
     at_least: dict[str, tuple[Any, float]] = {
         "steps": (config.steps, 1),
         "batch": (config.batch, 1),
@@ -152,11 +166,6 @@ def check(config: PretrainConfig) -> None:
         raise Refusal(f"epochs={config.epochs}: expected more than 0")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
-    if config.milestone_every is not None and config.checkpoint_every is not None:
-        if config.milestone_every % config.checkpoint_every:
-            raise Refusal(
-                f"milestone_every={config.milestone_every} is not a multiple of checkpoint_every={config.checkpoint_every}"
-            )
 
 
 def num_steps(config: PretrainConfig, per_epoch: int) -> int:
@@ -168,7 +177,8 @@ def num_steps(config: PretrainConfig, per_epoch: int) -> int:
 
 
 def resumed(run: Path, words: list[str]) -> PretrainConfig:
-    """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change what is learned."""
+    """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change
+    what is learned."""
     stored = OmegaConf.merge(OmegaConf.structured(PretrainConfig), configuration.read_yaml(run / "config.yaml"))
     changed = configuration.override(stored, words, PretrainConfig)  # type: ignore[arg-type]
     before = configuration.flat(OmegaConf.to_container(stored))

@@ -26,17 +26,32 @@ def dry_run(parts: Parts) -> int:
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
     share = config.batch // process.num_processes // config.accumulate
     flops, activations = cost(parts, share)
-    trained, frozen = count_parameters(parts.task), sum(p.numel() for p in parts.task.parameters() if not p.requires_grad)
+    trained, frozen = (
+        count_parameters(parts.task),
+        sum(p.numel() for p in parts.task.parameters() if not p.requires_grad),
+    )
     fixed = trained * 16 + frozen * 4  # fp32 weight, gradient and AdamW's two moments
-    accelerator.print(f"parameters      {trained:,} trained ({count_parameters(parts.task.backbone):,} in the backbone), {frozen:,} frozen")
-    accelerator.print(f"FLOPs           {flops / 1e9:.3f} G per image, forward and backward; {flops * config.batch / 1e12:.3f} T per step")
     accelerator.print(
-        f"memory          {(fixed + activations) / 2**20:,.0f} MiB per process: {fixed / 2**20:,.0f} weights, gradients, moments; "
+        f"parameters      {trained:,} trained ({count_parameters(parts.task.backbone):,} in the "
+        f"backbone), {frozen:,} frozen"
+    )
+    accelerator.print(
+        f"FLOPs           {flops / 1e9:.3f} G per image, forward and backward; "
+        f"{flops * config.batch / 1e12:.3f} T per step"
+    )
+    accelerator.print(
+        f"memory          {(fixed + activations) / 2**20:,.0f} MiB per process: {fixed / 2**20:,.0f} "
+        "weights, gradients, moments; "
         f"{activations / 2**20:,.0f} activations kept for {share} images"
     )
     speed, wait = _calibrate(parts, accelerator)
-    accelerator.print(f"speed           {speed:,.1f} images/s over {CALIBRATION} steps, {wait:.1%} of it waiting for data")
-    accelerator.print(f"whole run       {parts.steps:,} steps, {clock(parts.steps * config.batch / speed)} ({parts.steps * config.batch / speed / 3600:.2f} h) without monitors")
+    accelerator.print(
+        f"speed           {speed:,.1f} images/s over {CALIBRATION} steps, {wait:.1%} of it waiting for data"
+    )
+    accelerator.print(
+        f"whole run       {parts.steps:,} steps, {clock(parts.steps * config.batch / speed)} "
+        f"({parts.steps * config.batch / speed / 3600:.2f} h) without monitors"
+    )
     return 0
 
 
@@ -88,7 +103,9 @@ def _calibrate(parts: Parts, accelerator: Any) -> tuple[float, float]:
     for group in optimizer.param_groups:
         group["lr"] = schedule(0) * group["lr_scale"]
     parts.steps, steps = CALIBRATION, parts.steps
-    batches = iter(loader(parts.samples, parts.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda"))
+    batches = iter(
+        loader(parts.samples, parts.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")
+    )
     parts.steps = steps
     begun = waited = 0.0
     for step in range(CALIBRATION):

@@ -89,7 +89,8 @@ class Checkpoints:
         if state is not None and state["fingerprint"] != self.parts.images.fingerprint():
             raise Refusal(
                 f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
-                f"(fingerprint {self.parts.images.fingerprint()}, not {state['fingerprint']}); point data= at the same images"
+                f"(fingerprint {self.parts.images.fingerprint()}, not {state['fingerprint']}); point "
+                "data= at the same images"
             )
         return state
 
@@ -104,7 +105,8 @@ class Checkpoints:
             _set_random_state(state["random"][process.process_index])
         else:
             accelerator.print(
-                f"note: the run was interrupted with {len(state['random'])} processes and goes on with {process.num_processes}: "
+                f"note: the run was interrupted with {len(state['random'])} processes and goes on "
+                f"with {process.num_processes}: "
                 "the samples are the same, the losses not to the last bit"
             )
         return state["step"]
@@ -143,6 +145,7 @@ def watch(batches: Iterator[Batch], run: Path, total: int, say: Any) -> Iterator
             say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
         if len(known) > WORST * total:
             raise Refusal(
-                f"{len(known)} of {total} images cannot be read, more than {WORST:.0%}: mend or remove the files listed in {path}"
+                f"{len(known)} of {total} images cannot be read, more than {WORST:.0%}: mend or "
+                f"remove the files listed in {path}"
             )
         yield batch

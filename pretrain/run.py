@@ -1,9 +1,9 @@
 """Pretrain a vision transformer on positional labels.
 
-    accelerate launch pretrain/run.py                                          # the quickstart recipe
-    accelerate launch pretrain/run.py configs/pretrain/vit_small.yaml data=PATH run=runs/mine
-    accelerate launch pretrain/run.py --resume runs/mine
-    python pretrain/run.py --help
+accelerate launch pretrain/run.py                                          # the quickstart recipe
+accelerate launch pretrain/run.py configs/pretrain/vit_small.yaml data=PATH run=runs/mine
+accelerate launch pretrain/run.py --resume runs/mine
+python pretrain/run.py --help
 """
 
 import sys

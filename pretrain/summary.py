@@ -14,10 +14,15 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
     config, backbone, process = parts.config, parts.task.backbone, parts.process
     h, w = backbone.grid
     classes = "no labels read" if parts.images.labels is None else "labels for monitors only"
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"CPU, {config.threads} threads"
+    device = (
+        torch.cuda.get_device_name(process.device)
+        if process.device.type == "cuda"
+        else f"CPU, {config.threads} threads"
+    )
     lines = [
         f"run        {run}" + (f"  (resumed after step {start})" if start else ""),
-        f"data       {parts.images.where}: {len(parts.train):,} images to train on, {len(parts.held_out):,} held out ({classes})",
+        f"data       {parts.images.where}: {len(parts.train):,} images to train on, "
+        f"{len(parts.held_out):,} held out ({classes})",
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
@@ -46,7 +51,8 @@ def _value(config: object, name: str) -> object:
 def ended(run: Path, done: int, steps: int) -> str:
     """Where everything is and what to do next."""
     if done < steps:
-        return f"stopped after step {done} of {steps}, saved; continue with: accelerate launch pretrain/run.py --resume {run}"
+        resume = f"accelerate launch pretrain/run.py --resume {run}"
+        return f"stopped after step {done} of {steps}, saved; continue with: {resume}"
     return "\n".join(
         [
             f"done: {done} steps. The backbone is in {run}",

@@ -43,7 +43,8 @@ class Pretraining(nn.Module):
         return {want: self.backbone(batch.views[want.view], want.plan) for want in wanted}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without gradient."""
+        """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
+        gradient."""
         features = self.features(batch)
         report: dict[str, Tensor] = {}
         total: Any = 0.0
@@ -57,7 +58,8 @@ class Pretraining(nn.Module):
 
 
 def build(backbone: Backbone, wanted: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
-    """The task of a recipe. Raises Refusal if its objectives are unknown, ask for a view that is not there, or none is left."""
+    """The task of a recipe. Raises Refusal if its objectives are unknown, ask for a view that is not there, or
+    none is left."""
     chosen = {name: objectives.options(name, given) for name, given in wanted.items()}
     chosen = {name: options for name, options in chosen.items() if options.weight != 0}
     if not chosen:

@@ -31,7 +31,8 @@ class ModelConfig:
     name: str = "vit_small_patch16_224"
     """Any timm ViT, DeiT, Swin or NesT by its timm name."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, drop_path_rate: 0.1}."""
+    """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, drop_path_rate:
+    0.1}."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     """Channel means in [0, 1] that are subtracted from the images; one per input channel."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
@@ -39,7 +40,8 @@ class ModelConfig:
     crop: float = 0.875
     """Evaluation shows the central `crop` of the short side (ImageNet's habit is 224/256); 1.0 shows all of it."""
     attention: str = "auto"
-    """fused (scaled_dot_product_attention), explicit (matrix products, often faster in bf16 on a CPU), or auto: measured."""
+    """fused (scaled_dot_product_attention), explicit (matrix products, often faster in bf16 on a CPU), or auto:
+    measured."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -143,7 +145,8 @@ class Backbone(nn.Module):
         return outputs
 
     def fix_positions(self, positions: set[str]) -> None:
-        """Tell the backbone which `position` modes its passes will use, so that no parameter is left without a gradient.
+        """Tell the backbone which `position` modes its passes will use, so that no parameter is left without a
+        gradient.
 
         A position embedding that no pass adds is frozen. Swin's relative position bias and NesT's embeddings are
         zeroed and frozen, which equals their absence. Raises Refusal where a mode cannot be had.
@@ -156,13 +159,15 @@ class Backbone(nn.Module):
             return
         if not isinstance(self.model, (SwinTransformer, Nest)):
             raise Refusal(
-                f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with position=none: it is known how "
+                f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with "
+                "position=none: it is known how "
                 "to remove position only from timm's VisionTransformer, DeiT, Swin and NesT; choose one of those, "
                 "or position=full (where the objective may then read the answer off the encoding)"
             )
         if positions != {"none"}:
             raise Refusal(
-                f"model {self.config.name!r} carries position inside its blocks, so it cannot run with position=none in one "
+                f"model {self.config.name!r} carries position inside its blocks, so it cannot run "
+                "with position=none in one "
                 "pass and position=full in another: give all objectives the same position"
             )
         for name, parameter in self.model.named_parameters():
@@ -186,7 +191,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
     h, w = (size, size) if isinstance(size, int) else size
     if config.attention not in ATTENTIONS:
         raise Refusal(
-            f"model.attention={config.attention!r}: expected one of {', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
+            f"model.attention={config.attention!r}: expected one of "
+            f"{', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
         )
     if not timm.is_model(config.name):
         raise Refusal(
@@ -195,7 +201,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         )
     if len(config.mean) != len(config.std) or min(config.std) <= 0:
         raise Refusal(
-            f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one positive std per mean"
+            f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one "
+            "positive std per mean"
         )
     kwargs = {"num_classes": 0, "img_size": (h, w), **config.kwargs}
     if len(config.mean) != 3 or "in_chans" in kwargs:
@@ -224,7 +231,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         raise
     except Exception as error:  # timm asserts, raises TypeError or RuntimeError, each in its own words
         raise Refusal(
-            f"timm cannot build model {config.name!r} for {h}x{w} pixels: {' '.join(str(error).split()) or type(error).__name__}; "
+            f"timm cannot build model {config.name!r} for {h}x{w} pixels: "
+            f"{' '.join(str(error).split()) or type(error).__name__}; "
             "change views.global.size, model.kwargs (patch_size, window_size, ...) or model.name"
         ) from error
     set_attention(backbone, config.attention)

@@ -8,7 +8,7 @@ subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` i
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Pass:
     """One run of the backbone that an objective asks for; equal passes of several objectives are run once."""
 
     view: str = "global"
-    plan: PlanSpec = PlanSpec()
+    plan: PlanSpec = field(default_factory=PlanSpec)
 
 
 class Objective(nn.Module):
@@ -68,7 +68,8 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
     if backbone.grid[0] * backbone.grid[1] < 2:
         raise Refusal(
             f"{backbone.config.name} ends with a {backbone.grid[0]}x{backbone.grid[1]} grid on images of "
-            f"{backbone.size[0]}x{backbone.size[1]}: one patch has no position to tell; use larger images or smaller patches"
+            f"{backbone.size[0]}x{backbone.size[1]}: one patch has no position to tell; use larger "
+            "images or smaller patches"
         )
     return find(name)(options, backbone)  # type: ignore[call-arg]
 

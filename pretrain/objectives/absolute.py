@@ -1,4 +1,5 @@
-"""`absolute`: every patch says where it is (Positional Label's APL, arXiv 2206.04981; with position=none MP3, 2207.07611)."""
+"""`absolute`: every patch says where it is (Positional Label's APL, arXiv 2206.04981; with position=none MP3,
+2207.07611)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Options:
     head: str = "linear"
     """linear: one layer on all channels. half: the paper's MLP on the first half of the channels."""
     position: str = "none"
-    """Position embedding in the pass: none (leak-free) or full (as the paper's released ViT: the answer is in the token)."""
+    """Position embedding in the pass: none (leak-free) or full (as the paper's released ViT: the answer is in the
+    token)."""
     view: str = "global"
     """The view whose patches are asked."""
 
@@ -43,7 +45,8 @@ class Absolute(Objective):
         super().__init__()
         if options.head not in HEADS:
             raise Refusal(
-                f"objectives.absolute.head={options.head!r}: expected one of {', '.join(HEADS)}{nearest(options.head, HEADS)}"
+                f"objectives.absolute.head={options.head!r}: expected one of "
+                f"{', '.join(HEADS)}{nearest(options.head, HEADS)}"
             )
         self.passes = {"tokens": Pass(options.view, PlanSpec(options.position))}
         self.register_buffer("labels", positions.absolute(backbone.grid), persistent=False)

@@ -1,0 +1,20 @@
+"""What a prediction is worth: accuracy, and how far chance alone could have moved it."""
+
+import math
+
+from torch import Tensor
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Share of equal entries in [0, 1]; predictions (Q,) and labels (Q,) are classes."""
+    return (predictions == labels).double().mean().item()
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion `share` seen in `count` independent trials (Wilson 1927): honest near 0 and 1 too.
+
+    It says how far another draw of test images could move the number; nothing about seeds or training.
+    """
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,238 @@
+"""What every evaluation shares: its arguments, its labelled data, and the features of its subject and its baselines."""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import subjects
+from .data import Images, labelled_splits
+from .errors import Refusal, nearest
+from .features import cache_key, cached, extract, pixels, pooled
+from .launch import set_threads
+from .precision import DTYPES, refuse_impossible
+from .subjects import Subject
+
+LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are Refusals: one line, exit status 2."""
+
+    def error(self, message: str) -> Any:
+        known = [word for action in self._actions for word in action.option_strings]
+        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        near = "".join(nearest(word, known) for word in words[:1] if word not in known)
+        raise Refusal(f"{message}{near}; --help lists the options")
+
+
+def parser(script: str, precision: str | None = "fp32") -> Parser:
+    """The options that every evaluation takes; `script` is the docstring of the entry script."""
+    parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="RUN|FILE|random|timm:NAME", help="what is judged")
+    add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
+    add("--like", metavar="RUN|RECIPE", help="architecture of `random` (default: the quickstart recipe)")
+    add("--data", metavar="SPEC", help="labelled images (default: what the run was trained on)")
+    add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
+    add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="of baselines and heads (default: 0)")
+    add("--out", metavar="PATH", help="folder or .json file (default: RUN/evaluate)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    usual = precision or "as trained"
+    add("--precision", choices=list(DTYPES), default=precision, help=f"of the backbone (default: {usual})")
+    add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
+    return parser
+
+
+def first_process() -> bool:
+    """Whether this is the one process that evaluates, of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def alone(name: str) -> bool:
+    """As `first_process`, for an evaluation that uses one process; the first one says so."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and first_process():
+        print(f"{name} runs in one process; the other {processes - 1} have nothing to do", flush=True)
+    return first_process()
+
+
+@dataclass
+class Split:
+    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images."""
+
+    row: str  # subject, random or pixels
+    seed: int | None  # of the untrained backbone
+    train: dict[str, Tensor]
+    train_labels: Tensor
+    train_index: Tensor  # (K,) which training images: those that could be read
+    test: dict[str, Tensor]
+    test_labels: Tensor
+    test_index: Tensor
+
+
+@dataclass
+class Evaluation:
+    """One evaluation from its arguments to its report."""
+
+    name: str
+    arguments: argparse.Namespace
+    subject: Subject
+    train: Images
+    test: Images
+    spec: str
+    note: str
+    device: torch.device
+    precision: str
+    out: Path
+    threads: int
+    quiet: bool = False
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, the same in both splits."""
+        return self.train.classes or ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images that are judged."""
+        return tuple(self.subject.description["size"])
+
+    @property
+    def crop(self) -> float:
+        """Share of the short side that the evaluation transform shows."""
+        return self.subject.description.get("crop", 0.875)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, as given."""
+        return list(dict.fromkeys(self.arguments.seeds))
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, from one process only."""
+        if not self.quiet:
+            print(line, flush=True)
+
+    def splits(self) -> Iterator[Split]:
+        """Frozen features of every row: the subject's, the untrained backbone's for each seed, and raw pixels'."""
+        if self.subject.state is not None:
+            yield self._features("subject", self.subject, None)
+        for seed in self.seeds:
+            yield self._features("random", self.subject.untrained(), seed)
+        yield self.pixels()
+
+    def _features(self, row: str, subject: Subject, seed: int | None) -> Split:
+        backbone = subject.backbone(seed or 0).to(self.device)
+        parts = []
+        for images in (self.train, self.test):
+            key = cache_key(backbone, subject.plan, images, self.precision, self.device)
+
+            def compute(images: Images = images) -> dict[str, Tensor]:
+                name = LABELS[row] if row != "subject" else subject.name
+                self.say(f"features of {len(images):,} images from {name}{'' if seed is None else f' (seed {seed})'}")
+                return extract(
+                    backbone,
+                    subject.plan,
+                    images,
+                    device=self.device,
+                    workers=self.arguments.workers,
+                    precision=self.precision,
+                    warn=self.say,
+                )
+
+            parts.append(cached(self.out.parent / "cache", key, compute, self.say))
+        return self._split(row, seed, *parts)
+
+    def pixels(self) -> Split:
+        """Raw pixels of both splits under the subject's own evaluation transform."""
+        channels = len(self.subject.description["mean"])
+        parts = [
+            pixels(images, self.size, self.crop, channels=channels, workers=self.arguments.workers, warn=self.say)
+            for images in (self.train, self.test)
+        ]
+        return self._split("pixels", None, *parts)
+
+    def _split(self, row: str, seed: int | None, train: dict[str, Tensor], test: dict[str, Tensor]) -> Split:
+        sides: list[Any] = []
+        for images, part in ((self.train, train), (self.test, test)):
+            assert images.labels is not None
+            kinds = {kind: value.to(self.device) for kind, value in pooled(part).items()}
+            sides += [kinds, torch.from_numpy(images.labels)[part["index"]].to(self.device), part["index"]]
+        return Split(row, seed, *sides)
+
+
+def begin(
+    name: str, arguments: argparse.Namespace, *, device: torch.device | None = None, quiet: bool = False
+) -> Evaluation:
+    """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be."""
+    threads, _ = set_threads(arguments.threads)
+    if arguments.workers < 0 or min(arguments.seeds) < 0:
+        raise Refusal("--workers and --seeds: expected numbers from 0")
+    device = device or chosen_device(arguments.device)
+    subject = subjects.find(arguments.ckpt, arguments.like, arguments.weights)
+    training = subject.description.get("training", {})
+    out = _out(arguments.out, subject, name)
+    precision = arguments.precision or training.get("precision") or "fp32"
+    with contextlib.nullcontext() if arguments.precision else contextlib.suppress(Refusal):
+        refuse_impossible(precision, device)
+        precision = precision if precision in DTYPES else "fp32"
+    spec = arguments.data or training.get("data") or "builtin"
+    root = arguments.data_root or (training.get("data_root") if arguments.data is None else None)
+    train, test, note = labelled_splits(spec, root)
+    refuse_gaps(train, test, spec)
+    return Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
+
+
+def chosen_device(wished: str | None) -> torch.device:
+    """The device of --device, or a GPU where there is one and Accelerate was not told to do without. Raises Refusal."""
+    without = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    try:
+        device = torch.device(wished or ("cuda" if torch.cuda.is_available() and not without else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).splitlines()[0]
+        raise Refusal(f"--device {wished}: {reason}; expected cpu, or cuda on a machine with a GPU") from None
+    return device
+
+
+def _out(wished: str | None, subject: Subject, name: str) -> Path:
+    path = Path(wished) if wished is not None else subject.folder
+    path = path if path.suffix == ".json" else path / f"{name}.json"
+    parent = path.parent.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise Refusal(
+            f"the report {path} cannot be written: {parent} is read-only or no folder; choose another with --out"
+        )
+    return path
+
+
+def refuse_gaps(train: Images, test: Images, spec: str) -> None:
+    """Raises Refusal unless there are two classes or more, training images of each, and something to judge on."""
+    classes = train.classes or ()
+    assert train.labels is not None and test.labels is not None
+    highest = max(int(train.labels.max(initial=0)), int(test.labels.max(initial=0)))
+    if len(classes) < 2 or highest >= len(classes):
+        raise Refusal(
+            f"data={spec} has {len(classes)} classes and labels up to {highest}: expected two or more, each named"
+        )
+    counts = np.bincount(train.labels, minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if empty:
+        raise Refusal(
+            f"data={spec}: {len(empty)} of {len(classes)} classes have no training image ({', '.join(empty[:5])}), "
+            f"among {len(train)} labelled ones; add some, or leave those classes out of both splits"
+        )
+    if not len(test):
+        raise Refusal(f"data={spec} has no labelled test image; expected some in its test split")

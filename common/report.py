@@ -1,0 +1,136 @@
+"""What an evaluation leaves behind: a table for the eye, and a JSON file with all one needs to judge or repeat it."""
+
+import contextlib
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from . import config as configuration
+from .checkpoint import write_atomically
+from .features import KINDS, PIXELS, digest
+from .launch import active_pil
+from .metrics import wilson
+from .protocol import LABELS, Evaluation
+
+
+def write(job: Evaluation, protocol: Mapping[str, Any], values: Mapping[str, Any], judged: int) -> None:
+    """Write the report of `job` to its `out`, in one piece; `judged` test images were classified.
+
+    values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels.
+    """
+    about, training = job.subject.description, job.subject.description.get("training", {})
+    transform = {"name": "evaluation", "size": about["size"], "crop": job.crop, "interpolation": "bicubic"}
+    state = job.subject.state
+    content = {
+        "evaluation": job.name,
+        "protocol": {**protocol, "transform": transform, "precision": job.precision},
+        "subject": {
+            "name": job.subject.name,
+            "ckpt": job.arguments.ckpt,
+            "model": {name: about[name] for name in ("name", "kwargs", "size", "mean", "std")},
+            "position": about["position"],
+            "recipe": training.get("recipe"),
+            "trained_on": training.get("data"),
+        },
+        "weights_sha256": job.subject.weights_sha256,
+        "weights_digest": digest(state) if state is not None else None,
+        "step": training.get("step"),
+        "data": {
+            "spec": job.spec,
+            "note": job.note,
+            "classes": list(job.classes),
+            "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},
+            "test": {"images": len(job.test), "fingerprint": job.test.fingerprint(), "judged": judged},
+        },
+        "seeds": job.seeds,
+        "values": values,
+        "interval": "95 %, Wilson, over test images; it covers neither seeds nor training",
+        "command": configuration.command_line(),
+        "hardware": hardware(job.device, job.threads),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - job.began, 1),
+    }
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def tell(job: Evaluation, what: str, table: str) -> None:
+    """Print a table below what it is about, and where its report is."""
+    about = job.subject.description
+    position = "" if about["position"] == "full" else ", without position embedding"
+    size = "x".join(map(str, about["size"]))
+    job.say(f"\n{what} of {job.subject.name} ({about['name']}, {size} px{position}) on {job.spec}")
+    job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
+    job.say(f"\n{table}\n\nreport: {job.out}")
+
+
+def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:
+    """What a report says of one number: its mean over seeds, each of them, their spread, the interval of the mean."""
+    mean = statistics.fmean(values)
+    low, high = wilson(mean, test_images)
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"accuracy": mean, "by_seed": list(values), "std": spread, "interval": [low, high]}
+
+
+def ordered(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """(row, kind, entry) of a report's values, in the order of a table."""
+    for row in LABELS:
+        for kind in (*KINDS, "pixels"):
+            if kind in values.get(row, {}):
+                yield row, kind, values[row][kind]
+
+
+def percent(entry: Mapping[str, Any]) -> str:
+    """`71.3`, or `71.3 ±0.4` over several seeds."""
+    spread = "" if entry.get("std") is None else f" ±{100 * entry['std']:.1f}"
+    return f"{100 * entry['accuracy']:.1f}{spread}"
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """`70.1-72.5`."""
+    low, high = entry["interval"]
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first two to the left and numbers to the right."""
+    widths = [max(len(line[at]) for line in [header, *rows]) for at in range(len(header))]
+    lines = []
+    for line in [header, ["-" * width for width in widths], *rows]:
+        left = [word.ljust(width) for word, width in zip(line[:2], widths, strict=False)]
+        right = [word.rjust(width) for word, width in zip(line[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    return "\n".join(lines)
+
+
+def kind_name(row: str, kind: str, size: Sequence[int]) -> str:
+    """How a table calls a kind of features."""
+    if row == "pixels":
+        return "x".join(str(min(side, PIXELS)) for side in size)
+    return {"class": "class token", "mean": "mean patch", "both": "class + mean"}[kind]
+
+
+def hardware(device: torch.device, threads: int) -> dict[str, Any]:
+    """What the evaluation ran on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": device.type, "cpu": cpu, "gpu": gpu, "threads": threads}
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, "torch": torch.__version__, "timm": timm.__version__, "PIL": active_pil()}
