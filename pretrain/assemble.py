@@ -20,8 +20,7 @@ from common.models import create
 from common.optim import cosine, parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
 from pretrain.config import PretrainConfig, num_steps
-from pretrain.task import Pretraining, build
-
+from pretrain.task import Pretraining, build, resolve
 
 # torch 2.15 announces a new name for `broadcast_buffers`, which older versions do not know.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -91,6 +90,8 @@ def assemble(config: PretrainConfig) -> Parts:
     reasons: dict[str, str] = {}
     config.threads, reasons["threads"] = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
+    chosen = resolve(config.objectives)
+    config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     images = open_data(config.data, "train", config.data_root)
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
@@ -98,7 +99,7 @@ def assemble(config: PretrainConfig) -> Parts:
 
     torch.manual_seed(config.seed)
     backbone = create(config.model, config.views["global"].size)
-    task = build(backbone, config.objectives, config.views)
+    task = build(backbone, chosen, config.views)
     samples = Samples(train, config.views, config.seed, backbone.channels, task.draws)
 
     sampler = StepSampler(

@@ -57,24 +57,30 @@ class Pretraining(nn.Module):
         return {"loss": total, **report}
 
 
-def build(backbone: Backbone, wanted: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
-    """The task of a recipe. Raises Refusal if its objectives are unknown, ask for a view that is not there, or
-    none is left."""
-    chosen = {name: objectives.options(name, given) for name, given in wanted.items()}
-    chosen = {name: options for name, options in chosen.items() if options.weight != 0}
-    if not chosen:
-        raise Refusal(
-            f"no objective to train: add one to `objectives:` ({', '.join(objectives.names())}) with a weight above 0"
-        )
-    signals = {}
+def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
+    """The task of a recipe, from the options of each objective (see `resolve`).
+
+    Raises Refusal if none has a weight above 0, one asks for a view that is not there, or nobody asks for one.
+    """
+    signals: dict[str, tuple[float, Objective]] = {}
     for name, options in chosen.items():
-        if options.weight < 0:
-            raise Refusal(f"objectives.{name}.weight={options.weight}: expected a positive number")
-        objective = objectives.build(name, options, backbone)
-        for want in objective.passes.values():
-            if want.view not in views:
-                raise Refusal(f"objectives.{name} asks for view {want.view!r}, and `views:` has {', '.join(views)}")
-        signals[name] = (options.weight, objective)
-    positions = {want.plan.position for _, objective in signals.values() for want in objective.passes.values()}
-    backbone.fix_positions(positions)
+        if not options.weight >= 0:
+            raise Refusal(f"objectives.{name}.weight={options.weight}: expected a positive number, or 0 to leave it out")
+        if options.weight > 0:
+            signals[name] = (options.weight, objectives.build(name, options, backbone))
+    if not signals:
+        there = ", ".join(objectives.names())
+        raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
+    passes = [want for _, objective in signals.values() for want in objective.passes.values()]
+    asked = {want.view for want in passes}
+    if missing := asked - views.keys():
+        raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
+    if idle := views.keys() - asked:
+        raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
+    backbone.fix_positions({want.plan.position for want in passes})
     return Pretraining(backbone, signals)
+
+
+def resolve(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of every objective in a recipe: {name: Options}. Raises Refusal for unknown names and options."""
+    return {name: objectives.options(name, given) for name, given in wanted.items()}
