@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 HEIGHT = 112  # small images are enlarged to about this
 
 

@@ -6,7 +6,7 @@ nor processes, nor an interruption change what the model sees, and resuming at s
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,13 @@ class Batch:
     index: Tensor  # (B,) which images
     draws: dict[str, Tensor] = field(default_factory=dict)  # "objective/what" -> (B, ...) random draws
     unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
+    hopeless: bool = False  # so many of them in a row that none was found to take the place
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         draws = {name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()}
-        return Batch(views, self.index, draws, self.unreadable)
+        return replace(self, views=views, draws=draws)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -108,7 +109,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Samples(Dataset):
     """Decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. Runs in the loader's workers."""
 
-    ATTEMPTS = 16  # neighbours tried when an image cannot be read
+    ATTEMPTS = 64  # other images tried when one cannot be read
 
     def __init__(
         self,
@@ -129,9 +130,12 @@ class Samples(Dataset):
         views: dict[str, list[Tensor]] = {name: [] for name in self.views}
         draws: dict[str, list[np.ndarray]] = {}
         unreadable: list[str] = []
+        hopeless = False
         for epoch, index in keys:
             rng = generator(self.seed, epoch, index)
             image = self._read(index, unreadable)
+            if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
+                hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
                 for what, value in draw(rng).items():
                     draws.setdefault(f"{name}/{what}", []).append(value)
@@ -142,16 +146,18 @@ class Samples(Dataset):
             torch.tensor([index for _, index in keys]),
             {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()},
             unreadable,
+            hopeless,
         )
 
-    def _read(self, index: int, unreadable: list[str]) -> Tensor:
-        """Image `index`, or, where it cannot be read, the next that can: the same one every time."""
+    def _read(self, index: int, unreadable: list[str]) -> Tensor | None:
+        """Image `index` or, where it cannot be read, another one: always the same. None if no other can be read."""
+        size = len(self.images)
         for attempt in range(self.ATTEMPTS):
-            try:
-                return self.images.read((index + attempt) % len(self.images), self.channels)
+            try:  # layout is left to the decoder: augment copies what it crops
+                return self.images.read((index + attempt * (size // 3 + 1)) % size, self.channels, contiguous=False)
             except Unreadable as error:
                 unreadable.append(str(error))
-        raise Refusal(f"{self.ATTEMPTS} images in a row cannot be read, the last: {unreadable[-1]}")
+        return None
 
 
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoader:

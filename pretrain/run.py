@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         done = fit(
             accelerator,
             task,
-            watch(iter(batches), run, len(parts.images), progress.say),
+            watch(iter(batches), run, len(parts.images), config.log_every, progress.say),
             optimizer,
             schedule_for(config, parts.steps),
             steps=parts.steps,

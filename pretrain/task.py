@@ -65,7 +65,9 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     signals: dict[str, tuple[float, Objective]] = {}
     for name, options in chosen.items():
         if not options.weight >= 0:
-            raise Refusal(f"objectives.{name}.weight={options.weight}: expected a positive number, or 0 to leave it out")
+            raise Refusal(
+                f"objectives.{name}.weight={options.weight}: expected a positive number, or 0 to leave it out"
+            )
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
     if not signals:
