@@ -1,0 +1,207 @@
+"""Images per second of our loader beside torchvision's, on one thread: `python benchmarks/loader.py`.
+
+Both do the same work, a RandomResizedCrop(224) with torchvision's default scale, bicubic and antialiased, and a flip,
+on the same JPEG files. Theirs normalises each image; ours hands over uint8 batches, normalised on the device. What that
+costs when the device is this same core is in the rows "+ normalise": above some ten megabytes it is mostly the price of
+fresh memory, so it grows with the batch and with every temporary copy. Hence several batch sizes, for both sides.
+
+The methods take turns in every round, so that a busy machine slows all of them; times are CPU time of the process, the
+table has medians over the rounds and the range of the ratio.
+
+The files are cut from scikit-learn's two sample photographs at random places, zooms and shapes around 500x375.
+"""
+
+import argparse
+import importlib.metadata
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, features
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from common.data import open_data
+from common.data.decode import fast_jpeg
+from common.transforms import View, augment
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BATCHES = (16, 64, 256)
+BOUND = 1.5  # ours against torchvision's standard pipeline
+OURS, NORMALISED = "ours, uint8 batch", "ours + normalise"
+
+
+def write_photographs(folder: Path, count: int) -> float:
+    """`count` JPEGs of mixed shapes in two class folders; their mean size in kB."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640x427
+    rng = np.random.default_rng(0)
+    sizes = []
+    for k in range(count):
+        width, height = [(500, 375), (375, 500), (500, 333), (480, 360), (400, 400)][k % 5]
+        share = rng.uniform(0.7, 1.0) * min(640 / width, 427 / height)
+        left, top = rng.uniform(0, 640 - share * width), rng.uniform(0, 427 - share * height)
+        box = (left, top, left + share * width, top + share * height)
+        path = folder / "ab"[k % 2] / f"{k:04d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        photographs[k // 2 % 2].resize((width, height), Image.Resampling.BICUBIC, box).save(path, quality=93)
+        sizes.append(path.stat().st_size)
+    return statistics.mean(sizes) / 1000
+
+
+def normalise(batch: Tensor) -> Tensor:
+    """uint8 (B, C, h, w) -> float32, with one new array: a second temporary doubles the time at large batches."""
+    mean, std = (torch.tensor(values[: batch.shape[1]])[:, None, None] for values in (MEAN, STD))
+    return batch.float().mul_(1 / (255 * std)).add_(-mean / std)
+
+
+def in_batches(
+    count: int, size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor], Tensor]
+) -> Callable[[], None]:
+    def run() -> None:
+        for start in range(0, count, size):
+            finish(torch.stack([one(i) for i in range(start, min(start + size, count))]))
+
+    return run
+
+
+def each(count: int, one: Callable[[int], object]) -> Callable[[], None]:
+    def run() -> None:
+        for i in range(count):
+            one(i)
+
+    return run
+
+
+def same(batch: Tensor) -> Tensor:
+    return batch
+
+
+def photograph_methods(folder: Path, count: int, batch: int) -> dict[str, Callable[[], None]]:
+    ours = open_data(str(folder))
+    view = View(size=224, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)
+    coloured = View(size=224, scale=[0.08, 1.0], flip=0.5)
+    rng = np.random.default_rng(0)
+    crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    rest = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    on_tensors = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *rest])
+    on_pil = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), *rest])
+    theirs = {
+        name: torchvision.datasets.ImageFolder(str(folder), transform)
+        for name, transform in (("tensors", on_tensors), ("pil", on_pil))
+    }
+
+    def fast(i: int) -> Tensor:
+        return augment(ours.read(i, contiguous=False), view, rng)
+
+    return {
+        "ImageFolder + v2 on tensors (the standard)": in_batches(count, batch, lambda i: theirs["tensors"][i][0], same),
+        "ImageFolder + v2, cropping in PIL": in_batches(count, batch, lambda i: theirs["pil"][i][0], same),
+        OURS: in_batches(count, batch, fast, same),
+        NORMALISED: in_batches(count, batch, fast, normalise),
+        "ours + normalise, contiguous read": in_batches(
+            count, batch, lambda i: augment(ours.read(i), view, rng), normalise
+        ),
+        "ours + normalise, default colour": in_batches(
+            count, batch, lambda i: augment(ours.read(i, contiguous=False), coloured, rng), normalise
+        ),
+    }
+
+
+def decoding_methods(folder: Path, count: int) -> dict[str, Callable[[], None]]:
+    ours, theirs = open_data(str(folder)), torchvision.datasets.ImageFolder(str(folder))
+    return {
+        "ImageFolder (PIL image)": each(count, lambda i: theirs[i]),
+        "ImageFolder + v2.ToImage": each(count, lambda i: v2.functional.to_image(theirs[i][0])),
+        "ours": each(count, lambda i: ours.read(i, contiguous=False)),
+        "ours, contiguous read": each(count, lambda i: ours.read(i)),
+    }
+
+
+def small_methods(count: int) -> dict[str, Callable[[], None]]:
+    ours = open_data("builtin")
+    pixels = np.stack([ours.read(i, channels=1)[0].numpy() for i in range(count)])
+    view = View(size=28, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)
+    coloured = View(size=28, scale=[0.08, 1.0], flip=0.5)
+    rng = np.random.default_rng(0)
+    mean, std = MEAN[:1], STD[:1]
+    transform = v2.Compose([
+        v2.ToImage(), v2.RandomResizedCrop(28, interpolation=InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std),
+    ])  # fmt: skip
+    return {
+        "MNIST's PIL image + v2 on tensors": in_batches(
+            count, 256, lambda i: transform(Image.fromarray(pixels[i])), same
+        ),
+        NORMALISED: in_batches(count, 256, lambda i: augment(ours.read(i, 1), view, rng), normalise),
+        "ours + normalise, default colour": in_batches(
+            count, 256, lambda i: augment(ours.read(i, 1), coloured, rng), normalise
+        ),
+    }
+
+
+def measure(title: str, count: int, rounds: int, methods: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Prints images/s and the ratio to the first method; returns the ratios (medians over the rounds)."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name, method in methods.items():
+            start = time.process_time()
+            method()
+            if number:  # the first round warms up
+                seconds[name].append(time.process_time() - start)
+    first = next(iter(methods))
+    print(f"\n{title:<46} images/s   ratio  (range)")
+    ratios = {}
+    for name, times in seconds.items():
+        each_round = [a / b for a, b in zip(seconds[first], times, strict=True)]
+        ratios[name] = statistics.median(each_round)
+        extent = f"({min(each_round):.2f} to {max(each_round):.2f})"
+        print(f"  {name:<44} {count / statistics.median(times):8.0f} {ratios[name]:7.2f}  {extent}")
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        simd = importlib.metadata.version("pillow-simd")
+    except importlib.metadata.PackageNotFoundError:
+        simd = "no"
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, PIL {PIL.__version__}, simd: {simd}")
+    turbo, fast = features.check("libjpeg_turbo"), fast_jpeg is not None
+    print(f"libjpeg-turbo in PIL: {turbo}; torchvision's JPEG decoder: {fast}; one thread")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        count, rounds = options.images, options.rounds
+        size = write_photographs(folder, count)
+        print(f"{count} JPEGs of about 500x375 and {size:.0f} kB, medians of {rounds} rounds")
+        ratios = {
+            batch: measure(f"crop to 224, batches of {batch}", count, rounds, photograph_methods(folder, count, batch))
+            for batch in BATCHES
+        }
+        measure("decoding alone", count, rounds, decoding_methods(folder, count))
+    measure("28x28 arrays: crop, flip, normalise", 2000, rounds, small_methods(2000))
+    print(f"\nbound: {BOUND}x the standard pipeline")
+    for name in (OURS, NORMALISED):
+        for batch, ratio in ratios.items():
+            verdict = "holds" if ratio[name] >= BOUND else "MISSED"
+            print(f"  {name:<20} batches of {batch:<4} {ratio[name]:.2f}x  {verdict}")
+
+
+if __name__ == "__main__":
+    main()

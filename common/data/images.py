@@ -1,0 +1,154 @@
+"""Images: one split of one data set, whatever it is stored in.
+
+`Images` adds order, labels and errors to a *source*: files in folders, arrays in memory, rows of a Hugging Face table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNLABELLED = -1
+
+
+class Unreadable(ValueError):
+    """An image that exists in the list but cannot be decoded; `.name` and `.reason` say which and why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # both as arguments: the exception is pickled on its way out of a worker
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Source(Protocol):
+    """Where pixels come from. Must survive pickling, because spawned workers get a copy."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int, channels: int) -> Tensor:
+        """uint8 (channels, H, W) in any memory layout; may raise anything on a broken image."""
+        ...
+
+    def name(self, i: int) -> str: ...
+
+    def identity(self) -> bytes:
+        """Bytes that change with the content and not with the place it is kept in."""
+        ...
+
+
+class Images:
+    """One split of a data set with random access; cheap to pickle and to fork.
+
+    where    path or name, for messages
+    labels   (n,) int64 class of each image, -1 for an unlabelled one; None when the data has no labels at all
+    classes  names of the classes, or None
+    """
+
+    def __init__(
+        self, source: Source, where: str, labels: Any = None, classes: Sequence[str] | None = None, indices: Any = None
+    ):
+        self.where = where
+        self.labels: np.ndarray | None = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
+        self._source = source
+        self._indices: np.ndarray | None = indices  # into the source; None is all of it, in its own order
+
+    def __len__(self) -> int:
+        return len(self._source) if self._indices is None else len(self._indices)
+
+    def _locate(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)} in {self.where}")
+        return int(i if self._indices is None else self._indices[i])
+
+    def read(self, i: int, channels: int = 3, contiguous: bool = True) -> Tensor:
+        """Image `i` as uint8 (channels, H, W); one channel is luma.
+
+        `contiguous=False` returns the decoder's own memory layout (photographs: channels last), which saves a quarter
+        of the loading time and is all that `augment` and `evaluation` need. Raises `Unreadable` on a broken image.
+        """
+        at = self._locate(i)
+        try:
+            image = self._source.read(at, channels)
+        except Exception as error:  # decoders raise almost anything: SyntaxError, struct.error, MemoryError, ...
+            reason = re.sub(r" <_io\.\w+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
+            raise Unreadable(self._source.name(at), reason) from error
+        return image.contiguous() if contiguous else image
+
+    def name(self, i: int) -> str:
+        """What to call image `i` in a message: its path, or `name[i]`."""
+        return self._source.name(self._locate(i))
+
+    def subset(self, indices: Any) -> Images:
+        """The images at `indices` (integers, or one boolean per image), in that order, as a data set of its own."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(f"a mask of shape {chosen.shape} for {len(self)} images")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64).reshape(-1)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"indices {chosen.min()} … {chosen.max()} for {len(self)} images in {self.where}")
+        labels = None if self.labels is None else self.labels[chosen]
+        inner = chosen if self._indices is None else self._indices[chosen]
+        return Images(self._source, self.where, labels, self.classes, inner)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of what is in here: the same data kept at another path has the same ones."""
+        digest = hashlib.sha256(self._source.identity())
+        for array in (self._indices, self.labels):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
+        digest.update("\0".join(self.classes or ()).encode())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Images({self.where!r}, {len(self)} images, {len(self.classes or ())} classes)"
+
+
+class Arrays:
+    """Source: images of one size in one uint8 array, (n, H, W) or (n, H, W, C) or, with `planar`, (n, C, H, W)."""
+
+    def __init__(self, pixels: np.ndarray, label: str, planar: bool = False):
+        self.pixels, self.label, self.planar = pixels, label, planar
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, i: int, channels: int) -> Tensor:
+        image = torch.from_numpy(np.array(self.pixels[i]))  # a copy: nobody writes into the data set
+        if image.ndim == 2:
+            image = image[None]
+        elif not self.planar:
+            image = image.permute(2, 0, 1)
+        return with_channels(image, channels)
+
+    def name(self, i: int) -> str:
+        return f"{self.label}[{i}]"
+
+    def identity(self) -> bytes:
+        digest = hashlib.sha256(repr((self.pixels.shape, self.planar)).encode())
+        step = max(1, (1 << 26) // max(1, self.pixels[:1].nbytes))
+        for start in range(0, len(self.pixels), step):  # in pieces: the array may be a map of a file of gigabytes
+            digest.update(np.ascontiguousarray(self.pixels[start : start + step]).data)
+        return digest.digest()
+
+
+def with_channels(image: Tensor, channels: int) -> Tensor:
+    """uint8 (1 or 3, H, W) -> uint8 (channels, H, W): grey is repeated, colour becomes luma (ITU-R 601)."""
+    have = image.shape[0]
+    if have == channels:
+        return image
+    if have == 1:
+        return image.expand(channels, -1, -1)
+    if have != 3 or channels != 1:
+        raise ValueError(f"cannot turn {have} channels into {channels}")
+    red, green, blue = image.to(torch.int32)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]  # PIL's own integers
