@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import Refusal
@@ -121,6 +122,20 @@ def find(checkpoint: str | Path) -> Path:
     return path
 
 
+def _paired(folder: Path) -> bool:
+    """Whether the two files of a backbone belong together."""
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        return description["weights_sha256"] == sha256(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _newest_pair(run: Path) -> Path | None:
+    """The newest backbone under run/state: the run was killed, or is, between copying the one file and the other."""
+    return next((folder / WEIGHTS for folder in _checkpoints(run) if _paired(folder)), None)
+
+
 def read_description(weights: Path) -> dict[str, Any]:
     """The backbone.json beside `weights`, checked: it is one, of a format we know, and belongs to these weights."""
     path = weights.with_suffix(".json")
@@ -157,6 +172,8 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, PlanSpec, dict[str,
     Raises Refusal for a missing, damaged, foreign or newer checkpoint, and for weights of another model.
     """
     weights = find(checkpoint)
+    if Path(checkpoint).is_dir() and not _paired(weights.parent):
+        weights = _newest_pair(weights.parent) or weights
     description = read_description(weights)
     try:
         state = load_file(weights)
@@ -212,6 +229,8 @@ def save_state(
     parent.mkdir(exist_ok=True)
     for left in parent.glob(".writing-*"):  # an earlier attempt was cut short
         shutil.rmtree(left, ignore_errors=True)
+    for left in (*run.glob(f".{WEIGHTS}.*"), *run.glob(f".{DESCRIPTION}.*")):
+        left.unlink(missing_ok=True)
     aside, final = parent / f".writing-{step:08d}", parent / f"step_{step:08d}"
     try:
         aside.mkdir()
@@ -227,13 +246,19 @@ def save_state(
             shutil.rmtree(final)
         os.rename(aside, final)
         _sync(parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"cannot write the checkpoint of step {step} to {parent}: {error}") from error
+        reason = str(error).splitlines()[0]  # torch tells its stack below; and a full disk as "unexpected pos"
+        raise OSError(
+            f"cannot write the checkpoint of step {step} to {parent}: {reason}; "
+            f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} from the checkpoint before"
+        ) from error
     for name in (WEIGHTS, DESCRIPTION):
         write_atomically(run / name, lambda path, name=name: shutil.copyfile(final / name, path))
-    for old in _checkpoints(run)[keep:]:
-        if not (old / MILESTONE).exists():
+    checkpoints = _checkpoints(run)
+    newer = [path for path in checkpoints if int(path.name[5:]) > step]  # damaged, or this run had gone on from there
+    for old in (*newer, *checkpoints[len(newer) :][keep:]):
+        if old in newer or not (old / MILESTONE).exists():
             shutil.rmtree(old)
 
 
@@ -264,17 +289,23 @@ def load_state(run: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
 def _damage(folder: Path) -> Iterator[str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
+        format_ = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"{MANIFEST} cannot be read: {type(error).__name__}"
         return
-    if manifest.get("format") != FORMAT:
-        raise Refusal(f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {FORMAT}")
-    for name, expected in files.items():
+    if format_ != FORMAT:
+        raise Refusal(
+            f"{folder} has checkpoint format {format_}, this version reads format {FORMAT}: "
+            "continue the run with the version of poslabel that wrote it"
+        )
+    if not {STATE, WEIGHTS, DESCRIPTION} <= files.keys():
+        yield f"{MANIFEST} does not list every file"
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             yield f"{name} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        elif sha256(path) != expected["sha256"]:
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes, not {size}"
+        elif sha256(path) != digest:
             yield f"the checksum of {name} is wrong"

@@ -118,7 +118,7 @@ def logits(weights: Tensor, biases: Tensor, features: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _threads_for(products: int) -> Iterator[None]:
-    """One CPU thread for steps of a millisecond: two gain a third on an idle machine and lose fiftyfold on a busy one."""
+    """One CPU thread for short steps: two gain a third on an idle machine, and lose fiftyfold on a busy one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if products > 1 << 28 else 1)
     try:

@@ -67,6 +67,7 @@ def create(path: Path | None, stem: str, config: str, overwrite: bool) -> Path:
 def _born(path: Path, config: str) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same number
     aside.mkdir()
     try:
         (aside / CONFIG).write_text(config)

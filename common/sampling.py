@@ -5,6 +5,7 @@ the r-th part. Sample i of epoch e is augmented with a generator of its own, key
 nor processes, nor an interruption change what the model sees, and resuming at step s needs no stored state but s.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,9 @@ from .data import Images, Unreadable
 from .errors import Refusal
 from .launch import ignore_signals
 from .transforms import View, augment
+
+# More workers than cores are what was asked for; torch says so twice, in seven lines.
+warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 HELD_OUT_EPOCH = 2**62  # the "epoch" of held-out samples: always the same crops, none that training sees
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]

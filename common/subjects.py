@@ -1,11 +1,15 @@
 """What an evaluation judges: a checkpoint, weights that timm publishes, or an untrained backbone."""
 
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants as hub
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -122,15 +126,16 @@ def _published(name: str, weights: str | None) -> Subject:
     if not timm.is_model(name):
         create(ModelConfig(name), 224)  # refuses, with the nearest names
     overlay = {"file": weights} if weights is not None else None
+    _notice_missing_network()
     try:  # timm unpickles with weights_only=True
-        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except Exception as error:  # no network, no such tag, no weights, other shapes: each in its own words
         source = weights or "timm's cache or the Hugging Face hub"
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Refusal(
             f"--ckpt timm:{name}: cannot load weights from {source} ({reason}); give a local file with --weights FILE"
         ) from error
-    config = model.pretrained_cfg
+    config: dict[str, Any] = model.pretrained_cfg
     crop = config.get("crop_pct") or 0.875
     backbone = create(
         ModelConfig(name, mean=list(config["mean"]), std=list(config["std"]), crop=crop), list(config["input_size"][1:])
@@ -142,3 +147,14 @@ def _published(name: str, weights: str | None) -> Subject:
     if weights is not None:
         description["weights_sha256"] = checkpoint.sha256(Path(weights))
     return Subject(f"timm:{name}", description, state, Path("runs", f"timm-{name}", "evaluate"))
+
+
+def _notice_missing_network() -> None:
+    """Without a network the hub's client would try for a minute, line after line, before it looks into its cache."""
+    address = urllib.parse.urlparse(hub.ENDPOINT)
+    if urllib.request.getproxies() or not address.hostname:
+        return  # names may be resolved elsewhere
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True

@@ -39,13 +39,13 @@ class Tracker:
         self.run, self.active, self.writer = run, active, None
         if not active:
             return
-        if start:
-            cut(run / METRICS, start)
+        again = (run / METRICS).exists()  # resumed, be it from the beginning: a run may end before its first checkpoint
+        cut(run / METRICS, start)
         self.file = (run / METRICS).open("a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if start else None)
+            self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if again else None)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """One JSON line, floats in full precision, and one TensorBoard scalar for each number."""

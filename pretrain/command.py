@@ -30,7 +30,8 @@ class Arguments:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        unknown = next((word for word in sys.argv[1:] if word.startswith("-") and word.split("=")[0] not in FLAGS), "")
+        given = message.replace(",", " ").split()
+        unknown = next((word for word in given if word.startswith("-") and word.split("=")[0] not in FLAGS), "")
         raise Refusal(f"{message}{nearest(unknown, FLAGS)}; --help shows the usage")
 
 

@@ -1,15 +1,18 @@
 """The options of a pretraining run, and which of them may change when it is resumed."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
+from common.checkpoint import write_atomically
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
+from common.run_folder import CONFIG
 from common.transforms import View
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -154,16 +157,17 @@ def check(config: PretrainConfig) -> None:
         "seed": (config.seed, 0),
     }
     for name, (value, least) in at_least.items():
-        if value is not None and not value >= least:  # `not >=` also catches NaN
-            raise Refusal(f"{name}={value}: expected at least {least:g}")
+        if value is not None and not least <= value < math.inf:  # also catches NaN
+            raise Refusal(f"{name}={value}: expected a number of at least {least:g}")
     for name, value, most in (
         ("monitor.held_out", config.monitor.held_out, 0.9),
         ("optimizer.warmup", config.optimizer.warmup, 1.0),
+        ("seed", config.seed, 2**32 - 1),  # what every generator takes
     ):
         if value > most:
-            raise Refusal(f"{name}={value}: expected at most {most:g}")
-    if config.epochs is not None and config.steps is None and not config.epochs > 0:
-        raise Refusal(f"epochs={config.epochs}: expected more than 0")
+            raise Refusal(f"{name}={value}: expected at most {most}")
+    if config.epochs is not None and not 0 < config.epochs < math.inf:
+        raise Refusal(f"epochs={config.epochs}: expected a number above 0")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
 
@@ -179,8 +183,8 @@ def num_steps(config: PretrainConfig, per_epoch: int) -> int:
 def resumed(run: Path, words: list[str]) -> PretrainConfig:
     """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change
     what is learned."""
-    stored = OmegaConf.merge(OmegaConf.structured(PretrainConfig), configuration.read_yaml(run / "config.yaml"))
-    changed = configuration.override(stored, words, PretrainConfig)  # type: ignore[arg-type]
+    stored = _stored(run)
+    changed = configuration.override(stored, words, PretrainConfig)
     before = configuration.flat(OmegaConf.to_container(stored))
     after = configuration.flat(OmegaConf.to_container(changed))
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -188,7 +192,7 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
     for name in sorted(differ):
         if name in MAY_GROW:
             was, now = before.get(name), after.get(name)
-            if was is not None and now is not None and now < was:
+            if was is None or now is None or now < was:
                 forbidden.append(f"{name} ({was} -> {now}, may only grow)")
         elif not name.startswith(tuple(item for item in MAY_CHANGE if item.endswith("."))) and name not in MAY_CHANGE:
             forbidden.append(f"{name} ({before.get(name)} -> {after.get(name)})")
@@ -197,4 +201,24 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
             f"--resume {run} with another recipe: {', '.join(forbidden)}; leave them as they were, or start a new run "
             f"(what may change: {', '.join(item.rstrip('.') for item in MAY_CHANGE)}; steps and epochs may grow)"
         )
+    if "epochs" in differ and "steps" not in differ:
+        changed.steps = None  # stored beside the epochs they were counted from: to be counted again
     return configuration.to_object(changed, PretrainConfig)
+
+
+def _stored(run: Path) -> DictConfig:
+    path = run / CONFIG
+    structure = OmegaConf.structured(PretrainConfig)
+    return configuration.merge(structure, configuration.read_yaml(path), str(path), PretrainConfig)
+
+
+def store(run: Path, config: PretrainConfig) -> None:
+    """Let run/config.yaml say what was changed at this resume, so that the next one need not repeat it."""
+    path, before = run / CONFIG, _stored(run)
+    if config.epochs is None and config.steps == before.steps:  # they follow from the epochs, which may grow later
+        config = dataclasses.replace(config, epochs=before.epochs)
+    after = OmegaConf.structured(config)
+    if after != before:
+        comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join([*comments, OmegaConf.to_yaml(after)])
+        write_atomically(path, lambda aside: aside.write_text(text))

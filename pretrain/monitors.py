@@ -8,7 +8,6 @@ import torch
 from common.data import Images
 from common.features import extract
 from common.loop import Report
-from common.models import Backbone
 from common.neighbors import knn
 from common.pictures import board
 from common.plan import PlanSpec
@@ -29,8 +28,7 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker) -> list[Report]:
     wanted: list[Monitor | None] = [validation(task, samples, 256, device)]
     if "absolute" in task.objectives:
         wanted.append(boards(task, samples, device, tracker))
-    plan = PlanSpec(task.position)
-    wanted.append(neighbors(task.backbone, plan, parts.train, parts.held_out, parts.config.monitor.bank, device))
+    wanted.append(neighbors(task, parts.train, parts.held_out, parts.config.monitor.bank, device))
     return [(every, monitor) for monitor in wanted if monitor is not None]
 
 
@@ -76,9 +74,7 @@ def boards(task: Pretraining, samples: Samples, device: torch.device, tracker: T
     return draw
 
 
-def neighbors(
-    backbone: Backbone, plan: PlanSpec, train: Images, held_out: Images, bank: int, device: torch.device
-) -> Monitor | None:
+def neighbors(task: Pretraining, train: Images, held_out: Images, bank: int, device: torch.device) -> Monitor | None:
     """`knn/accuracy`: held-out images classified by their 20 nearest training images (mean patch token, as in DINO).
 
     None where there are no labels.
@@ -92,13 +88,14 @@ def neighbors(
         return None
     voters, judged = train.subset(chosen), held_out.subset(asked)
     voter_labels, judged_labels = torch.from_numpy(train.labels[chosen]), torch.from_numpy(held_out.labels[asked])
+    plan, quiet = PlanSpec(task.position), lambda line: None  # `watch` names unreadable images
 
     @torch.no_grad()
     def measure(step: int) -> dict[str, float | str]:
-        backbone.eval()
-        known = extract(backbone, plan, voters, device=device)["mean"]
-        new = extract(backbone, plan, judged, device=device)["mean"]
-        guesses = knn(known, voter_labels, new, k=20, num_classes=int(voter_labels.max()) + 1)
-        return {"knn/accuracy": float((guesses == judged_labels).float().mean())}
+        task.eval()
+        known = extract(task.backbone, plan, voters, device=device, warn=quiet)
+        new = extract(task.backbone, plan, judged, device=device, warn=quiet)
+        guesses = knn(known["mean"], voter_labels[known["index"]], new["mean"], k=20)
+        return {"knn/accuracy": float((guesses == judged_labels[new["index"]]).float().mean())}
 
     return measure

@@ -14,6 +14,7 @@ from common.errors import Refusal
 from common.sampling import Batch
 from common.tracking import Tracker
 from pretrain.assemble import Parts, commit
+from pretrain.config import store
 
 UNREADABLE = "unreadable.txt"
 WORST = 0.01  # share of the images that may be unreadable
@@ -46,6 +47,7 @@ class Checkpoints:
             plain = accelerator.unwrap_model(task)
             state = {
                 "step": step,
+                "recipe": self.recipe,
                 "fingerprint": self.parts.images.fingerprint(),
                 "task": plain.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -83,7 +85,10 @@ class Checkpoints:
         }
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint, or None. Raises Refusal if its data are not this run's."""
+        """The newest whole checkpoint, or None; what was changed at this resume is stored from now on.
+
+        Raises Refusal if its data are not this run's.
+        """
         print_ = self.accelerator.print
         state = checkpoint.load_state(self.run, lambda line: print_(f"warning: {line}"))
         if state is not None and state["fingerprint"] != self.parts.images.fingerprint():
@@ -92,6 +97,10 @@ class Checkpoints:
                 f"(fingerprint {self.parts.images.fingerprint()}, not {state['fingerprint']}); point "
                 "data= at the same images"
             )
+        if state is not None:
+            self.recipe = state.get("recipe", self.recipe)  # not the name of the folder that is resumed
+        if self.accelerator.is_main_process:
+            store(self.run, self.parts.config)
         return state
 
     def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:

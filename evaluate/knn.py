@@ -1,0 +1,93 @@
+"""k-nearest-neighbour accuracy of frozen features, as in DINO: cosine, votes exp(similarity / 0.07), nothing trained.
+
+    python evaluate/knn.py --ckpt runs/quickstart-001
+    accelerate launch evaluate/knn.py --ckpt timm:vit_small_patch16_224.dino --data PATH
+
+Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw pixels. One process.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # `python evaluate/knn.py` puts evaluate/ first, where `import common` fails
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import entry  # first: it sets what torch reads when it is imported
+
+# isort: split
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.errors import Refusal
+from common.features import MOST_UNREADABLE
+from common.metrics import accuracy
+from common.neighbors import knn_many
+from common.protocol import LABELS, alone, begin, parser
+from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
+
+KS = (10, 20, 100, 200)  # DINO's
+HEADLINE = 20
+TEMPERATURE = 0.07
+
+
+def main(argv: list[str]) -> int:
+    """Arguments -> features -> votes -> report. Returns the exit status."""
+    options = parser(__doc__ or "")
+    options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
+    arguments = options.parse_args(argv)
+    if not alone("k-NN"):
+        return 0
+    job = begin("knn", arguments)
+    ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    judged = 0
+    for split in job.splits():
+        for kind, features in split.train.items():
+            guesses = knn_many(
+                features, split.train_labels, split.test[kind], ks,
+                num_classes=len(job.classes), temperature=TEMPERATURE,
+            )  # fmt: skip
+            values = found.setdefault(split.row, {}).setdefault(kind, {})
+            for k, guess in guesses.items():
+                values.setdefault(k, []).append(accuracy(guess, split.test_labels))
+        judged = len(split.test_labels)
+    headline = HEADLINE if HEADLINE in ks else max(ks)
+    values = {
+        row: {
+            kind: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in ks}}
+            for kind, by_k in kinds.items()
+        }
+        for row, kinds in found.items()
+    }
+    protocol = {"id": "knn/dino", "k": ks, "headline": headline, "temperature": TEMPERATURE, "similarity": "cosine"}
+    write(job, protocol, values, judged)
+    tell(job, "k-NN accuracy (%)", shown(values, ks, headline, job.size))
+    return 0
+
+
+def possible(wished: Sequence[int] | None, images: int) -> list[int]:
+    """The numbers of neighbours to use with so many training images. Raises Refusal if there are too few images."""
+    ks = sorted(set(wished or KS))
+    if ks[0] < 1:
+        raise Refusal(f"--k {ks[0]}: expected at least 1")
+    too_many = [k for k in ks if k > images]
+    if too_many and (wished or len(too_many) == len(ks)):
+        raise Refusal(
+            f"{images} training images are fewer than k={too_many[0]} neighbours: "
+            f"give more images, or --k with numbers up to {images}"
+        )
+    return [k for k in ks if k <= images]
+
+
+def shown(values: Mapping[str, Any], ks: Sequence[int], headline: int, size: Sequence[int]) -> str:
+    """The table."""
+    header = ["features of", "", *(f"k={k}" for k in ks), f"95 % of k={headline}"]
+    rows = [
+        [LABELS[row], kind_name(row, kind, size)] + [percent(entry["k"][str(k)]) for k in ks] + [interval(entry)]
+        for row, kind, entry in ordered(values)
+    ]
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    entry(main)()

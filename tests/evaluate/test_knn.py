@@ -1,0 +1,146 @@
+"""evaluate/knn.py: numbers, report, table, and one line for each mistake."""
+
+import json
+import shutil
+
+import pytest
+from conftest import COLOURS, write_images
+
+from common import checkpoint
+from common.errors import Refusal
+from common.subjects import find
+
+
+def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, data):
+    run = make_run()
+    done = run_script("knn", "--ckpt", run, "--k", "5", "20")
+    assert done.returncode == 0, done.stderr
+    report = report_of(run, "knn")
+    assert report["values"].keys() == {"subject", "random", "pixels"}
+    assert report["values"]["subject"].keys() == {"class", "mean", "both"}
+    assert report["values"]["pixels"]["pixels"]["accuracy"] == 1.0  # three colours: pixels know
+    found = report["values"]["subject"]["mean"]
+    assert found["accuracy"] == found["k"]["20"]["accuracy"] and found["k"].keys() == {"5", "20"}
+    assert found["interval"][0] < found["accuracy"] <= found["interval"][1]
+    assert report["weights_sha256"] == checkpoint.sha256(run / "backbone.safetensors")
+    assert report["step"] == 12 and report["seeds"] == [0] and report["data"]["spec"] == str(data)
+    assert report["data"]["train"]["images"] == 36 and report["data"]["test"]["judged"] == 21
+    assert report["protocol"]["id"] == "knn/dino" and report["protocol"]["transform"]["size"] == [8, 8]
+    assert report["command"].startswith("knn.py --ckpt") and report["versions"]["PIL"].startswith("pillow")
+    for words in ("trained", "random init", "raw pixels", "class token", "mean patch", "class + mean", "k=20"):
+        assert words in done.stdout
+
+
+def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_of, capsys):
+    run, knn = make_run(), script("knn")
+    arguments = ["--ckpt", str(run), "--threads", "1", "--device", "cpu"]
+    assert knn.main(arguments) == 0
+    first = report_of(run, "knn")
+    assert "features of 36 images" in capsys.readouterr().out
+    assert knn.main([*arguments, "--seeds", "0", "1"]) == 0
+    assert "features of 36 images from run" not in capsys.readouterr().out
+    second = report_of(run, "knn")
+    assert second["values"]["subject"] == first["values"]["subject"]
+    by_seed = second["values"]["random"]["mean"]["by_seed"]
+    assert len(by_seed) == 2 and by_seed[0] == first["values"]["random"]["mean"]["accuracy"]
+    assert second["protocol"]["k"] == [10, 20]  # 100 and 200 are more than 36 images
+
+
+def test_random_of_a_recipe_and_of_a_run(make_run, script, tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    knn, common = script("knn"), ["--threads", "1", "--device", "cpu", "--data", str(data)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: builtin\nmodel: {name: vit_tiny_patch16_224, kwargs: {patch_size: 4, embed_dim: 32, depth: 1, "
+        "num_heads: 2}, crop: 1.0}\nviews: {global: {size: 8}}\nobjectives: {absolute: {position: full}}\n"
+    )
+    assert knn.main(["--ckpt", "random", "--like", str(recipe), *common]) == 0
+    report = json.loads((tmp_path / "runs/random-vit_tiny_patch16_224/evaluate/knn.json").read_text())
+    assert report["values"].keys() == {"random", "pixels"} and report["weights_sha256"] is None
+    assert report["subject"]["position"] == "full"
+    run = make_run()
+    assert knn.main(["--ckpt", "random", "--like", str(run), "--out", str(tmp_path / "other"), *common]) == 0
+    assert json.loads((tmp_path / "other" / "knn.json").read_text())["subject"]["position"] == "none"
+
+
+def test_a_file_means_the_same_as_its_run(make_run):
+    run = make_run()
+    by_file, by_run = find(str(run / "backbone.safetensors")), find(str(run))
+    assert (by_file.name, by_file.folder, by_file.weights_sha256) == (by_run.name, by_run.folder, by_run.weights_sha256)
+
+
+def test_local_weights_for_a_timm_name(tmp_path):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    subject = find("timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.safetensors"))
+    assert subject.weights_sha256 == checkpoint.sha256(tmp_path / "weights.safetensors")
+    assert (subject.backbone().model.cls_token == model.cls_token).all()
+    assert subject.description["pooling"] == "class" and subject.plan.position == "full"
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    for weights, reason in (("other.safetensors", "cannot load weights from"), ("none.safetensors", "no such file")):
+        with pytest.raises(Refusal, match=reason):
+            find("timm:vit_tiny_patch16_224", weights=str(tmp_path / weights))
+    with pytest.raises(Refusal, match="did you mean 'vit_tiny_patch16_224'"):
+        find("timm:vit_tiny_patch16_225")
+
+
+def test_each_mistake_is_one_refusal_and_nothing_is_written(make_run, script, tmp_path, data):
+    run, knn = make_run(), script("knn")
+
+    def refused(match, *arguments, ckpt=run):
+        with pytest.raises(Refusal, match=match):
+            knn.main(["--ckpt", str(ckpt), "--threads", "1", *map(str, arguments)])
+        assert not (run / "evaluate").exists()
+
+    refused("36 training images are fewer than k=50", "--k", 50)
+    refused("--k 0: expected at least 1", "--k", 0)
+    refused("did you mean '--seed' or '--seeds'", "--seedz", 1)
+    refused("--like .* leave it out", "--like", run)
+    refused("--weights .* goes with --ckpt timm", "--weights", "file")
+    refused("no checkpoint at", ckpt=tmp_path / "nowhere")
+    refused("no such folder", "--data", tmp_path / "nowhere")
+    refused("--device quantum", "--device", "quantum")
+    refused("--workers and --seeds", "--seeds", -1)
+
+    flat = tmp_path / "flat"
+    write_images(flat, 3)
+    (flat / "red").rename(tmp_path / "unlabelled")
+    refused("no labels", "--data", tmp_path / "unlabelled")
+    few = tmp_path / "few"
+    write_images(few / "train", 2)
+    write_images(few / "test", 2)
+    refused("6 training images are fewer than k=10", "--data", few)
+    write_images(few / "test", 1, names=["grey"])
+    refused("classes differ", "--data", few)
+    shutil.rmtree(few / "test" / "grey")
+
+    (tmp_path / "file").write_text("")
+    refused("read-only or no folder", "--out", tmp_path / "file" / "report.json")
+    description = json.loads((run / "backbone.json").read_text())
+    (run / "backbone.json").write_text(json.dumps(description | {"format": 99}))
+    refused("checkpoint format 99")
+    (run / "backbone.json").write_text(json.dumps(description))
+    with (run / "backbone.safetensors").open("r+b") as file:
+        file.truncate(200)
+    refused("does not match")
+
+
+def test_a_class_without_training_images_is_refused(data):
+    from common.data import open_data
+    from common.protocol import refuse_gaps
+
+    train, test = open_data(str(data), "train"), open_data(str(data), "test")
+    refuse_gaps(train, test, "colours")
+    some = train.subset(train.labels != list(COLOURS).index("green"))
+    with pytest.raises(Refusal, match=r"1 of 3 classes have no training image \(green\), among 24"):
+        refuse_gaps(some, test, "colours")
+    with pytest.raises(Refusal, match="no labelled test image"):
+        refuse_gaps(train, test.subset([]), "colours")
+
+
+def test_refusal_is_one_line_and_status_2(run_script, tmp_path):
+    done = run_script("knn", "--ckpt", tmp_path / "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no checkpoint at")
