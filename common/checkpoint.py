@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +252,11 @@ def save_state(
         reason = str(error).splitlines()[0]  # torch tells its stack below; and a full disk as "unexpected pos"
         raise OSError(
             f"cannot write the checkpoint of step {step} to {parent}: {reason}; "
-            f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} from the checkpoint before"
+            f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} "
+            "from the checkpoint before"
         ) from error
     for name in (WEIGHTS, DESCRIPTION):
-        write_atomically(run / name, lambda path, name=name: shutil.copyfile(final / name, path))
+        write_atomically(run / name, partial(shutil.copyfile, final / name))
     checkpoints = _checkpoints(run)
     newer = [path for path in checkpoints if int(path.name[5:]) > step]  # damaged, or this run had gone on from there
     for old in (*newer, *checkpoints[len(newer) :][keep:]):

@@ -38,14 +38,14 @@ class HalfHead(nn.Module):
             raise Refusal(
                 f"head=half needs a width that is a multiple of 4, and this backbone has {width}: use head=linear"
             )
-        self.half = width // 2
-        self.hidden = _linear(self.half, self.half)
-        self.feature = _linear(self.half, width // 4)
+        self.half_width = width // 2
+        self.hidden = _linear(self.half_width, self.half_width)
+        self.feature = _linear(self.half_width, width // 4)
         self.classifier = _linear(width // 4, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, classes)."""
-        return self.classifier(self.feature(nn.functional.gelu(self.hidden(tokens[..., : self.half]))))
+        return self.classifier(self.feature(nn.functional.gelu(self.hidden(tokens[..., : self.half_width]))))
 
 
 class PairHead(nn.Module):
@@ -61,16 +61,16 @@ class PairHead(nn.Module):
         super().__init__()
         if width % 2:
             raise Refusal(f"the relative head needs an even width, and this backbone has {width}")
-        self.half = width // 2
-        self.first = _linear(width, self.half)
-        self.hidden = _linear(self.half, self.half)
-        self.classifier = _linear(self.half, classes)
+        self.half_width = width // 2
+        self.first = _linear(width, self.half_width)
+        self.hidden = _linear(self.half_width, self.half_width)
+        self.classifier = _linear(self.half_width, classes)
 
     def forward(self, tokens: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """tokens (B, N, D) and patch indices (B, P) of both ends of every pair -> (B, P, classes)."""
-        of_query, of_key = self.first.weight.split(self.half, 1)
-        query_part = nn.functional.linear(tokens[..., : self.half], of_query, self.first.bias)  # (B, N, D/2)
-        key_part = nn.functional.linear(tokens[..., self.half :], of_key)
+        of_query, of_key = self.first.weight.split(self.half_width, 1)
+        query_part = nn.functional.linear(tokens[..., : self.half_width], of_query, self.first.bias)  # (B, N, D/2)
+        key_part = nn.functional.linear(tokens[..., self.half_width :], of_key)
         pairs = _pick(query_part, queries) + _pick(key_part, keys)
         return self.classifier(self.hidden(nn.functional.gelu(pairs)))
 

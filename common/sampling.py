@@ -170,7 +170,7 @@ def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoade
         samples,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # Samples makes whole batches
         pin_memory=pin,
         worker_init_fn=ignore_signals,
         prefetch_factor=4 if workers else None,
@@ -178,7 +178,7 @@ def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoade
     )
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

@@ -291,8 +291,8 @@ def num_steps(arguments: argparse.Namespace, images: int) -> int:
 
 def protocol(arguments: argparse.Namespace, job: Evaluation, pooling: str) -> dict[str, Any]:
     """The settings, as the report tells them."""
-    names = ("batch", "lr", "min_lr", "warmup", "weight_decay", "layer_decay", "drop_path", "clip")
-    names += ("smoothing", "mixup", "cutmix", "scale", "flip", "jitter")
+    names = ["batch", "lr", "min_lr", "warmup", "weight_decay", "layer_decay", "drop_path", "clip"]
+    names += ["smoothing", "mixup", "cutmix", "scale", "flip", "jitter"]
     return {
         "id": "finetune/adamw",
         "pooling": pooling,

@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
                 features, split.train_labels, split.test[kind], ks,
                 num_classes=len(job.classes), temperature=TEMPERATURE,
             )  # fmt: skip
-            values = found.setdefault(split.row, {}).setdefault(kind, {})
+            by_k = found.setdefault(split.row, {}).setdefault(kind, {})
             for k, guess in guesses.items():
-                values.setdefault(k, []).append(accuracy(guess, split.test_labels))
+                by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
         judged = len(split.test_labels)
     headline = HEADLINE if HEADLINE in ks else max(ks)
     values = {

@@ -1,6 +1,7 @@
 """What is measured while a run trains, on images held out of its training data. Never part of the loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from common.plan import PlanSpec
 from common.sampling import HELD_OUT_EPOCH, Batch, Samples
 from common.tracking import Tracker
 from pretrain.assemble import Parts
+from pretrain.objectives import Pass
 from pretrain.task import Pretraining
 
 Monitor = Callable[[int], dict[str, float | str]]
@@ -59,15 +61,15 @@ def validation(task: Pretraining, samples: Samples, batch: int, device: torch.de
 
 def boards(task: Pretraining, samples: Samples, device: torch.device, tracker: Tracker) -> Monitor:
     """The picture `board`: held-out images, and their patches where `absolute` believes they belong."""
-    objective = task.objectives["absolute"]
-    want = objective.passes["tokens"]  # type: ignore[union-attr, index]
+    objective: Any = task.objectives["absolute"]
+    want: Pass = objective.passes["tokens"]
 
     @torch.no_grad()
     def draw(step: int) -> dict[str, float | str]:
         task.eval()
         batch: Batch = samples.__getitems__([(HELD_OUT_EPOCH, i) for i in range(min(SHOWN, len(samples)))]).to(device)
         features = task.backbone(batch.views[want.view], want.plan)
-        guesses = objective.logits({"tokens": features}).argmax(-1)  # type: ignore[operator]
+        guesses = objective.logits({"tokens": features}).argmax(-1)
         tracker.picture("board", step, board(batch.views[want.view], guesses, task.backbone.grid))
         return {}
 

@@ -128,8 +128,8 @@ class Backbone(nn.Module):
         if position == "full":
             tokens = model._pos_embed(tokens)
         else:  # no position embedding: the answer would be in the question (MP3, arXiv 2207.07611)
-            prefix = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-            prefix = [token.expand(len(images), -1, -1) for token in prefix if token is not None]
+            extra = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+            prefix = [token.expand(len(images), -1, -1) for token in extra if token is not None]
             tokens = model.pos_drop(torch.cat([*prefix, tokens.flatten(1, -2)], 1))
         tokens = model.norm_pre(model.patch_drop(tokens))
         outputs = []
@@ -213,16 +213,19 @@ def create(config: ModelConfig, size: Any) -> Backbone:
                 f"model.kwargs.in_chans={kwargs['in_chans']} but model.mean has {len(config.mean)} values: "
                 "give one mean and one std per input channel"
             )
-    if _entrypoint_module(config.name) in ("vision_transformer", "deit"):
+    module = timm.model_entrypoint(config.name.split(".")[0]).__module__.rsplit(".", 1)[-1]
+    if module == "vision_transformer":
+        kwargs.setdefault(
+            "global_pool", ""
+        )  # nothing here pools inside the model, and without a class token timm could not
+    if module in ("vision_transformer", "deit"):
         kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
             model = timm.create_model(config.name, **kwargs)
-        if getattr(model, "attn_pool", None) is not None:  # SigLIP's pooling would be left without a gradient
-            model.attn_pool = None
         if config.checkpointing:
-            model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
         patch = getattr(model.patch_embed, "patch_size", (1, 1))
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         if h % patch[0] or w % patch[1]:  # timm would silently ignore the remainder
@@ -240,17 +243,13 @@ def create(config: ModelConfig, size: Any) -> Backbone:
     return backbone
 
 
-def _entrypoint_module(name: str) -> str:
-    return timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]
-
-
 def set_attention(backbone: Backbone, attention: str) -> None:
     """Choose how attention is computed in every block: "fused", "explicit", or "auto" for timm's own choice."""
     if attention == "auto":
         return
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = attention == "fused"
+            module.fused_attn = attention == "fused"  # type: ignore[assignment]
 
 
 def count_parameters(module: nn.Module) -> int:

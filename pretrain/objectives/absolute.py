@@ -19,7 +19,7 @@ HEADS = {"linear": LinearHead, "half": HalfHead}
 
 
 @dataclass
-class Options:
+class AbsoluteOptions:
     """Options of `absolute`."""
 
     weight: float = 1.0
@@ -36,12 +36,12 @@ class Options:
 class Absolute(Objective):
     """Cross-entropy of each patch token against its row-major index in the backbone's own grid."""
 
-    Options = Options
+    Options = AbsoluteOptions
 
     labels: Tensor
     distances: Tensor
 
-    def __init__(self, options: Options, backbone: Backbone) -> None:
+    def __init__(self, options: AbsoluteOptions, backbone: Backbone) -> None:
         super().__init__()
         if options.head not in HEADS:
             raise Refusal(

@@ -19,7 +19,7 @@ from pretrain.objectives import Objective, Pass
 
 
 @dataclass
-class Options:
+class RelativeOptions:
     """Options of `relative`."""
 
     weight: float = 1.0
@@ -40,12 +40,12 @@ def draw_pairs(rng: np.random.Generator, num_patches: int, num_pairs: int) -> di
 class Relative(Objective):
     """Cross-entropy of each sampled ordered pair against the class of its offset, query minus key."""
 
-    Options = Options
+    Options = RelativeOptions
 
     labels: Tensor
     offsets: Tensor
 
-    def __init__(self, options: Options, backbone: Backbone) -> None:
+    def __init__(self, options: RelativeOptions, backbone: Backbone) -> None:
         super().__init__()
         h, w = self.grid = backbone.grid
         self.num_patches = h * w
