@@ -57,8 +57,8 @@ def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfi
         known = [name for name, *_ in fields(schema)]
         raise Refusal(f"unknown option {unknown!r} in {where}{nearest(unknown, known)}; --help lists all") from None
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise Refusal(f"wrong value for {error.full_key!r} in {where}: {reason}") from None
+        of = f" for {error.full_key!r}" if error.full_key else ""  # a number where a group of options belongs has none
+        raise Refusal(f"wrong value{of} in {where}: {str(error).splitlines()[0]}") from None
     assert isinstance(merged, DictConfig)
     return merged
 
