@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SIMD := build/simd
+# One process, and the defaults said aloud: unasked, accelerate warns of each of them.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CONSTRAINTS := $(if $(findstring simd,$(VENV)),$(SIMD)/constraints.txt,constraints.txt)
 
 # Idle OpenMP threads that spin steal the core from whatever else runs: up to 25 times slower on a small machine.
@@ -20,9 +22,9 @@ quickstart: install  ## pretrain on the built-in images, then k-NN, linear probe
 	@set -e; \
 	last=$$(ls -d runs/quickstart-[0-9]* 2>/dev/null | sed 's/.*-0*//' | sort -n | tail -n 1); \
 	run=$$(printf 'runs/quickstart-%03d' $$(($${last:-0} + 1))); \
-	$(BIN)/accelerate launch pretrain/run.py run=$$run; \
-	$(BIN)/accelerate launch evaluate/knn.py --ckpt $$run; \
-	$(BIN)/accelerate launch evaluate/linear.py --ckpt $$run; \
+	$(LAUNCH) pretrain/run.py run=$$run; \
+	$(LAUNCH) evaluate/knn.py --ckpt $$run; \
+	$(LAUNCH) evaluate/linear.py --ckpt $$run; \
 	echo; \
 	echo "run         $$run: backbone.safetensors, backbone.json, config.yaml, metrics.jsonl"; \
 	echo "pictures    $$run/pictures: patches put where the model believes they belong"; \
@@ -44,7 +46,11 @@ test-slow: install  ## the tests that need many minutes or a network; stops at t
 simd:  ## a second environment, .venv-simd, with pillow-simd in place of pillow: faster resizing
 	@$(MAKE) --no-print-directory install VENV=.venv-simd
 	@.venv-simd/bin/pip check
-	@.venv-simd/bin/python -c 'from common.launch import active_pil; print("active:", active_pil())'
+	@.venv-simd/bin/python -c 'from PIL import features; from common.launch import active_pil; \
+		absent = [name for name in ("webp", "libtiff", "avif") if not features.check(name)]; \
+		print("active:", active_pil()); \
+		absent and print("built without", ", ".join(absent), "(no headers): for such images install libwebp-dev, libtiff-dev", \
+			"or libavif-dev, then: rm -r .venv-simd $(SIMD) && make simd")'
 	@echo 'use it: source .venv-simd/bin/activate, or make quickstart VENV=.venv-simd'
 
 $(BIN)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip

@@ -61,11 +61,12 @@ def shown(
     batch_size: int = 256,
     workers: int = 0,
     warn: Callable[[str], None] = print,
+    tolerated: float = MOST_UNREADABLE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(uint8 (b, C, h, w), their indices (b,)) over all of `images` in order, under the evaluation transform.
 
     Images that cannot be read are left out and, at the end, counted and named to `warn`. Raises Refusal as soon as
-    they are more than 1 %.
+    they are more than the `tolerated` share.
     """
     unreadable: list[str] = []
     start = 0
@@ -78,10 +79,10 @@ def shown(
         generator=torch.Generator(),  # else a monitor would move the run's own random numbers
     ):
         unreadable += [item for item in items if isinstance(item, str)]
-        if len(unreadable) > MOST_UNREADABLE * len(images):
+        if len(unreadable) > tolerated * len(images):
             raise Refusal(
                 f"{len(unreadable)} of the first {start + len(items)} images in {images.where} cannot be read, more "
-                f"than {MOST_UNREADABLE:.0%} of its {len(images)}: {'; '.join(unreadable[:3])}; repair or remove them"
+                f"than {tolerated:.0%} of its {len(images)}: {'; '.join(unreadable[:3])}; repair or remove them"
             )
         kept = [(image, start + at) for at, image in enumerate(items) if isinstance(image, Tensor)]
         start += len(items)
@@ -103,6 +104,7 @@ def extract(
     workers: int = 0,
     precision: str = "fp32",
     warn: Callable[[str], None] = print,
+    tolerated: float = MOST_UNREADABLE,
 ) -> dict[str, Tensor]:
     """{"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, on the CPU.
 
@@ -123,6 +125,7 @@ def extract(
             batch_size=batch_size,
             workers=workers,
             warn=warn,
+            tolerated=tolerated,
         ):
             with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
                 features = backbone(batch.to(device), plan)

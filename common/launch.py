@@ -32,7 +32,6 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
     def run() -> None:
         argv = sys.argv[1:]
         debug = "--debug" in argv
-        leave_with_launcher()
         try:
             status = main([word for word in argv if word != "--debug"]) or 0
         except Refusal as refusal:
@@ -47,6 +46,9 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
             status = REFUSED
         except KeyboardInterrupt:
             status = INTERRUPTED
+        except Exception:  # a fault of ours, or of the machine: out of memory
+            traceback.print_exc()
+            status = 1  # and out by _leave: a normal exit would wait for loader workers, which wait for this process
         _leave(status)
 
     return run
@@ -83,6 +85,9 @@ def leave_with_launcher() -> None:
     ):
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+leave_with_launcher()  # now: the imports that follow take seconds, in which a launcher may die unnoticed
 
 
 def set_threads(threads: int | None = None) -> tuple[int, str]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Thirteen rates in steps like DINOv2's (eval/linear.py), which end at 0.1: higher, as features are standardised here and
-# runs are shorter. On the quickstart's features the best is about 0.5, on raw pixels 0.005.
+# Thirteen rates in steps like DINOv2's (eval/linear.py), which end at 0.1: higher, as features are standardised here
+# and runs are shorter. On the quickstart's features the best is about 0.5, on raw pixels 0.005.
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOMENTUM = 0.9
 HELD_OUT = 0.1  # of the training images choose the learning rate

@@ -1,6 +1,7 @@
 """From options to parts: data, backbone, task, accelerator, optimizer; and a reason for every automatic value."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import warnings
@@ -40,6 +41,11 @@ class Parts:
     steps: int
     per_epoch: int
     reasons: dict[str, str] = field(default_factory=dict)  # automatic value -> where it came from
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identity of the images, wherever they are kept."""
+        return self.images.fingerprint()
 
     def sampler(self, start: int) -> StepSampler:
         """The sampler of this process from step `start` on."""

@@ -1,5 +1,6 @@
 """What is measured while a run trains, on images held out of its training data. Never part of the loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from pretrain.task import Pretraining
 
 Monitor = Callable[[int], dict[str, float | str]]
 SHOWN = 8  # images on the board
+NEIGHBORS = 20  # DINO's k
 
 
 def reports(parts: Parts, task: Pretraining, tracker: Tracker) -> list[Report]:
@@ -86,18 +88,22 @@ def neighbors(task: Pretraining, train: Images, held_out: Images, bank: int, dev
     labelled = np.flatnonzero(train.labels >= 0)
     chosen = np.sort(np.random.default_rng(0).permutation(labelled)[:bank])
     asked = np.flatnonzero(held_out.labels >= 0)
-    if len(chosen) < 20 or not len(asked):
+    if len(chosen) < NEIGHBORS or not len(asked):
         return None
     voters, judged = train.subset(chosen), held_out.subset(asked)
     voter_labels, judged_labels = torch.from_numpy(train.labels[chosen]), torch.from_numpy(held_out.labels[asked])
-    plan, quiet = PlanSpec(task.position), lambda line: None  # `watch` names unreadable images
+    # Unreadable images are named by `watch`, which judges them by the whole of the data.
+    extracted = functools.partial(
+        extract, task.backbone, PlanSpec(task.position), device=device, warn=lambda line: None, tolerated=1.0
+    )
 
     @torch.no_grad()
     def measure(step: int) -> dict[str, float | str]:
         task.eval()
-        known = extract(task.backbone, plan, voters, device=device, warn=quiet)
-        new = extract(task.backbone, plan, judged, device=device, warn=quiet)
-        guesses = knn(known["mean"], voter_labels[known["index"]], new["mean"], k=20)
+        known, new = extracted(images=voters), extracted(images=judged)
+        if len(known.get("index", ())) < NEIGHBORS or "index" not in new:
+            return {}
+        guesses = knn(known["mean"], voter_labels[known["index"]], new["mean"], k=NEIGHBORS)
         return {"knn/accuracy": float((guesses == judged_labels[new["index"]]).float().mean())}
 
     return measure

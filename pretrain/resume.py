@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 
 from common import checkpoint
 from common.errors import Refusal
@@ -48,7 +49,7 @@ class Checkpoints:
             state = {
                 "step": step,
                 "recipe": self.recipe,
-                "fingerprint": self.parts.images.fingerprint(),
+                "fingerprint": self.parts.fingerprint,
                 "task": plain.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -73,7 +74,7 @@ class Checkpoints:
             "recipe": self.recipe,
             "data": config.data,
             "data_root": config.data_root,
-            "data_fingerprint": self.parts.images.fingerprint(),
+            "data_fingerprint": self.parts.fingerprint,
             "objectives": config.objectives,
             "step": step,
             "steps": self.parts.steps,
@@ -91,10 +92,10 @@ class Checkpoints:
         """
         print_ = self.accelerator.print
         state = checkpoint.load_state(self.run, lambda line: print_(f"warning: {line}"))
-        if state is not None and state["fingerprint"] != self.parts.images.fingerprint():
+        if state is not None and state["fingerprint"] != self.parts.fingerprint:
             raise Refusal(
                 f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
-                f"(fingerprint {self.parts.images.fingerprint()}, not {state['fingerprint']}); point "
+                f"(fingerprint {self.parts.fingerprint}, not {state['fingerprint']}); point "
                 "data= at the same images"
             )
         if state is not None:
@@ -137,9 +138,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def watch(
-    batches: Iterator[Batch], run: Path, total: int, together: int, say: Callable[[str], None]
-) -> Iterator[Batch]:
+def watch(batches: DataLoader, run: Path, total: int, together: int, say: Callable[[str], None]) -> Iterator[Batch]:
     """The same batches; each unreadable file among them is named once, on the screen and in run/unreadable.txt.
 
     Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files
@@ -152,7 +151,7 @@ def watch(
     for number, batch in enumerate(batches, 1):
         fresh += [name for name in batch.unreadable if name not in known]
         hopeless |= batch.hopeless
-        if process.num_processes == 1 or number % together == 0:
+        if process.num_processes == 1 or number % together == 0 or number == len(batches):
             told = [(fresh, hopeless)]
             if process.num_processes > 1:
                 told = gather_object(told)

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     lock = None  # keeps other processes from writing this run, for as long as it is referred to
     if arguments.resume is not None:
         lock = RunLock(arguments.resume, WAIT) if process.is_main_process else None
-    elif run is not None:
+    elif run is not None and process.is_main_process:
         refuse_existing(run, arguments.overwrite)
     if config.tensorboard:
         check_tensorboard()
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         done = fit(
             accelerator,
             task,
-            watch(iter(batches), run, len(parts.images), config.log_every, progress.say),
+            watch(batches, run, len(parts.images), config.log_every, progress.say),
             optimizer,
             schedule_for(config, parts.steps),
             steps=parts.steps,

@@ -1,5 +1,6 @@
 """What is trained: a backbone and the weighted sum of its objectives."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,10 +65,8 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     """
     signals: dict[str, tuple[float, Objective]] = {}
     for name, options in chosen.items():
-        if not options.weight >= 0:
-            raise Refusal(
-                f"objectives.{name}.weight={options.weight}: expected a positive number, or 0 to leave it out"
-            )
+        if not 0 <= options.weight < math.inf:
+            raise Refusal(f"objectives.{name}.weight={options.weight}: expected a finite number, 0 or more")
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
     if not signals:

@@ -1,4 +1,4 @@
-"""Training as a child process, and what a run folder holds: for tests that kill, starve and watch real processes."""
+"""Training as a child process or in this one, and what a run folder holds: for tests that kill, starve and watch."""
 
 import contextlib
 import itertools
@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"
 RUN_UNTIL = ROOT / "tests" / "run_until.py"
 PATIENCE = 150.0  # seconds a child may take, on a machine that is busy with something else
 
-# ---------------------------------------------------------------------------------------------------- the run it leaves
+# ---------------------------------------------------------------------------- the run it leaves
 
 
 class Run:
@@ -63,7 +64,7 @@ class Run:
         return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-# ----------------------------------------------------------------------------------------------------- training, outside
+# ---------------------------------------------------------------------------- training
 
 
 @dataclass
@@ -107,9 +108,7 @@ class Child:
         return self.output()
 
     def output(self) -> Ended:
-        return Ended(
-            self.process.poll() or 0, (self.place / "stdout").read_text(), (self.place / "stderr").read_text()
-        )
+        return Ended(self.process.poll() or 0, (self.place / "stdout").read_text(), (self.place / "stderr").read_text())
 
     def kill(self) -> None:
         """End it and whatever it started; torchrun's processes have groups of their own."""
@@ -160,8 +159,8 @@ class Train:
         self.children.append(child)
         return child
 
-    def __call__(self, *words: object, **options: Any) -> Ended:
-        return self.start(*words, **options).wait()
+    def __call__(self, *words: object, patience: float = PATIENCE, **options: Any) -> Ended:
+        return self.start(*words, **options).wait(patience)
 
 
 def descendants(process: int) -> list[int]:
@@ -189,3 +188,39 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def training_here() -> Iterator[Callable[..., int]]:
+    """A function that is pretrain.run.main in this process; everything global is put back."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+    from tensorboard.summary.writer import event_file_writer
+
+    from pretrain import run
+
+    # TensorBoard reads files of one second and one process in the order of their names, where 9 comes after 10.
+    event_file_writer._global_uid._value = max(event_file_writer._global_uid._value, 1000)
+
+    def forget() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    def main(*words: object) -> int:
+        forget()
+        try:
+            with torch.random.fork_rng():
+                return run.main([str(word) for word in words])
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # loader workers live as long as what refers to them
+            raise
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    try:
+        yield main
+    finally:
+        forget()
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -8,8 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads on a shared co
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import contextlib
-import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,30 +15,15 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-for place in (ROOT / "tests", ROOT):  # whatever pytest's import mode
-    if str(place) not in sys.path:
-        sys.path.insert(0, str(place))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for `import common` and `import children`
 
-from children import TINY, Train
+from children import TINY, Train, training_here  # noqa: E402
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes long; runs with -m slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: choose it with -m slow"))
-
-
-# ----------------------------------------------------------------------------------------------------------- the images
+# ---------------------------------------------------------------------------- the images
 
 
 def photo(rng: np.random.Generator, kind: int) -> Image.Image:
-    """A smooth picture of some shape: sky above, ground below, and a lamp on the left, in the middle or on the right."""
+    """A smooth picture of some shape: sky above, ground below, a lamp left, in the middle or right."""
     height, width = (int(side) for side in rng.integers(28, 64, 2))
     ys, xs = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     sky, ground, lamp = rng.integers(100, 256, 3), rng.integers(0, 156, 3), rng.integers(0, 256, 3)
@@ -61,7 +44,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="session")
@@ -71,34 +54,6 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     yield trainer
     for child in trainer.children:
         child.kill()
-
-
-@contextlib.contextmanager
-def training_here() -> Iterator[Callable[..., int]]:
-    """A function that is pretrain.run.main in this process; everything global is put back."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState
-
-    from pretrain import run
-
-    def forget() -> None:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-
-    def main(*words: object) -> int:
-        forget()
-        with torch.random.fork_rng():
-            return run.main([str(word) for word in words])
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    try:
-        yield main
-    finally:
-        forget()
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -128,6 +83,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
 
 
 @pytest.fixture(scope="session")
-def tiny(images: Path) -> tuple[str, ...]:
+def tiny(images: Path) -> list[str]:
     """The words of a tiny run: recipe and data; no loader processes."""
-    return str(TINY), f"data={images}", "loader.workers=0"
+    return [str(TINY), f"data={images}", "loader.workers=0"]

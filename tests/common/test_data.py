@@ -53,7 +53,7 @@ def read_one(folder: Path, channels: int = 3) -> torch.Tensor:
     return images.read(0, channels)
 
 
-# ---------------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------- decoding
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tif", "gif", "PNG"])
@@ -193,7 +193,7 @@ def test_a_file_that_vanished_is_unreadable(tmp_path):
         images.read(0)
 
 
-# ----------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------- folders
 
 
 def labels(images: Images) -> list[int]:
@@ -325,7 +325,7 @@ def test_wrong_names(tmp_path):
         labelled_splits(str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------- built-in and arrays
+# ---------------------------------------------------------------------------- built-in and arrays
 
 
 def test_extract_is_balanced_and_small():
@@ -427,7 +427,7 @@ def test_stl_has_unlabelled_images_after_the_labelled(tmp_path):
     assert len(train) == 2 and len(test) == 3
 
 
-# -------------------------------------------------------------------------------------------------------- Hugging Face
+# ---------------------------------------------------------------------------- Hugging Face
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-# --------------------------------------------------------------------------------------------------------------- views
+# ---------------------------------------------------------------------------- views
 
 
 @pytest.mark.parametrize("size", [24, [16, 40], (40, 16)])
@@ -122,7 +122,7 @@ def test_resizing_is_torchvisions(interpolation):
     assert torch.equal(augment(image, view, rng()), expected)
 
 
-# -------------------------------------------------------------------------------------------------------------- colour
+# ---------------------------------------------------------------------------- colour
 
 
 def coloured(image: torch.Tensor, **strengths: float) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_colours_are_clamped_and_exact():
     assert torch.equal(recolour(noise(3, 8, 8), np.eye(3), np.zeros(3)), noise(3, 8, 8))
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (224, 224), (300, 1000), (28, 28), (257, 256)])
@@ -206,7 +206,7 @@ def test_evaluation_of_the_same_size_is_a_copy():
     assert torch.equal(view, image) and view.data_ptr() != image.data_ptr()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -8,26 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from colours import write_images
 
 from common import checkpoint
 from common.models import ModelConfig, create
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
-
-
-def write_images(folder, per_class, seed=0, names=COLOURS):
-    rng = np.random.default_rng(seed)
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(per_class):
-            pixels = np.clip(np.array(COLOURS.get(name, (0, 0, 0))) + rng.normal(0, 25, (8, 8, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{seed}-{i}.png")
 
 
 @pytest.fixture(scope="session")

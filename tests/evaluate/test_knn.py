@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import COLOURS, write_images
+from colours import COLOURS, write_images
 
 from common import checkpoint
 from common.errors import Refusal

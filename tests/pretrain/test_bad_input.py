@@ -1,0 +1,442 @@
+"""Bad input to pretraining: one line that says what was wrong, where, what was expected and what to do; status 2;
+nothing written."""
+
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import TINY, Run
+from PIL import Image
+
+from common.data import Images
+from common.data.images import Arrays
+from common.errors import Refusal
+from common.sampling import held_out
+
+Main = Callable[..., int]
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def refused(inside: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused(*words)`: what the run is refused with; checks that nothing was written and nothing else was said."""
+
+    def refuse(*words: object, run: object = "run") -> str:
+        before = tree(tmp_path)
+        named = [] if "--resume" in words else [f"run={run}"]
+        with pytest.raises((Refusal, OSError)) as error:
+            inside(*words, *named)
+        assert tree(tmp_path) == before, "something was written"
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err
+        message = " ".join(str(error.value).split())  # as `entry` prints it
+        assert message and not message.endswith(("None", ":")) and len(message) < 1000
+        return message
+
+    return refuse
+
+
+# ---------------------------------------------------------------------------- the words
+
+NUMBERS = "expected a number of at least"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        # what is no option, or has the wrong type
+        ("stesp=10", ["unknown option 'stesp'", "command line (stesp=10)", "did you mean 'steps'"]),
+        ("loader.wrokers=2", ["unknown option 'loader.wrokers'", "did you mean 'loader.workers'"]),
+        ("steps=many", ["'steps'", "many", "Integer"]),
+        ("loader.workers=two", ["'loader.workers'", "two"]),
+        ("views.global.size=large", ["size=large", "a positive whole number of pixels, or [height, width]"]),
+        ("views.global.flipp=0.5", ["views.global.flipp"]),
+        ("objectives.absolut.weight=1", ["unknown objective 'absolut'", "did you mean 'absolute'", "relative"]),
+        ("objectives.absolute.heads=half", ["'heads'", "objectives.absolute", "did you mean 'head'"]),
+        ("objectives.absolute.weight=heavy", ["'weight'", "objectives.absolute", "heavy"]),
+        ("objectives.absolute=3", ["objectives.absolute=3", "expected options such as {weight: 1.0}"]),
+        # choices
+        ("precision=fp61", ["precision='fp61'", "auto, fp32, bf16, fp16", "did you mean"]),
+        ("model.attention=explicitt", ["model.attention='explicitt'", "did you mean 'explicit'"]),
+        ("objectives.absolute.head=hlaf", ["objectives.absolute.head='hlaf'", "linear, half", "did you mean 'half'"]),
+        ("objectives.absolute.position=nnone", ["position='nnone'", "did you mean 'none'"]),
+        ("model.name=vit_tinny_patch16_224", ["model.name='vit_tinny_patch16_224'", "did you mean 'vit_tiny_patch"]),
+        ("data=fashon-mnist", ["data=fashon-mnist", "no such folder", "did you mean 'fashion-mnist'"]),
+        # numbers out of range
+        ("steps=0", [f"steps=0: {NUMBERS} 1"]),
+        ("steps=-1", [f"steps=-1: {NUMBERS} 1"]),
+        ("steps=null", ["how long to train?", "steps=N or epochs=N"]),
+        ("steps=null epochs=0", ["epochs=0"]),
+        ("steps=null epochs=-1", ["epochs=-1"]),
+        ("steps=null epochs=nan", ["epochs=nan"]),
+        ("steps=null epochs=inf", ["epochs=inf"]),
+        ("batch=0", [f"batch=0: {NUMBERS} 1"]),
+        ("accumulate=0", [f"accumulate=0: {NUMBERS} 1"]),
+        ("seed=-1", [f"seed=-1: {NUMBERS} 0"]),
+        ("seed=99999999999999999999", ["seed=99999999999999999999", "at most 4294967295"]),
+        ("threads=0", ["threads=0"]),
+        ("log_every=0", ["log_every=0"]),
+        ("checkpoint_every=0", ["checkpoint_every=0"]),
+        ("checkpoint_minutes=nan", ["checkpoint_minutes=nan"]),
+        ("keep=0", ["keep=0"]),
+        ("milestone_every=0", ["milestone_every=0"]),
+        ("loader.workers=-1", [f"loader.workers=-1: {NUMBERS} 0"]),
+        ("monitor.every=0", ["monitor.every=0"]),
+        ("monitor.held_out=1", ["monitor.held_out=1.0: expected at most 0.9"]),
+        ("monitor.held_out=nan", ["monitor.held_out=nan"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan"]),
+        ("optimizer.lr=inf", ["optimizer.lr=inf"]),
+        ("optimizer.lr=-0.1", ["optimizer.lr=-0.1"]),
+        ("optimizer.clip=-1", ["optimizer.clip=-1.0"]),
+        ("optimizer.weight_decay=nan", ["optimizer.weight_decay=nan"]),
+        ("optimizer.warmup=1.5", ["optimizer.warmup=1.5: expected at most 1"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]", "two numbers in [0, 1)"]),
+        ("optimizer.betas=[0.9,1.0]", ["optimizer.betas=[0.9, 1.0]"]),
+        ("optimizer.betas=[0.9,nan]", ["optimizer.betas=[0.9, nan]"]),
+        ("objectives.absolute.weight=-1", ["objectives.absolute.weight=-1.0", "expected a"]),
+        ("objectives.absolute.weight=nan", ["objectives.absolute.weight=nan"]),
+        ("objectives.absolute.weight=inf", ["objectives.absolute.weight=inf"]),
+        ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, relative"]),
+        ("objectives.relative.pairs=0", ["objectives.relative.pairs=0", "a number from 1 to 36"]),
+        ("objectives.relative.pairs=37", ["objectives.relative.pairs=37", "6 patches"]),
+        ("views.global.scale=[0.9,0.1]", ["scale=[0.9, 0.1]", "0 < low <= high <= 1"]),
+        ("views.global.flip=1.5", ["flip=1.5", "a probability from 0 to 1"]),
+        ("views.global.size=[0,24]", ["size=[0, 24]"]),
+        ("views.global.interpolation=nearest", ["interpolation=nearest", "bicubic or bilinear"]),
+        ("model.mean=[0.5]", ["model.mean has 1 values and model.std 3"]),
+        ("model.std=[0.2,0,0.2]", ["positive std"]),
+        # parts that do not fit each other, the data or this machine
+        ("views.local.size=24", ["no objective looks at view 'local'"]),
+        ("objectives.absolute.view=local", ["asks for view 'local'", "`views:` has global"]),
+        ("views.global.size=[16,20]", ["16x20 is not divisible by its patch of 8x8", "views.global.size"]),
+        ("model.kwargs.patch_size=7", ["patch of 7x7"]),
+        ("views.global.size=8", ["1x1 grid", "one patch has no position to tell", "larger images or smaller patches"]),
+        ("model.kwargs.patch_sise=8", ["timm cannot build", "patch_sise"]),
+        ("model.kwargs.num_heads=5", ["timm cannot build", "model.kwargs"]),
+        ("batch=88", ["batch=88 is larger than the training data, 87 images: set batch=87 or less"]),
+        ("batch=15 accumulate=2", ["batch=15", "2 accumulation steps: choose a multiple of 2"]),
+        ("precision=fp16", ["precision=fp16 needs a GPU", "use precision=bf16 or fp32, or auto"]),
+        # words that are no options
+        ("tiny", ["expected one recipe", "tiny"]),
+        ("--resum", ["--resum", "did you mean '--resume'", "--help"]),
+        ("--steps=3", ["--steps=3", "--help"]),
+        ("--resume", ["--resume", "expected one argument"]),
+    ],
+)  # fmt: skip
+def test_words(refused, tiny, words, parts):
+    message = refused(*tiny, *words.split())
+    for part in parts:
+        assert part in message, message
+
+
+def test_epochs_and_seeds_that_are_fine(inside, tiny):
+    assert inside(*tiny, "run=run", "steps=null", "epochs=0.01", "seed=4294967295", "optimizer.clip=0") == 0
+    assert Run(Path("run")).steps == [1]
+
+
+# ---------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("stesp: 10", ["unknown option 'stesp'", "did you mean 'steps'"]),
+        ("steps: [", ["is not a YAML recipe"]),
+        ("- steps", ["is not a recipe"]),
+        ("steps: 1", ["no objective to train", "absolute, relative"]),
+        (
+            "steps: 1\nviews: {other: {size: 24}}\nobjectives: {absolute: {view: other}}",
+            ["no objective looks at", "global"],
+        ),
+    ],
+)
+def test_recipes(refused, images, tmp_path, content, parts):
+    recipe = tmp_path / "recipe.yaml"
+    model = "model: {name: vit_tiny_patch16_224, kwargs: {embed_dim: 24, depth: 1}}\n"
+    recipe.write_text(content if content.startswith("-") else model + content)
+    message = refused(recipe, f"data={images}", "batch=8", "precision=fp32", "model.attention=explicit")
+    for part in parts:
+        assert part in message
+    assert str(recipe) in message or "unknown" not in message
+
+
+def test_a_recipe_that_is_not_there(refused):
+    message = refused("quikstart.yaml")
+    assert "no recipe at quikstart.yaml" in message and "did you mean 'quickstart'" in message
+
+
+# ---------------------------------------------------------------------------- the data
+
+
+def test_a_missing_folder(refused, tiny, tmp_path):
+    message = refused(*tiny, f"data={tmp_path / 'nowhere'}")
+    assert str(tmp_path / "nowhere") in message and "no such folder" in message
+
+
+def test_an_empty_folder(refused, tiny, tmp_path):
+    (tmp_path / "photos").mkdir()
+    message = refused(*tiny, f"data={tmp_path / 'photos'}")
+    assert f"no images in {tmp_path / 'photos'}: the folder is empty; expected images" in message
+
+
+def test_a_folder_without_images(refused, tiny, tmp_path):
+    (tmp_path / "photos" / "notes").mkdir(parents=True)
+    (tmp_path / "photos" / "notes" / "read.txt").write_text("words")
+    message = refused(*tiny, f"data={tmp_path / 'photos'}")
+    assert "only other files (1 .txt)" in message and "expected images" in message
+
+
+def test_a_file_for_a_folder(refused, tiny, images):
+    photo = next(images.rglob("*.png"))
+    message = refused(*tiny, f"data={photo}")
+    assert f"data={photo} is a file; expected a folder" in message and str(photo.parent) in message
+
+
+# ---------------------------------------------------------------------------- unreadable images
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, images) -> Path:
+    """200 images without labels, of which two may be broken."""
+    folder = tmp_path_factory.mktemp("many") / "photos"
+    some = sorted(images.rglob("*.png"))[:20]
+    for i in range(200):
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(some[i % 20], folder / f"{i:03d}.png")
+    return folder
+
+
+def broken(many: Path, to: Path, *which: int) -> list[str]:
+    """A copy of the images with some cut short; their paths. Numbers are places in the order of names."""
+    shutil.copytree(many, to)
+    files = sorted(to.rglob("*.png"))
+    for i in which:
+        files[i].write_bytes(files[i].read_bytes()[:30])
+    return [str(files[i]) for i in which]
+
+
+@pytest.fixture
+def trained_on(tmp_path_factory) -> list[int]:
+    return held_out(200, 0.1, 1000)[0].tolist()
+
+
+def test_a_few_unreadable_images_are_named_once_and_replaced_alike(inside, many, trained_on, tmp_path, capsys):
+    names = broken(many, tmp_path / "photos", trained_on[7], trained_on[90])
+    losses = []
+    for workers in (0, 2):
+        run = Run(tmp_path / f"run{workers}")
+        words = (TINY, f"data={tmp_path / 'photos'}", f"run={run.path}", "steps=24", f"loader.workers={workers}")
+        assert inside(*words) == 0  # two epochs
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: unreadable")]
+        assert len(said) == 2 and "(2 of 200 so far)" in said[1]
+        listed = (run.path / "unreadable.txt").read_text().splitlines()
+        assert sorted(line.partition(": ")[0] for line in listed) == sorted(names)
+        losses.append(run.losses)
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 24
+
+
+def test_unreadable_images_are_replaced_alike_after_a_resume(inside, at_step, many, trained_on, tmp_path, capsys):
+    broken(many, tmp_path / "photos", trained_on[7], trained_on[90])
+    words = [TINY, f"data={tmp_path / 'photos'}", "steps=16", "loader.workers=0", "monitor.held_out=0.1"]
+    assert inside(*words, "run=whole") == 0
+    at_step(6, lambda: os.kill(os.getpid(), 15))
+    assert inside(*words, "run=parts") == 0
+    assert inside("--resume", "parts") == 0
+    assert Run(Path("parts")).losses == Run(Path("whole")).losses
+    listed = [(Path(run) / "unreadable.txt").read_text().splitlines() for run in ("parts", "whole")]
+    assert sorted(listed[0]) == sorted(listed[1])  # each once
+
+
+@pytest.mark.parametrize("where", ["trained on", "held out"])
+def test_unreadable_images_leave_the_labels_of_the_others_in_place(inside, trained_on, tmp_path, where):
+    """Dark and bright noise by turns: the k-NN monitor is always right, unless labels have slipped by one image."""
+    files = []
+    for i in range(200):
+        noise = np.random.default_rng(i).integers(0, 40, (24, 24, 3))
+        path = tmp_path / "photos" / ("bright", "dark")[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((noise + 200 * (i % 2 == 0)).astype(np.uint8)).save(path)
+        files.append(path)
+    files.sort()
+    which = trained_on if where == "trained on" else sorted(set(range(200)) - set(trained_on))
+    for i in (which[0], which[len(which) // 3]):  # 1 % of the data, and 10 % of those held out
+        files[i].write_bytes(b"cut")
+    words = ("steps=2", "monitor.every=2", "loader.workers=0", "optimizer.lr=0")
+    assert inside(TINY, f"data={tmp_path / 'photos'}", "run=run", *words) == 0
+    assert Run(Path("run")).metrics[-1]["knn/accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_than_one_percent_is_an_error(inside, many, trained_on, tmp_path, workers, capsys):
+    names = broken(many, tmp_path / "photos", *trained_on[:3])
+    with pytest.raises(Refusal) as refusal:
+        inside(TINY, f"data={tmp_path / 'photos'}", "run=run", "steps=24", f"loader.workers={workers}")
+    message = str(refusal.value)
+    assert "3 of 200 images cannot be read, more than 1%" in message and "\n" not in message
+    listed = Path("run/unreadable.txt").resolve()
+    assert str(listed) in message and "mend or remove" in message
+    assert sorted(line.partition(": ")[0] for line in listed.read_text().splitlines()) == sorted(names)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_nothing_but_unreadable_images(inside, tmp_path, workers):
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        (tmp_path / "photos" / f"{i:02d}.jpg").write_text("an error page, saved as a photograph")
+    with pytest.raises(Refusal) as refusal:
+        inside(TINY, f"data={tmp_path / 'photos'}", "run=run", f"loader.workers={workers}", "monitor.held_out=0")
+    assert "images cannot be read" in str(refusal.value) and "Traceback" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+
+def test_a_run_that_exists(refused, tiny):
+    Path("run").mkdir()
+    message = refused(*tiny)
+    assert f"run={Path('run').resolve()} exists" in message and "--resume" in message and "--overwrite" in message
+
+
+def test_overwrite_of_a_folder_that_is_no_run(refused, tiny):
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("the only copy")
+    assert "is no run" in refused(*tiny, "--overwrite")
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "file/run"])
+def test_a_place_that_cannot_be_written(refused, tiny, place):
+    Path("file").write_text("")
+    message = refused(*tiny, run=place)
+    assert f"run={Path(place).resolve()} cannot be written: " in message and "run=PATH" in message
+
+
+def test_a_run_that_is_not_there(refused):
+    message = refused("--resume", "nowhere")
+    assert "--resume nowhere: no run there (expected a folder with config.yaml)" in message
+
+
+def test_resume_goes_with_no_recipe(refused):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("")
+    assert "leave out tiny.yaml" in refused("--resume", "run", "tiny.yaml")
+    assert "leave out --overwrite" in refused("--resume", "run", "--overwrite")
+
+
+def test_a_run_whose_folder_is_read_only(refused, tiny, inside, tmp_path):
+    Path("run").mkdir()
+    (Path("run") / "config.yaml").write_text(f"data: builtin\nsteps: 1\nbatch: 8\n{MODEL}")
+    Path("run/lock").mkdir()  # as root no permission binds: this is what cannot be opened for writing even so
+    message = refused("--resume", "run")
+    assert f"the run folder {Path('run').resolve()} cannot be written: " in message and "make it writable" in message
+
+
+MODEL = "precision: fp32\nmodel: {name: vit_tiny_patch16_224, attention: explicit}\nobjectives: {absolute: {}}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("steps: 3\ninvented: 1\n", ["unknown option 'invented'", "config.yaml"]),
+        ("steps: many\n", ["'steps'", "config.yaml"]),
+        ("steps: [", ["config.yaml", "is not a YAML recipe"]),
+    ],
+)
+def test_a_run_whose_config_was_edited(refused, content, parts):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(content)
+    message = refused("--resume", "run")
+    for part in parts:
+        assert part in message
+
+
+def test_weights_of_another_model(inside, refused, tiny):
+    assert inside(*tiny, "run=run", "steps=2") == 0
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("embed_dim: 32", "embed_dim: 16"))
+    with pytest.raises(Refusal, match=r"state holds the weights of another model: .* of another shape"):
+        inside("--resume", "run")
+
+
+# ---------------------------------------------------------------------------- the machine
+
+
+def test_without_tensorboard(refused, tiny, inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = refused(*tiny)
+    assert "TensorBoard cannot be imported" in message and "set tensorboard=false" in message
+    assert inside(*tiny, "run=run", "steps=1", "tensorboard=false") == 0
+    assert not Path("run/tb").exists()
+
+
+def test_a_port_that_is_taken(refused, tiny, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        job = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (job | {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}).items():
+            monkeypatch.setenv(name, str(value))
+        message = refused(*tiny)
+    assert f"127.0.0.1:{port}" in message and "is the port taken?" in message and "--main_process_port" in message
+
+
+def test_no_workers_and_more_than_cores(inside, tiny):
+    losses = []
+    for workers in (0, 5):
+        assert inside(*tiny, f"run=run{workers}", f"loader.workers={workers}", "steps=3") == 0
+        losses.append(Run(Path(f"run{workers}")).losses)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_64_workers(train, images, tmp_path):
+    ended = train(TINY, f"data={images}", f"run={tmp_path / 'run'}", "loader.workers=64", "steps=6")
+    assert ended.status == 0 and ended.stderr == "", ended.stderr
+    assert Run(tmp_path / "run").steps == list(range(1, 7))
+
+
+# ---------------------------------------------------------------------------- labels stay outside
+
+
+def test_losses_do_not_depend_on_labels(inside, monkeypatch):
+    """The same images with right labels, random ones and none: the same losses; only the k-NN monitor notices."""
+    rng = np.random.default_rng(0)
+    right = np.arange(64) % 2
+    pixels = (rng.integers(0, 60, (64, 24, 24, 3)) + 180 * right[:, None, None, None]).astype(np.uint8)
+    losses, neighbours = [], []
+    for number, labels in enumerate((right, rng.integers(0, 2, 64), None)):
+        images = Images(Arrays(pixels, "noise"), "noise", labels, None if labels is None else ("dark", "bright"))
+        monkeypatch.setattr("pretrain.assemble.open_data", lambda *request, images=images: images)
+        words = (f"run=run{number}", "steps=8", "monitor.every=4", "monitor.held_out=0.3", "loader.workers=0")
+        assert inside(TINY, *words) == 0
+        run = Run(Path(f"run{number}"))
+        losses.append(run.losses)
+        neighbours.append([record["knn/accuracy"] for record in run.metrics if "knn/accuracy" in record])
+    assert losses[0] == losses[1] == losses[2]
+    assert neighbours[0] == [1.0, 1.0] and neighbours[1] != neighbours[0] and neighbours[2] == []
+
+
+# ---------------------------------------------------------------------------- as a process of its own
+
+
+def test_one_line_and_exit_status_2_and_the_rest_with_debug(train, images, tmp_path):
+    words = (TINY, f"data={images}", f"run={tmp_path / 'run'}", "batch=1000")
+    plain, debug = train.start(*words), train.start(*words, "--debug")
+    ended = plain.wait()
+    assert ended.status == 2 and ended.stdout == ""
+    assert re.fullmatch(r"error: batch=1000 is larger than the training data, 87 images: .*\n", ended.stderr)
+    ended = debug.wait()
+    assert ended.status == 2
+    assert "Traceback (most recent call last)" in ended.stderr and "common.errors.Refusal" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: batch=1000")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,166 @@
+"""The rules of design and style that a machine can check: who imports whom, what files are called, what is told."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("common", "pretrain", "evaluate")
+TORCH_ONLY = ("positions", "plan", "metrics", "neighbors", "heads")  # what people copy into projects of their own
+NAMELESS = {"utils", "helpers", "misc", "base"}  # where unnamed ideas hide
+LINES = 500
+DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
+READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
+PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel")
+
+
+def files() -> list[Path]:
+    """What is in the repository, or would be after `git add .`; without git, all but environments and output."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listing.returncode == 0 and listing.stdout:
+        found = [ROOT / name for name in listing.stdout.split("\0") if name]
+    else:
+        ignored = {"runs", "build", "dist", "__pycache__"}
+        found = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(part in ignored or part.startswith((".venv", ".git")) for part in path.relative_to(ROOT).parts)
+            and not any(part.startswith(".") and part != ".ci" for part in path.relative_to(ROOT).parts[:-1])
+            and not any(part.endswith(".egg-info") for part in path.parts)
+        ]
+    return sorted(path for path in set(found) if path.is_file())
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for path in files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in folders]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, dotted name) of every import of a file, wherever it stands; level 0 is absolute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield from ((node.level, f"{module}.{alias.name}".strip(".")) for alias in node.names)
+
+
+def reached(path: Path) -> set[str]:
+    """First parts of what a file imports absolutely."""
+    return {name.split(".")[0] for level, name in imports(path) if level == 0}
+
+
+@pytest.mark.parametrize("path", sources(*STAGES), ids=name_of)
+def test_stages_meet_only_in_common(path: Path) -> None:
+    stage = path.relative_to(ROOT).parts[0]
+    if stage == "common" and "if not __package__:" in path.read_text():
+        return  # run by path, imported by nobody
+    strangers = {"common": {"common", "pretrain", "evaluate"}, "pretrain": {"evaluate"}, "evaluate": {"pretrain"}}
+    met = reached(path) & ({*strangers[stage], "poslabel", "tests", "benchmarks"})
+    assert not met, f"{name_of(path)} imports {met}; inside common/ imports are relative, so that poslabel.common works"
+    depth = len(path.relative_to(ROOT).parts) - 1  # `..x` in common/models/y.py is common.x; `...x` leaves common
+    assert all(level <= depth for level, _ in imports(path)), f"{name_of(path)} imports from outside its stage"
+
+
+@pytest.mark.parametrize("module", TORCH_ONLY)
+def test_imports_only_torch(module: str) -> None:
+    path = ROOT / "common" / f"{module}.py"
+    assert reached(path) <= {"torch", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for level, name in imports(path) if level} <= {"errors", *TORCH_ONLY}
+
+
+def test_nobody_can_import_our_evaluate() -> None:
+    """An `evaluate` package would hide Hugging Face's wherever the root of the repository is on the path."""
+    assert not (ROOT / "evaluate" / "__init__.py").exists()
+    ours = {path.stem for path in sources("evaluate")}
+    everywhere = sources(*STAGES, "tests", "benchmarks")
+    assert not [name_of(path) for path in everywhere for _, name in imports(path) if name.startswith("evaluate.")]
+    assert ours, "the scripts are in evaluate/"
+
+
+def test_entry_scripts_mend_the_path_first() -> None:
+    """`python evaluate/knn.py` puts evaluate/ first on sys.path: mended before the first import of ours."""
+    for path in [*sources("evaluate"), ROOT / "pretrain" / "run.py"]:
+        text = path.read_text()
+        mending = text.find("if not __package__:")
+        ours = re.search(r"^from (common|pretrain)\b", text, re.MULTILINE)
+        assert 0 <= mending < (ours.start() if ours else len(text)), name_of(path)
+
+
+def test_names_say_something() -> None:
+    assert not [name_of(path) for path in files() if path.stem in NAMELESS or path.parent.name in NAMELESS]
+
+
+def test_files_are_short() -> None:
+    long = {name_of(path): len(path.read_text().splitlines()) for path in files() if path.suffix == ".py"}
+    assert not {name: lines for name, lines in long.items() if lines > LINES}
+
+
+def undocumented(path: Path, met: set[str]) -> Iterator[str]:
+    """What lacks a docstring: the module, public classes, and functions and methods of classes named in `met`.
+
+    A method that a base class or protocol of ours describes need not say it again.
+    """
+    tree = ast.parse(path.read_text())
+    wanted: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]] = [("", tree)] if tree.body else []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            wanted.append((node.name, node))
+            methods = [method for method in node.body if isinstance(method, ast.FunctionDef) and node.name in met]
+            wanted += [(f"{node.name}.{method.name}", method) for method in methods if method.name not in DESCRIBED]
+        elif isinstance(node, ast.FunctionDef) and node.name in met:
+            wanted.append((node.name, node))
+    for name, node in wanted:
+        if not name.rpartition(".")[2].startswith("_") and not ast.get_docstring(node):
+            yield f"{name_of(path)} {name}"
+
+
+def test_what_others_use_is_documented() -> None:
+    met = {name.split(".")[-1] for path in sources(*STAGES) for _, name in imports(path)}
+    assert not [name for path in sources("common", "pretrain") for name in undocumented(path, met)]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.suffix in READABLE or path.name in ("Makefile", "run") else ""
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    """Homes, scratch folders and package mirrors belong to a machine, not to a repository."""
+    places = re.compile(r"/(?:work|home|root|opt|Users|mnt)/[\w.]+|[a-z]+://[^\s)>\"'`]+")
+    found = [
+        f"{name_of(path)}: {place}"
+        for path in files()
+        if path != Path(__file__).resolve()
+        for place in places.findall(text_of(path))
+        if not place.startswith(PUBLIC) and place not in ("/home/you", "/mnt/photos")
+    ]
+    assert not found
+
+
+def test_constraints_are_versions_only() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[0-9][0-9a-z.]*", line)]
+
+
+def test_every_folder_and_every_dependency_is_in_pyproject() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in sources(*STAGES)}
+    listed = {name.replace(".", "/") for name in re.findall(r'"poslabel\.([\w.]+)",', text)}
+    assert listed - {"configs"} == folders
+    dependencies = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
+    declared = {name.lower() for name in re.findall(r'"([\w-]+)>=', dependencies)} | {"pil"}
+    used = set().union(*(reached(path) for path in sources(*STAGES))) - set(sys.stdlib_module_names) - set(STAGES)
+    assert {name.lower() for name in used} <= declared
+    assert declared - {"pillow", "tensorboard"} <= {name.lower() for name in used}  # torch imports tensorboard for us

@@ -1,0 +1,531 @@
+"""Interrupted anywhere, a run goes on as if nothing had happened: same samples, same losses, to the bit.
+
+Real processes and real signals. One run meets every accident in turn, another has two processes; each ends with the
+numbers of a run that was left in peace. Where an accident strikes is drawn from a seed.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from children import TINY, Ended, Run, Train, alive, training_here
+
+from common import checkpoint
+from common.errors import Refusal
+
+STEPS, EVERY = 30, 4  # as in tiny.yaml
+SOON = 15.0  # seconds from SIGTERM to the end; a step takes hundredths of one
+
+
+@dataclasses.dataclass
+class Accident:
+    """What happened to a run, and how its folder looked afterwards."""
+
+    ended: Ended
+    at: int  # the step
+    seconds: float  # from the signal to the end
+    checkpoints: list[int]
+    steps: list[int]  # in metrics.jsonl
+    files: list[str]  # in state/
+    exported: int  # step of the backbone that evaluation would load
+
+
+def strike(train: Train, run: Path, *words: str, at: int, by: signal.Signals, **options) -> Accident:
+    """Train until step `at`, then send the signal `by` from outside to every training process."""
+    child = train.start(*words, until=f"step:{at}", **options)
+    ids = child.held()
+    begun = time.monotonic()
+    for process in ids:
+        os.kill(process, by)
+    ended = child.wait()
+    return after(run, ended, at, time.monotonic() - begun)
+
+
+def after(run: Path, ended: Ended, at: int, seconds: float = 0.0) -> Accident:
+    left = Run(run)
+    try:
+        exported = checkpoint.load_backbone(run)[2]["training"]["step"]
+    except Exception as error:
+        exported = error  # type: ignore[assignment]
+    files = sorted(path.name for path in (run / "state").iterdir())
+    return Accident(ended, at, seconds, left.checkpoints, left.steps, files, exported)
+
+
+@dataclasses.dataclass
+class Eventful:
+    """One run and what happened to it, in order."""
+
+    run: Run
+    killed: Accident
+    killed_saving: Accident
+    terminated: Accident
+    interrupted: Accident
+    full: Accident
+    finished: Ended
+
+
+def eventful(train: Train, images: Path, folder: Path) -> Eventful:
+    run, moved = folder / "eventful", folder / "moved"
+    shutil.copytree(images, moved)
+    draw = random.Random(2022)
+    resume = ("--resume", str(run))
+    first = (str(TINY), f"data={images}", f"run={run}")
+
+    # kill -9 between two checkpoints
+    killed = strike(train, run, *first, at=draw.randint(5, 7), by=signal.SIGKILL)
+    # inside the save of step 12, with no loader workers
+    ended = train(*resume, "loader.workers=0", until="save:12")
+    killed_saving = after(run, ended, 12)
+    # SIGTERM, with three workers
+    terminated = strike(train, run, *resume, "loader.workers=3", at=draw.randint(13, 15), by=signal.SIGTERM)
+    # a bit of that checkpoint is lost, then Ctrl-C
+    flip(run / "state" / f"step_{terminated.at:08d}" / "state.pt", draw)
+    interrupted = strike(train, run, *resume, "loader.workers=2", at=draw.randint(17, 19), by=signal.SIGINT)
+    # no room for the checkpoint of step 20
+    room = (run / "state" / "step_00000016" / "state.pt").stat().st_size // 2
+    ended = train(*resume, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    full = after(run, ended, 20)
+    # the data were moved
+    finished = train(*resume, f"data={moved}", "loader.workers=1")
+    return Eventful(Run(run), killed, killed_saving, terminated, interrupted, full, finished)
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+@dataclasses.dataclass
+class Pair:
+    """Runs of two processes: one left in peace, one killed."""
+
+    peaceful: Run
+    peaceful_ended: Ended
+    run: Run
+    killed: Accident
+    finished: Ended
+
+
+def pair(train: Train, images: Path, folder: Path) -> Pair:
+    words, two = (str(TINY), f"data={images}", "steps=15"), {"processes": 2}
+    peaceful, run = folder / "pair-peaceful", folder / "pair"
+    peaceful_ended = train(*words, f"run={peaceful}", **two)
+    killed = strike(train, run, *words, f"run={run}", at=random.Random(5).choice([6, 7, 9]), by=signal.SIGKILL, **two)
+    finished = train("--resume", str(run), "loader.workers=2", **two)
+    return Pair(Run(peaceful), peaceful_ended, Run(run), killed, finished)
+
+
+@dataclasses.dataclass
+class Stories:
+    """All runs of this file that need processes of their own; two are told at a time."""
+
+    peaceful: "Future[tuple[Run, Ended]]"
+    eventful: "Future[Eventful]"
+    pair: "Future[Pair]"
+
+
+@pytest.fixture(scope="session")
+def stories(train: Train, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Stories:
+    folder = tmp_path_factory.mktemp("runs")
+
+    def peaceful() -> tuple[Run, Ended]:
+        run = folder / "peaceful"
+        return Run(run), train(str(TINY), f"data={images}", f"run={run}")
+
+    pool = ThreadPoolExecutor(2)
+    told = Stories(
+        eventful=pool.submit(eventful, train, images, folder),
+        peaceful=pool.submit(peaceful),
+        pair=pool.submit(pair, train, images, folder),
+    )
+    pool.shutdown(wait=False)
+    return told
+
+
+@pytest.fixture
+def peaceful(stories: Stories) -> Run:
+    run, ended = stories.peaceful.result()
+    assert ended.status == 0, ended.stderr
+    return run
+
+
+@pytest.fixture
+def story(stories: Stories) -> Eventful:
+    return stories.eventful.result()
+
+
+# ------------------------------------------------------------------------------------ one process, accident by accident
+
+
+def test_a_run_left_in_peace(peaceful):
+    assert peaceful.steps == list(range(1, STEPS + 1))
+    assert peaceful.checkpoints == [28, 30]
+    assert len(set(peaceful.losses)) == STEPS
+    first, last = peaceful.metrics[:5], peaceful.metrics[-5:]
+    mean = lambda records: sum(record["absolute/accuracy"] for record in records) / len(records)  # noqa: E731
+    assert mean(last) > mean(first)  # it learns something, so that equal losses mean something
+
+
+def test_kill_9_between_checkpoints(story):
+    killed = story.killed
+    assert killed.ended.status == -signal.SIGKILL
+    assert killed.at > 4 and killed.checkpoints == [4] and killed.exported == 4
+    assert killed.steps == list(range(1, killed.at + 1))  # measured, and to be forgotten
+    assert "resumed after step 4)" in story.killed_saving.ended.stdout
+
+
+def test_kill_9_inside_a_save(story):
+    killed = story.killed_saving
+    assert killed.ended.status == -signal.SIGKILL
+    assert killed.checkpoints == [4, 8] and ".writing-00000012" in killed.files
+    assert killed.exported == 8
+    assert "resumed after step 8)" in story.terminated.ended.stdout
+    assert not [name for name in story.terminated.files if name.startswith(".")]  # the next save swept up
+
+
+def test_sigterm_saves_and_exits_0(story):
+    terminated = story.terminated
+    assert terminated.ended.status == 0 and terminated.ended.stderr == ""
+    assert terminated.at % EVERY and terminated.checkpoints[-1] == terminated.at == terminated.exported
+    assert terminated.seconds < SOON
+    assert f"stopped after step {terminated.at} of {STEPS}" in terminated.ended.stdout
+    assert f"--resume {story.run.path}" in terminated.ended.stdout
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(story):
+    damaged = story.run.path / "state" / f"step_{story.terminated.at:08d}"
+    warnings = [line for line in story.interrupted.ended.stdout.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and str(damaged) in warnings[0] and "state.pt" in warnings[0]
+    assert "resumed after step 12)" in story.interrupted.ended.stdout
+
+
+def test_ctrl_c_saves_and_exits_130(story):
+    interrupted = story.interrupted
+    assert interrupted.ended.status == 130
+    assert interrupted.checkpoints[-1] == interrupted.at == interrupted.exported
+    assert interrupted.seconds < SOON
+    assert f"stopped after step {interrupted.at} of {STEPS}" in interrupted.ended.stdout
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_last_good_state(story):
+    full = story.full
+    assert full.ended.status == 2
+    lines = full.ended.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "step 20" in lines[0], full.ended.stderr
+    assert full.checkpoints == story.interrupted.checkpoints and full.exported == story.interrupted.at
+    assert f"resumed after step {story.interrupted.at})" in story.finished.stdout
+
+
+def test_after_all_that_every_loss_is_that_of_the_peaceful_run(story, peaceful, capsys):
+    assert story.finished.status == 0, story.finished.stderr
+    for mine, theirs in zip(story.run.metrics, peaceful.metrics, strict=True):
+        with capsys.disabled():
+            if mine["step"] in (1, story.killed.at, story.terminated.at, story.interrupted.at, STEPS):
+                print(f"\n  step {mine['step']:2d}  loss {mine['loss']!r} as {theirs['loss']!r}", end="")
+    assert story.run.losses == peaceful.losses  # bit for bit
+    assert story.run.steps == list(range(1, STEPS + 1))  # every step once, in order
+    assert story.run.numbers == peaceful.numbers  # accuracies, gradient norms, learning rates, monitors
+
+
+def test_after_all_that_tensorboard_has_every_step_once(story, peaceful):
+    mine, theirs = story.run.scalars(), peaceful.scalars()
+    clock = {"train/images_per_second", "train/data_wait"}
+    assert mine.keys() == theirs.keys() >= {"train/loss", "absolute/accuracy", "val/absolute/accuracy"}
+    for name in mine.keys() - clock:
+        assert mine[name] == theirs[name], name
+    for name in clock:
+        assert [step for step, _ in mine[name]] == list(range(1, STEPS + 1))
+
+
+def test_after_all_that_the_backbone_is_the_same(story, peaceful):
+    mine, theirs = (json.loads((run.path / "backbone.json").read_text()) for run in (story.run, peaceful))
+    one, two = ((run.path / "backbone.safetensors").read_bytes() for run in (story.run, peaceful))
+    assert one == two
+    for description in (mine, theirs):
+        assert description["training"].pop("data")  # moved
+        description["training"].pop("commit")  # of a checkout that may change meanwhile
+    assert mine == theirs
+
+
+def test_after_all_that_nothing_is_left_lying_about(story):
+    assert list(story.run.path.rglob(".*")) == []
+    assert story.run.checkpoints == [28, 30]
+
+
+def test_a_crash_ends_the_process(train, images, tmp_path):
+    """A bug, or a GPU without memory: a traceback, a status, and no process that waits for its workers for ever."""
+    run = Run(tmp_path / "run")
+    ended = train(TINY, f"data={images}", f"run={run.path}", until="crash:6", patience=60.0)
+    assert ended.status not in (0, 2)
+    assert ended.stderr.splitlines()[-1] == "RuntimeError: out of memory, say"
+    assert run.checkpoints == [4] and run.steps == list(range(1, 7))
+
+
+# ---------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_are_two(stories):
+    told = stories.pair.result()
+    assert told.peaceful_ended.status == 0, told.peaceful_ended.stderr
+    assert "2 x CPU" in told.peaceful_ended.stdout
+    assert told.peaceful_ended.stdout.count("step 15/15") == 1  # the second one is quiet
+    state = checkpoint.load_state(told.peaceful.path, print)
+    assert state is not None and len(state["random"]) == 2
+    one, two = (generator["cpu"] for generator in state["random"])
+    assert not one.equal(two)  # dropout differs between them
+
+
+def test_two_processes_killed_go_on_bit_for_bit(stories):
+    told = stories.pair.result()
+    assert told.killed.ended.status != 0
+    assert told.killed.checkpoints[-1] == told.killed.at // EVERY * EVERY < told.killed.at
+    assert told.finished.status == 0, told.finished.stderr
+    assert "2 x CPU" in told.finished.stdout
+    assert f"resumed after step {told.killed.checkpoints[-1]})" in told.finished.stdout
+    assert told.run.losses == told.peaceful.losses
+    assert told.run.steps == list(range(1, 16))
+    assert told.run.numbers == told.peaceful.numbers
+
+
+def test_two_processes_see_what_one_sees(stories, peaceful):
+    """Same weights, same images in the same crops; only dropout differs."""
+    one, two = peaceful.metrics[0], stories.pair.result().peaceful.metrics[0]
+    assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+
+
+# ---------------------------------------------------------------------------- what may change at a resume
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tiny) -> Run:
+    """A finished run of 8 steps, made in this process. Not to be written to."""
+    run = tmp_path_factory.mktemp("small") / "run"
+    with training_here() as main:
+        assert main(*tiny, f"run={run}", "steps=8") == 0
+    return Run(run)
+
+
+@pytest.fixture
+def copied(small, tmp_path) -> Run:
+    return Run(shutil.copytree(small.path, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("seed=1 optimizer.lr=0.1", ["seed (0 -> 1)", "optimizer.lr (0.05 -> 0.1)"]),
+        ("batch=8", ["batch (16 -> 8)"]),
+        ("accumulate=2", ["accumulate (1 -> 2)"]),
+        ("precision=bf16", ["precision (fp32 -> bf16)"]),
+        ("threads=2", ["threads (1 -> 2)"]),
+        ("model.kwargs.depth=3", ["model.kwargs.depth (2 -> 3)"]),
+        ("model.kwargs.num_classes=5", ["model.kwargs.num_classes (None -> 5)"]),
+        ("views.global.flip=0.5", ["views.global.flip (0.0 -> 0.5)"]),
+        ("objectives.absolute.head=half", ["objectives.absolute.head"]),
+        ("objectives.relative.weight=0.5", ["objectives.relative.weight (1.0 -> 0.5)"]),
+        ("monitor.held_out=0.2", ["monitor.held_out (0.1 -> 0.2)"]),
+        ("steps=7", ["steps (8 -> 7, may only grow)"]),
+    ],
+)
+def test_a_changed_recipe_is_refused_by_name(inside, copied, words, named):
+    before = contents(copied.path)
+    with pytest.raises(Refusal) as refusal:
+        inside("--resume", copied.path, *words.split())
+    for name in named:
+        assert name in str(refusal.value)
+    assert "start a new run" in str(refusal.value)
+    assert contents(copied.path) == before
+
+
+def test_a_finished_run_says_so(inside, copied, capsys):
+    before = contents(copied.path)
+    assert inside("--resume", copied.path) == 0
+    assert "done: 8 steps" in capsys.readouterr().out
+    after = contents(copied.path)
+    assert {name: after[name] for name in before} == before  # TensorBoard adds an empty file
+
+
+def test_a_finished_run_can_be_made_longer_for_good(inside, copied, small, at_step):
+    at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert inside("--resume", copied.path, "steps=12") == 0
+    assert copied.steps == list(range(1, 11))
+    assert inside("--resume", copied.path) == 0  # without repeating how long
+    assert copied.steps == list(range(1, 13))
+    assert copied.losses[:8] == small.losses
+    training = json.loads((copied.path / "backbone.json").read_text())["training"]
+    assert (training["step"], training["steps"], training["recipe"]) == (12, 12, "tiny")
+
+
+def test_epochs_may_grow_too(inside, tiny, tmp_path):
+    run = Run(tmp_path / "run")
+    assert inside(*tiny, f"run={run.path}", "steps=null", "epochs=1") == 0
+    assert run.steps == list(range(1, 6))
+    assert inside("--resume", run.path, "epochs=2") == 0
+    assert run.steps == list(range(1, 11))
+    assert inside("--resume", run.path) == 0  # the length it was given last
+    assert run.steps == list(range(1, 11))
+    with pytest.raises(Refusal, match=r"epochs .*may only grow"):
+        inside("--resume", run.path, "epochs=1")
+
+
+def test_a_moved_run_and_other_intervals(inside, tiny, small, at_step, tmp_path):
+    """A run is its folder: renamed, measured and saved more rarely, it is the same run."""
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run = tmp_path / "run"
+    assert inside(*tiny, f"run={run}", "steps=8") == 0
+    moved = Run(run.rename(tmp_path / "renamed"))
+    assert moved.checkpoints == [4, 6]
+    assert inside("--resume", moved.path, "log_every=2", "monitor.every=3", "checkpoint_every=5", "keep=9") == 0
+    assert moved.steps == [*range(1, 7), 8]
+    assert moved.losses == [*small.losses[:6], small.losses[7]]
+    assert moved.checkpoints == [4, 6, 8]
+
+
+def test_other_images_are_refused(inside, copied, images, tmp_path):
+    other = shutil.copytree(images, tmp_path / "other")
+    next(other.rglob("*.png")).unlink()
+    before = contents(copied.path)
+    with pytest.raises(Refusal, match="fingerprint") as refusal:
+        inside("--resume", copied.path, f"data={other}")
+    assert str(other) in str(refusal.value)
+    assert contents(copied.path) == before
+
+
+def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_step, tmp_path):
+    def crash() -> None:
+        raise KeyboardInterrupt
+
+    at_step(3, crash)
+    run = Run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        inside(*tiny, f"run={run.path}", "steps=8")
+    assert run.steps == [1, 2, 3] and not (run.path / "state").exists()
+    at_step(0, crash)
+    assert inside("--resume", run.path) == 0
+    assert run.losses == small.losses
+    assert run.steps == list(range(1, 9))
+    assert run.scalars()["train/loss"] == small.scalars()["train/loss"]
+
+
+def test_accumulated_steps_resume_alike(inside, tiny, at_step, tmp_path):
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    assert inside(*tiny, f"run={one.path}", "steps=8", "accumulate=4") == 0
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert inside(*tiny, f"run={two.path}", "steps=8", "accumulate=4") == 0
+    assert two.checkpoints == [3]
+    assert inside("--resume", two.path) == 0
+    assert two.losses == one.losses and two.numbers == one.numbers
+
+
+def test_another_number_of_processes_is_said(inside, stories, tmp_path, capsys):
+    copy = shutil.copytree(stories.pair.result().run.path, tmp_path / "run")
+    assert inside("--resume", copy, "steps=17") == 0
+    said = capsys.readouterr().out
+    assert "interrupted with 2 processes and goes on with 1" in said
+    assert Run(copy).steps == list(range(1, 18))
+
+
+def test_a_run_that_is_being_written_is_left_alone(inside, copied, monkeypatch):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, copied.path / "lock"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == "locked\n"
+        before = contents(copied.path)
+        monkeypatch.setattr("pretrain.run.WAIT", 0.3)
+        with pytest.raises(Refusal, match=f"process {writer.pid} is still writing"):
+            inside("--resume", copied.path)
+        with pytest.raises(Refusal, match=f"process {writer.pid} is still writing"):
+            inside(TINY, f"run={copied.path}", "--overwrite")
+        assert contents(copied.path) == before
+    finally:
+        writer.kill()
+        writer.wait()
+    assert inside("--resume", copied.path) == 0  # gone with its owner
+
+
+HOLD_LOCK = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write(str(os.getpid()))
+file.flush()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+# ---------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("processes", "seed"), [(1, 0), (1, 1), (2, 2)])
+def test_killed_at_random_moments_until_it_is_done(train, images, tmp_path, processes, seed):
+    """Whatever it is doing: starting, loading, stepping, measuring, saving."""
+    draw = random.Random(seed)
+    words = [TINY, f"data={images}", "steps=300", "checkpoint_every=3", "monitor.every=25"]
+    peaceful, run = Run(tmp_path / "peaceful"), Run(tmp_path / "run")
+    assert train(*words, f"run={peaceful.path}", processes=processes).status == 0
+
+    kills, words = 0, [*words, f"run={run.path}"]
+    for _ in range(60):
+        workers = draw.choice([0, 1, 3])
+        child = train.start(*words, f"loader.workers={workers}", processes=processes)
+        if (run.path / "config.yaml").exists() and draw.random() < 0.2:
+            moment = time.monotonic() + draw.uniform(0.0, 8.0)  # perhaps before its first step
+        else:
+            child.said("step ")
+            moment = time.monotonic() + draw.uniform(0.0, 0.6)
+        while time.monotonic() < moment and child.process.poll() is None:
+            time.sleep(0.005)
+        if child.process.poll() is None:
+            kills += 1
+            child.kill()
+        elif child.process.returncode == 0:
+            break
+        if (run.path / "config.yaml").exists():
+            words = ["--resume", run.path]
+            if run.checkpoints:
+                assert checkpoint.load_backbone(run.path)[2]["training"]["step"] in run.checkpoints
+    assert kills >= 6
+    assert run.losses == peaceful.losses and run.numbers == peaceful.numbers
+    assert run.steps == list(range(1, 301))
+    assert run.scalars()["train/loss"] == peaceful.scalars()["train/loss"]
+    assert not list(run.path.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_takes_the_training_with_it(train, images, tmp_path, stories):
+    run = tmp_path / "run"
+    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    child = train.start(TINY, f"data={images}", f"run={run}", until="step:6", launcher=launcher)
+    (training,) = child.held()
+    assert training != child.process.pid and alive(training)
+    child.process.send_signal(signal.SIGKILL)
+    child.process.wait()
+    deadline = time.monotonic() + SOON
+    while alive(training) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(training)
+    assert Run(run).checkpoints == [4, 6]
+    assert train("--resume", run, launcher=launcher).status == 0
+    peaceful, _ = stories.peaceful.result()
+    assert Run(run).losses == peaceful.losses
