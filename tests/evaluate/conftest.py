@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import write_images
+from pictures import write_images
 
 from common import checkpoint
 from common.models import ModelConfig, create

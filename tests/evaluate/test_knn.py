@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from colours import COLOURS, write_images
+from pictures import COLOURS, write_images
 
 from common import checkpoint
 from common.errors import Refusal
