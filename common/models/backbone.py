@@ -93,11 +93,6 @@ class Backbone(nn.Module):
         """Input channels."""
         return len(self.config.mean)
 
-    @property
-    def num_blocks(self) -> int:
-        """How many depths `layers` can return: blocks of a ViT, stages of a hierarchical model."""
-        return len(self.model.feature_info)
-
     def forward(self, images: Tensor, plan: PlanSpec | None = None) -> Features:
         """Final-norm features. `plan=None`: with position encoding, unless `fix_positions` removed it."""
         return self.layers(images, 1, plan)[0]
