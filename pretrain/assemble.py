@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import warnings
@@ -123,7 +124,7 @@ def assemble(config: PretrainConfig) -> Parts:
         config.loader.workers = max(1, min(8, cores - 1))
         reasons["loader.workers"] = f"{cores} usable cores per process, one of them for training"
     if config.monitor.every is None:
-        config.monitor.every = max(1, steps // 10)
+        config.monitor.every = math.ceil(steps / 10)
         reasons["monitor.every"] = "ten times in the run"
     _settle_precision(config, task, samples, process, reasons)
     if Path(config.data).exists():

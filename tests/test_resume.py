@@ -11,17 +11,14 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import TINY, Ended, Run, Train, alive, training_here
+from children import TINY, Ended, Run, Train, alive
 
 from common import checkpoint
-from common.errors import Refusal
 
 STEPS, EVERY = 30, 4  # as in tiny.yaml
 SOON = 15.0  # seconds from SIGTERM to the end; a step takes hundredths of one
@@ -305,171 +302,12 @@ def test_two_processes_see_what_one_sees(stories, peaceful):
     assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
 
 
-# ---------------------------------------------------------------------------- what may change at a resume
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, tiny) -> Run:
-    """A finished run of 8 steps, made in this process. Not to be written to."""
-    run = tmp_path_factory.mktemp("small") / "run"
-    with training_here() as main:
-        assert main(*tiny, f"run={run}", "steps=8") == 0
-    return Run(run)
-
-
-@pytest.fixture
-def copied(small, tmp_path) -> Run:
-    return Run(shutil.copytree(small.path, tmp_path / "run"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its lock."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("seed=1 optimizer.lr=0.1", ["seed (0 -> 1)", "optimizer.lr (0.05 -> 0.1)"]),
-        ("batch=8", ["batch (16 -> 8)"]),
-        ("accumulate=2", ["accumulate (1 -> 2)"]),
-        ("precision=bf16", ["precision (fp32 -> bf16)"]),
-        ("threads=2", ["threads (1 -> 2)"]),
-        ("model.kwargs.depth=3", ["model.kwargs.depth (2 -> 3)"]),
-        ("model.kwargs.num_classes=5", ["model.kwargs.num_classes (None -> 5)"]),
-        ("views.global.flip=0.5", ["views.global.flip (0.0 -> 0.5)"]),
-        ("objectives.absolute.head=half", ["objectives.absolute.head"]),
-        ("objectives.relative.weight=0.5", ["objectives.relative.weight (1.0 -> 0.5)"]),
-        ("monitor.held_out=0.2", ["monitor.held_out (0.1 -> 0.2)"]),
-        ("steps=7", ["steps (8 -> 7, may only grow)"]),
-    ],
-)
-def test_a_changed_recipe_is_refused_by_name(inside, copied, words, named):
-    before = contents(copied.path)
-    with pytest.raises(Refusal) as refusal:
-        inside("--resume", copied.path, *words.split())
-    for name in named:
-        assert name in str(refusal.value)
-    assert "start a new run" in str(refusal.value)
-    assert contents(copied.path) == before
-
-
-def test_a_finished_run_says_so(inside, copied, capsys):
-    before = contents(copied.path)
-    assert inside("--resume", copied.path) == 0
-    assert "done: 8 steps" in capsys.readouterr().out
-    after = contents(copied.path)
-    assert {name: after[name] for name in before} == before  # TensorBoard adds an empty file
-
-
-def test_a_finished_run_can_be_made_longer_for_good(inside, copied, small, at_step):
-    at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert inside("--resume", copied.path, "steps=12") == 0
-    assert copied.steps == list(range(1, 11))
-    assert inside("--resume", copied.path) == 0  # without repeating how long
-    assert copied.steps == list(range(1, 13))
-    assert copied.losses[:8] == small.losses
-    training = json.loads((copied.path / "backbone.json").read_text())["training"]
-    assert (training["step"], training["steps"], training["recipe"]) == (12, 12, "tiny")
-
-
-def test_epochs_may_grow_too(inside, tiny, tmp_path):
-    run = Run(tmp_path / "run")
-    assert inside(*tiny, f"run={run.path}", "steps=null", "epochs=1") == 0
-    assert run.steps == list(range(1, 6))
-    assert inside("--resume", run.path, "epochs=2") == 0
-    assert run.steps == list(range(1, 11))
-    assert inside("--resume", run.path) == 0  # the length it was given last
-    assert run.steps == list(range(1, 11))
-    with pytest.raises(Refusal, match=r"epochs .*may only grow"):
-        inside("--resume", run.path, "epochs=1")
-
-
-def test_a_moved_run_and_other_intervals(inside, tiny, small, at_step, tmp_path):
-    """A run is its folder: renamed, measured and saved more rarely, it is the same run."""
-    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    run = tmp_path / "run"
-    assert inside(*tiny, f"run={run}", "steps=8") == 0
-    moved = Run(run.rename(tmp_path / "renamed"))
-    assert moved.checkpoints == [4, 6]
-    assert inside("--resume", moved.path, "log_every=2", "monitor.every=3", "checkpoint_every=5", "keep=9") == 0
-    assert moved.steps == [*range(1, 7), 8]
-    assert moved.losses == [*small.losses[:6], small.losses[7]]
-    assert moved.checkpoints == [4, 6, 8]
-
-
-def test_other_images_are_refused(inside, copied, images, tmp_path):
-    other = shutil.copytree(images, tmp_path / "other")
-    next(other.rglob("*.png")).unlink()
-    before = contents(copied.path)
-    with pytest.raises(Refusal, match="fingerprint") as refusal:
-        inside("--resume", copied.path, f"data={other}")
-    assert str(other) in str(refusal.value)
-    assert contents(copied.path) == before
-
-
-def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_step, tmp_path):
-    def crash() -> None:
-        raise KeyboardInterrupt
-
-    at_step(3, crash)
-    run = Run(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        inside(*tiny, f"run={run.path}", "steps=8")
-    assert run.steps == [1, 2, 3] and not (run.path / "state").exists()
-    at_step(0, crash)
-    assert inside("--resume", run.path) == 0
-    assert run.losses == small.losses
-    assert run.steps == list(range(1, 9))
-    assert run.scalars()["train/loss"] == small.scalars()["train/loss"]
-
-
-def test_accumulated_steps_resume_alike(inside, tiny, at_step, tmp_path):
-    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
-    assert inside(*tiny, f"run={one.path}", "steps=8", "accumulate=4") == 0
-    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert inside(*tiny, f"run={two.path}", "steps=8", "accumulate=4") == 0
-    assert two.checkpoints == [3]
-    assert inside("--resume", two.path) == 0
-    assert two.losses == one.losses and two.numbers == one.numbers
-
-
 def test_another_number_of_processes_is_said(inside, stories, tmp_path, capsys):
     copy = shutil.copytree(stories.pair.result().run.path, tmp_path / "run")
     assert inside("--resume", copy, "steps=17") == 0
     said = capsys.readouterr().out
     assert "interrupted with 2 processes and goes on with 1" in said
     assert Run(copy).steps == list(range(1, 18))
-
-
-def test_a_run_that_is_being_written_is_left_alone(inside, copied, monkeypatch):
-    writer = subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK, copied.path / "lock"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert writer.stdout is not None and writer.stdout.readline() == "locked\n"
-        before = contents(copied.path)
-        monkeypatch.setattr("pretrain.run.WAIT", 0.3)
-        with pytest.raises(Refusal, match=f"process {writer.pid} is still writing"):
-            inside("--resume", copied.path)
-        with pytest.raises(Refusal, match=f"process {writer.pid} is still writing"):
-            inside(TINY, f"run={copied.path}", "--overwrite")
-        assert contents(copied.path) == before
-    finally:
-        writer.kill()
-        writer.wait()
-    assert inside("--resume", copied.path) == 0  # gone with its owner
-
-
-HOLD_LOCK = """
-import fcntl, os, sys, time
-file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
-file.write(str(os.getpid()))
-file.flush()
-print("locked", flush=True)
-time.sleep(60)
-"""
 
 
 # ---------------------------------------------------------------------------- slow

@@ -119,7 +119,8 @@ def test_resizing_is_torchvisions(interpolation):
     image = noise(3, 50, 50)
     view = View(size=24, interpolation=interpolation, **WHOLE)
     expected = V.resize(image, [24, 24], interpolation=v2.InterpolationMode(interpolation), antialias=True)
-    assert torch.equal(augment(image, view, rng()), expected)
+    difference = augment(image, view, rng()).int() - expected.int()
+    assert difference.abs().max() <= 1  # torch 2.8's bilinear rounds some pixels the other way
 
 
 # ---------------------------------------------------------------------------- colour
