@@ -54,7 +54,8 @@ def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfi
         merged = OmegaConf.merge(config, given)
     except ConfigKeyError as error:
         unknown = error.full_key or str(error.key)
-        known = [name for name, *_ in fields(schema)]
+        names = [name for name, *_ in fields(schema)]
+        known = {*names, *(name.rpartition(".")[0] for name in names if "." in name)}  # groups too: modle.name
         raise Refusal(f"unknown option {unknown!r} in {where}{nearest(unknown, known)}; --help lists all") from None
     except OmegaConfBaseException as error:
         of = f" for {error.full_key!r}" if error.full_key else ""  # a number where a group of options belongs has none

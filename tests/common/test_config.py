@@ -91,6 +91,7 @@ def test_values(word, value):
     [
         ("wheel=3", ["unknown option 'wheel'", "command line (wheel=3)", "did you mean 'wheels'?", "--help"]),
         ("engine.pwoer=3", ["unknown option 'engine.pwoer'", "did you mean 'engine.power'"]),
+        ("engin.power=3", ["unknown option 'engin'", "did you mean 'engine'"]),
         ("spares.main.fule=oil", ["unknown option 'spares.main.fule'"]),
         ("colour=red", ["unknown option 'colour'", "--help lists all"]),
         ("wheels=four", ["'wheels'", "command line (wheels=four)", "four", "Integer"]),
