@@ -95,7 +95,7 @@ def labelled_splits(spec: str, root: str | None = None, download: bool = True) -
             f"classes differ between the splits of {spec}: train has {some(train.classes)}, test has"
             f" {some(test.classes)}; expected the same ones"
         )
-    return train, test, f"{len(train)} training and {len(test)} test images, as split in {spec}"
+    return train, test, f"as split in {spec}"
 
 
 def only_labelled(images: Images) -> Images:
