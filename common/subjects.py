@@ -100,7 +100,7 @@ def _like(word: str) -> dict[str, Any]:
     """The description of an untrained backbone, from a checkpoint's own or from a pretraining recipe."""
     path = Path(word)
     if path.is_dir() or path.suffix == ".safetensors":
-        return checkpoint.read_description(checkpoint.find(path))
+        return checkpoint.load_backbone(path)[2]
     path = configuration.find_recipe(word, "pretrain")
     recipe: Any = OmegaConf.to_container(configuration.read_yaml(path))
     model = configuration.merge(
