@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import timm
 from pictures import COLOURS, write_images
 
 from common import checkpoint
@@ -70,7 +71,6 @@ def test_a_file_means_the_same_as_its_run(make_run):
 
 
 def test_local_weights_for_a_timm_name(tmp_path):
-    timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
