@@ -17,15 +17,14 @@ from common.launch import StopSignal, entry  # first: it sets what torch reads w
 # isort: split
 import argparse
 import math
-import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import processes
 from common.data import Images
 from common.errors import Refusal
 from common.features import shown
@@ -117,15 +116,9 @@ def main(argv: list[str]) -> int:
     device = chosen_device(arguments.device)
     job = begin("finetune", arguments, device=device, quiet=not first_process())
     pooling = arguments.pool or job.subject.description.get("pooling", "mean")
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    mixed = "no" if job.precision == "fp32" else job.precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[ddp])
+    processes.join(cpu=device.type == "cpu")
+    accelerator = processes.accelerator(job.precision)
     job.device = accelerator.device
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise Refusal(
-            f"{os.environ['WORLD_SIZE']} processes were started that do not know each other: on CPUs set "
-            "ACCELERATE_USE_CPU=true, and start them with torchrun or accelerate launch --multi_gpu"
-        )
     raw = job.pixels()  # also says which images can be read: a label must not meet another image
     job.train, job.test = job.train.subset(raw.train_index), job.test.subset(raw.test_index)
     arguments.batch = min(arguments.batch, len(job.train) // accelerator.num_processes * accelerator.num_processes)

@@ -1,31 +1,25 @@
-"""From options to parts: data, backbone, task, accelerator, optimizer; and a reason for every automatic value."""
+"""From options to parts: data, backbone, task, optimizer; and a reason for every automatic value."""
 
 import dataclasses
 import functools
 import math
-import os
 import subprocess
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from common import precision
 from common.data import Images, open_data
-from common.errors import Refusal
 from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import cosine, parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
 from pretrain.config import PretrainConfig, num_steps
 from pretrain.task import Pretraining, build, resolve
-
-# torch 2.15 announces a new name for `broadcast_buffers`, which older versions do not know.
-warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 @dataclass
@@ -69,30 +63,8 @@ class Parts:
         return Samples(self.held_out, self.samples.views, 0, self.samples.channels, self.task.draws)
 
 
-def join_processes() -> PartialState:
-    """This process among those of the job. Raises Refusal if they cannot meet."""
-    # Without cpu=True, accelerate on a machine without GPUs runs torchrun's processes as so many unrelated first ones.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        process = PartialState(cpu=cpu)
-    except (RuntimeError, ValueError, OSError) as error:  # torch's DistNetworkError is a RuntimeError
-        raise Refusal(
-            f"the processes of this job cannot meet at {where} ({str(error).splitlines()[0]}): is the port taken? "
-            "Choose another with accelerate launch --main_process_port or torchrun --master-port"
-        ) from None
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if process.num_processes != launched:
-        raise Refusal(
-            f"{launched} processes were launched and accelerate joined {process.num_processes}: "
-            "set ACCELERATE_USE_CPU=true for CPUs, or launch with accelerate launch --multi_gpu"
-        )
-    return process
-
-
-def assemble(config: PretrainConfig) -> Parts:
+def assemble(config: PretrainConfig, process: PartialState) -> Parts:
     """Build the parts of a run and settle every automatic value. Writes nothing. Raises Refusal for what cannot be."""
-    process = join_processes()
     config = dataclasses.replace(config)
     reasons: dict[str, str] = {}
     config.threads, reasons["threads"] = set_threads(config.threads)
@@ -160,20 +132,6 @@ def _settle_precision(
     for name, before in zip(("precision", "model.attention"), was, strict=True):
         if before == "auto":
             reasons[name] = why
-
-
-def accelerator_for(config: PretrainConfig) -> Accelerator:
-    """Accelerate with the recipe's precision, which goes before what the launcher was given."""
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    wanted = {"fp32": "no"}.get(config.precision, config.precision)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    accelerator = Accelerator(mixed_precision=wanted, kwargs_handlers=[ddp], cpu=PartialState().device.type == "cpu")
-    if launched not in ("no", wanted):
-        accelerator.print(
-            f"note: the launcher asked for {launched}, the recipe for precision={config.precision}: "
-            "the recipe's is used"
-        )
-    return accelerator
 
 
 def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Optimizer:

@@ -1,6 +1,5 @@
 """`--dry-run`: what a recipe resolves to and what it will cost, measured; nothing is written."""
 
-import contextlib
 import time
 from itertools import islice
 from typing import Any
@@ -8,11 +7,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import processes
 from common.launch import active_pil
 from common.models.backbone import count_parameters, set_attention
+from common.precision import DTYPES
 from common.sampling import HELD_OUT_EPOCH, loader
 from common.tracking import clock
-from pretrain.assemble import Parts, accelerator_for, optimizer_for, schedule_for
+from pretrain.assemble import Parts, optimizer_for, schedule_for
 from pretrain.command import written
 
 CALIBRATION = 20  # steps, of which the first quarter warms up
@@ -21,7 +22,7 @@ CALIBRATION = 20  # steps, of which the first quarter warms up
 def dry_run(parts: Parts) -> int:
     """Print options, parameters, FLOPs, memory and speed. Every process takes part. Returns the exit status."""
     config, process = parts.config, parts.process
-    accelerator = accelerator_for(config)
+    accelerator = processes.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
     share = config.batch // process.num_processes // config.accumulate
@@ -72,11 +73,12 @@ def cost(parts: Parts, images: int) -> tuple[float, float]:
         return tensor
 
     task.to(device).train()
-    lower = config_dtype(parts.config.precision)
+    precision = parts.config.precision
+    autocast = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
     attention = parts.config.model.attention
     counter = FlopCounterMode(display=False)
     with torch.random.fork_rng():
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(device, lower):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
             task(batch)["loss"]
         set_attention(task.backbone, "explicit")
         with counter:
@@ -84,15 +86,6 @@ def cost(parts: Parts, images: int) -> tuple[float, float]:
     set_attention(task.backbone, attention)
     task.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 2, sum(kept.values()) / 2 * images
-
-
-def config_dtype(precision: str) -> torch.dtype | None:
-    """The dtype that autocast lowers to, or None in fp32."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def _calibrate(parts: Parts, accelerator: Any) -> tuple[float, float]:

@@ -15,12 +15,13 @@ if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `imp
 from common.launch import StopSignal, active_pil, entry  # first: it sets what torch reads when it is imported
 
 # isort: split
+from common import processes
 from common.loop import fit
 from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
 from common.tracking import Progress, Tracker, check_tensorboard
 from pretrain import monitors
-from pretrain.assemble import accelerator_for, assemble, join_processes, optimizer_for, schedule_for
+from pretrain.assemble import assemble, optimizer_for, schedule_for
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
 from pretrain.resume import Checkpoints, seed_process, watch
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     stop = StopSignal()
     arguments = parse(argv, __doc__ or "")
     config, run = read(arguments)
-    process = join_processes()
+    process = processes.join()
     lock = None  # keeps other processes from writing this run, for as long as it is referred to
     if arguments.resume is not None:
         lock = RunLock(arguments.resume, WAIT) if process.is_main_process else None
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         refuse_existing(run, arguments.overwrite)
     if config.tensorboard:
         check_tensorboard()
-    parts = assemble(config)
+    parts = assemble(config, process)
     if arguments.dry_run:
         return dry_run(parts)
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         run = parts.agree_on(run)
     assert run is not None and (lock is not None or not process.is_main_process)
 
-    accelerator = accelerator_for(config)
+    accelerator = processes.accelerator(config.precision)
     seed_process(config.seed, process.process_index)
     if config.model.compile:
         parts.task.backbone.compile()
