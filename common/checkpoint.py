@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import Refusal
 from .models import Backbone, ModelConfig, create
-from .plan import PlanSpec
+from .plan import PlanSpec, TokenPlan
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
@@ -86,6 +86,7 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
         "std": list(config.std),
         "crop": config.crop,
         "attention": config.attention,
+        "position_embedding": config.position_embedding,
         "position": position,
         "pooling": pooling,
         "width": backbone.width,
@@ -166,7 +167,7 @@ def read_description(weights: Path) -> dict[str, Any]:
     )
 
 
-def load_backbone(checkpoint: str | Path) -> tuple[Backbone, PlanSpec, dict[str, Any]]:
+def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str, Any]]:
     """Rebuild a trained backbone from its two files alone: (backbone in eval mode, the plan it was trained under,
     description).
 
@@ -182,7 +183,7 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, PlanSpec, dict[str,
         raise Refusal(f"{weights} cannot be read as safetensors: {error}") from error
     backbone = build(description)
     load_exactly(backbone.model, state, str(weights))
-    return backbone.eval(), PlanSpec(description["position"]), description
+    return backbone.eval(), TokenPlan(description["position"]), description
 
 
 def build(description: dict[str, Any]) -> Backbone:
@@ -194,9 +195,10 @@ def build(description: dict[str, Any]) -> Backbone:
         std=list(description["std"]),
         crop=description.get("crop", 0.875),
         attention=description.get("attention", "auto"),
+        position_embedding=description.get("position_embedding", "learned"),
     )
     backbone = create(config, list(description["size"]))
-    backbone.fix_positions({description["position"]})
+    backbone.prepare({PlanSpec(position=description["position"])})
     return backbone
 
 

@@ -22,7 +22,7 @@ from .data import Images, Unreadable
 from .errors import Refusal
 from .launch import ignore_signals
 from .models import Backbone
-from .plan import PlanSpec
+from .plan import TokenPlan
 from .precision import DTYPES
 from .transforms import evaluation
 
@@ -96,7 +96,7 @@ def shown(
 @torch.no_grad()
 def extract(
     backbone: Backbone,
-    plan: PlanSpec | None,
+    plan: TokenPlan | None,
     images: Images,
     *,
     device: torch.device | str = "cpu",
@@ -184,7 +184,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def cache_key(
-    backbone: Backbone, plan: PlanSpec, images: Images, precision: str, device: torch.device | str
+    backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str
 ) -> dict[str, Any]:
     """All that decides what `extract` returns."""
     config = backbone.config

@@ -6,6 +6,7 @@ nor processes, nor an interruption change what the model sees, and resuming at s
 """
 
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +34,7 @@ class Batch:
 
     views: dict[str, Tensor]  # name -> uint8 (B, C, H, W)
     index: Tensor  # (B,) which images
-    draws: dict[str, Tensor] = field(default_factory=dict)  # "objective/what" -> (B, ...) random draws
+    draws: dict[str, Tensor] = field(default_factory=dict)  # "purpose/what" -> (B, ...) random draws
     unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
     hopeless: bool = False  # so many of them in a row that none was found to take the place
 
@@ -50,9 +51,13 @@ class Batch:
         return self
 
 
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random generator of one sample: counter-based, so that streams of different samples never overlap."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, epoch]))
+def generator(seed: int, epoch: int, index: int, purpose: str = "") -> np.random.Generator:
+    """The random generator of one sample: counter-based, so that streams of different samples never overlap.
+
+    What is drawn for one `purpose` does not depend on what else is drawn: a second objective changes no crop.
+    """
+    stream = zlib.crc32(purpose.encode())  # 0 for the crops, which have none
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, index, epoch]))
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -141,7 +146,7 @@ class Samples(Dataset):
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
-                for what, value in draw(rng).items():
+                for what, value in draw(generator(self.seed, epoch, index, name)).items():
                     draws.setdefault(f"{name}/{what}", []).append(value)
             for name, view in self.views.items():
                 views[name].append(augment(image, view, rng))

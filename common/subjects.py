@@ -18,7 +18,7 @@ from . import config as configuration
 from .checkpoint import build, describe, load_exactly
 from .errors import Refusal
 from .models import Backbone, ModelConfig, create
-from .plan import PlanSpec
+from .plan import TokenPlan
 from .transforms import View
 
 RANDOM, TIMM = "random", "timm:"
@@ -35,9 +35,9 @@ class Subject:
     folder: Path  # where its reports go
 
     @property
-    def plan(self) -> PlanSpec:
+    def plan(self) -> TokenPlan:
         """How its frozen features are computed: as they were trained."""
-        return PlanSpec(self.description["position"])
+        return TokenPlan(self.description["position"])
 
     @property
     def weights_sha256(self) -> str | None:
@@ -112,8 +112,8 @@ def _like(word: str) -> dict[str, Any]:
         positions = {options.get("position", "none") for options in objectives}
     except AttributeError:
         raise Refusal(f"{path} is no pretraining recipe: expected mappings under views, global, objectives") from None
-    # as pretraining has it: evaluated with position encoding if any objective was trained with it
-    position = "full" if "full" in positions or not positions else "none"
+    # as pretraining has it: evaluated with position encoding if any objective was trained with it, were it in part
+    position = "none" if positions == {"none"} else "full"
     backbone = create(configuration.to_object(model, ModelConfig), size)
     training = {"data": recipe.get("data", "builtin"), "data_root": recipe.get("data_root")}
     return describe(backbone, position, "mean", training)

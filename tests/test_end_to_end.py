@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.checkpoint import find, load_backbone
-from common.plan import PlanSpec
+from common.plan import TokenPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 Main = Callable[..., int]
@@ -34,7 +34,7 @@ def test_a_run_leaves_what_the_readme_says(inside: Main, tiny: list[str], tmp_pa
     assert sorted(path.name for path in (run / "state").iterdir()) == [f"step_{n:08d}" for n in (4, 8, 12)]
     for place in (run, run / "state" / "step_00000004", run / "backbone.safetensors"):
         backbone, plan, about = load_backbone(place)
-        assert backbone.grid == (2, 3) and plan == PlanSpec("none") and about["training"]["steps"] == 12
+        assert backbone.grid == (2, 3) and plan == TokenPlan("none") and about["training"]["steps"] == 12
 
     lines = records(run)
     assert [line["step"] for line in lines] == list(range(1, 13))

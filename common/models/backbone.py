@@ -5,6 +5,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 
 import inspect
 import warnings
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +15,16 @@ from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal, nearest
-from ..plan import PlanSpec
+from ..plan import PlanSpec, TokenPlan
+from . import plain
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 ATTENTIONS = ("auto", "fused", "explicit")
+EMBEDDINGS = ("learned", "sincos")
+WHOLE = TokenPlan()
 
 
 @dataclass
@@ -42,6 +45,8 @@ class ModelConfig:
     attention: str = "auto"
     """fused (scaled_dot_product_attention), explicit (matrix products, often faster in bf16 on a CPU), or auto:
     measured."""
+    position_embedding: str = "learned"
+    """Of plain ViTs: learned, or sincos (fixed 2-D sine-cosine, never trained, as in MAE and DropPos)."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -52,9 +57,10 @@ class ModelConfig:
 class Features:
     """What a backbone says about B images."""
 
-    tokens: Tensor  # (B, N, D) patches, row-major, final norm applied
+    tokens: Tensor  # (B, N, D) patches, row-major, final norm applied; (B, K, D) where a plan keeps some
     prefix: Tensor  # (B, P, D) class, distillation, register tokens; P may be 0
     grid: tuple[int, int]  # (h, w), N = h*w
+    plan: TokenPlan = WHOLE  # which patches these are, and what they knew of their place
 
 
 class Backbone(nn.Module):
@@ -62,7 +68,7 @@ class Backbone(nn.Module):
 
     Images are uint8 (normalised here, on the device, in float32) or already normalised floats, (B, C, H, W).
     Plain ViTs choose per pass whether position embeddings are added. Swin and NesT carry position inside their
-    blocks, where it can only be on or off for the whole model: see `fix_positions`.
+    blocks, where it can only be on or off for the whole model: see `prepare`.
     """
 
     mean: Tensor
@@ -93,78 +99,65 @@ class Backbone(nn.Module):
         """Input channels."""
         return len(self.config.mean)
 
-    def forward(self, images: Tensor, plan: PlanSpec | None = None) -> Features:
-        """Final-norm features. `plan=None`: with position encoding, unless `fix_positions` removed it."""
-        return self.layers(images, 1, plan)[0]
+    def forward(self, images: Tensor, plan: TokenPlan | None = None, hidden: Tensor | None = None) -> Features:
+        """Final-norm features. `plan=None`: every patch, with position encoding unless `prepare` removed it.
 
-    def layers(self, images: Tensor, last: int, plan: PlanSpec | None = None) -> list[Features]:
+        `hidden` (D,): stands for the position embeddings that a plan with position "partial" hides.
+        """
+        return self.layers(images, 1, plan, hidden)[0]
+
+    def layers(
+        self, images: Tensor, last: int, plan: TokenPlan | None = None, hidden: Tensor | None = None
+    ) -> list[Features]:
         """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
         to each of a plain ViT's and, elsewhere, where timm applies it. Raises ValueError if there are fewer blocks."""
-        position = plan.position if plan is not None else ("none" if self.without_position else "full")
+        plan = plan or TokenPlan("none" if self.without_position else "full")
         if images.dtype == torch.uint8:
             # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
             images = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
         if self.plain:
-            return self._plain_layers(images, last, position)
-        if (position == "none") != self.without_position:
-            raise ValueError(f"{self.config.name} was built {'without' if self.without_position else 'with'} position")
+            if last > len(self.model.blocks):
+                raise ValueError(f"{self.config.name} has {len(self.model.blocks)} blocks; {last} were asked for")
+            P = self.model.num_prefix_tokens
+            outputs = plain.run(self.model, images, last, plan, hidden)
+            return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
+        if (plan.position == "none") != self.without_position or not plan.whole:
+            raise ValueError(
+                f"{self.config.name} was prepared for whole grids "
+                f"{'without' if self.without_position else 'with'} position"
+            )
         options: dict[str, Any] = {"return_prefix_tokens": True} if self.tells_prefix else {}
-        outputs = self.model.forward_intermediates(
+        maps = self.model.forward_intermediates(
             images, indices=last, norm=True, output_fmt="NCHW", intermediates_only=True, **options
         )
-        return [_from_map(*output) if isinstance(output, tuple) else _from_map(output) for output in outputs]
+        return [_from_map(plan, *output) if isinstance(output, tuple) else _from_map(plan, output) for output in maps]
 
-    def _plain_layers(self, images: Tensor, last: int, position: str) -> list[Features]:
-        model = self.model
-        if last > len(model.blocks):
-            raise ValueError(f"{self.config.name} has {len(model.blocks)} blocks; {last} were asked for")
-        tokens = model.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
-        grid = tuple(tokens.shape[1:3]) if tokens.ndim == 4 else tuple(model.patch_embed.grid_size)
-        if position == "full":
-            tokens = model._pos_embed(tokens)
-        else:  # no position embedding: the answer would be in the question (MP3, arXiv 2207.07611)
-            extra = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-            prefix = [token.expand(len(images), -1, -1) for token in extra if token is not None]
-            tokens = model.pos_drop(torch.cat([*prefix, tokens.flatten(1, -2)], 1))
-        tokens = model.norm_pre(model.patch_drop(tokens))
-        outputs = []
-        for i, block in enumerate(model.blocks):
-            if model.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-            if i >= len(model.blocks) - last:
-                normed = model.norm(tokens)
-                outputs.append(
-                    Features(normed[:, model.num_prefix_tokens :], normed[:, : model.num_prefix_tokens], grid)
-                )
-        return outputs
+    def prepare(self, plans: Set[PlanSpec]) -> None:
+        """Tell the backbone which plans its passes will use, before it is trained.
 
-    def fix_positions(self, positions: set[str]) -> None:
-        """Tell the backbone which `position` modes its passes will use, so that no parameter is left without a
-        gradient.
-
-        A position embedding that no pass adds is frozen. Swin's relative position bias and NesT's embeddings are
-        zeroed and frozen, which equals their absence. Raises Refusal where a mode cannot be had.
+        A position embedding that no pass adds is frozen, so that no parameter is left without a gradient. Swin's
+        relative position bias and NesT's embeddings are zeroed and frozen, which equals their absence. Raises Refusal
+        with the reason where a plan cannot be had.
         """
+        positions = {plan.position for plan in plans}
+        for plan in plans:
+            self._check(plan)
         if positions == {"full"}:
             return
         if self.plain:
-            if "full" not in positions and self.model.pos_embed is not None:
+            if positions == {"none"} and self.model.pos_embed is not None:
                 self.model.pos_embed.requires_grad_(False)
             return
         if not isinstance(self.model, (SwinTransformer, Nest)):
             raise Refusal(
-                f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with "
-                "position=none: it is known how "
-                "to remove position only from timm's VisionTransformer, DeiT, Swin and NesT; choose one of those, "
+                f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with position=none: it is known "
+                "how to remove position only from timm's VisionTransformer, DeiT, Swin and NesT; choose one of those, "
                 "or position=full (where the objective may then read the answer off the encoding)"
             )
         if positions != {"none"}:
             raise Refusal(
-                f"model {self.config.name!r} carries position inside its blocks, so it cannot run "
-                "with position=none in one "
-                "pass and position=full in another: give all objectives the same position"
+                f"model {self.config.name!r} carries position inside its blocks, so it cannot run with position=none "
+                "in one pass and position=full in another: give all objectives the same position"
             )
         for name, parameter in self.model.named_parameters():
             if name.endswith(("relative_position_bias_table", "pos_embed")):
@@ -172,11 +165,36 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         self.without_position = True
 
+    def _check(self, plan: PlanSpec) -> None:
+        """Raises Refusal if this architecture, on this grid, cannot run under `plan`."""
+        plan.counts(self.grid[0] * self.grid[1])
+        if plan.whole:
+            return
+        what = next(
+            words
+            for wanted, words in (
+                (plan.keep < 1, f"keep={plan.keep:g}"),
+                (plan.position == "partial", "position=partial"),
+                (plan.context < 1, f"context={plan.context:g}"),
+            )
+            if wanted
+        )
+        kind = f"model {self.config.name!r} ({type(self.model).__name__})"
+        if not self.plain:
+            raise Refusal(
+                f"{kind} cannot run with {what}: its windows, merging, encodings or stem need the whole grid; use a "
+                f"plain ViT or DeiT, or leave {what.split('=')[0]} out"
+            )
+        if plan.position == "partial" and self.model.pos_embed is None:
+            raise Refusal(f"{kind} has no position embedding of which position=partial could show a part")
+        if plan.context < 1 and (reason := plain.without_context(self.model)):
+            raise Refusal(f"{kind} cannot run with {what}: {reason}; use a plain ViT or DeiT, or context=1")
 
-def _from_map(features: Tensor, prefix: Tensor | None = None) -> Features:
+
+def _from_map(plan: TokenPlan, features: Tensor, prefix: Tensor | None = None) -> Features:
     B, D, h, w = features.shape
     tokens = features.flatten(2).transpose(1, 2)
-    return Features(tokens, tokens.new_empty(B, 0, D) if prefix is None else prefix, (h, w))
+    return Features(tokens, tokens.new_empty(B, 0, D) if prefix is None else prefix, (h, w), plan)
 
 
 def create(config: ModelConfig, size: Any) -> Backbone:
@@ -189,6 +207,11 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         raise Refusal(
             f"model.attention={config.attention!r}: expected one of "
             f"{', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
+        )
+    if config.position_embedding not in EMBEDDINGS:
+        raise Refusal(
+            f"model.position_embedding={config.position_embedding!r}: expected one of "
+            f"{', '.join(EMBEDDINGS)}{nearest(config.position_embedding, EMBEDDINGS)}"
         )
     if not timm.is_model(config.name):
         raise Refusal(
@@ -219,12 +242,16 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
             model = timm.create_model(config.name, **kwargs)
+        if config.position_embedding == "sincos":
+            _fix_sincos(model, config.name)
         if config.checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         patch = getattr(model.patch_embed, "patch_size", (1, 1))
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         if h % patch[0] or w % patch[1]:  # timm would silently ignore the remainder
             raise ValueError(f"{h}x{w} is not divisible by its patch of {patch[0]}x{patch[1]}")
+        if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+            raise Refusal("model.kwargs.patch_drop_rate: which patches were dropped would be lost; set `keep` instead")
         backbone = Backbone(model, config, (h, w))
     except Refusal:
         raise
@@ -236,6 +263,22 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         ) from error
     set_attention(backbone, config.attention)
     return backbone
+
+
+def _fix_sincos(model: Any, name: str) -> None:
+    """Replace the position embedding by fixed sines and cosines; prefix tokens get zeros, as in MAE."""
+    embedding = getattr(model, "pos_embed", None)
+    if not isinstance(model, VisionTransformer) or embedding is None or embedding.shape[-1] % 4:
+        raise Refusal(
+            f"model.position_embedding=sincos goes with a plain ViT or DeiT that has a position embedding and a width "
+            f"that is a multiple of 4, and {name!r} is none"
+        )
+    grid = model.patch_embed.grid_size
+    patches = plain.sincos(grid, embedding.shape[-1])  # type: ignore[arg-type]
+    with torch.no_grad():
+        embedding.zero_()
+        embedding[0, embedding.shape[1] - len(patches) :] = patches
+    embedding.requires_grad_(False)
 
 
 def set_attention(backbone: Backbone, attention: str) -> None:

@@ -5,7 +5,9 @@ import torch
 
 from common.errors import Refusal
 from common.models import Backbone, ModelConfig, create
-from common.plan import PlanSpec
+from common.plan import PlanSpec, TokenPlan
+
+NONE = PlanSpec(position="none")
 
 # name, arguments, size, grid, prefix tokens, width
 SMALL_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -78,8 +80,8 @@ def test_tokens_are_timms_own_final_features(name: str) -> None:
 def test_every_trained_parameter_gets_a_gradient(name: str, position: str) -> None:
     """DDP stops at a parameter without one."""
     backbone = build(name)
-    backbone.fix_positions({position})
-    backbone(images(backbone), PlanSpec(position)).tokens.square().mean().backward()
+    backbone.prepare({PlanSpec(position=position)})
+    backbone(images(backbone), TokenPlan(position)).tokens.square().mean().backward()
     idle = [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
 
@@ -97,7 +99,7 @@ def test_without_position_patches_permute_with_their_tokens(name: str) -> None:
         return cells.reshape(1, 3, 3, 3, 8, 8).permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 24, 24)
 
     for position, equal in (("none", True), ("full", False)):
-        plan = PlanSpec(position)
+        plan = TokenPlan(position)
         tokens = backbone(assemble(patches), plan).tokens[:, order]
         shuffled = backbone(assemble(patches[:, :, order]), plan).tokens
         assert torch.allclose(tokens, shuffled, atol=1e-9) == equal, position
@@ -106,21 +108,21 @@ def test_without_position_patches_permute_with_their_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["swin", "nest"])
 def test_position_none_removes_what_carries_position_inside(name: str) -> None:
     backbone = build(name)
-    backbone.fix_positions({"none"})
+    backbone.prepare({NONE})
     encodings = [p for n, p in backbone.named_parameters() if n.endswith(("relative_position_bias_table", "pos_embed"))]
     assert encodings and all(not p.requires_grad and not p.any() for p in encodings)
 
 
 def test_mixed_positions() -> None:
-    build("vit").fix_positions({"none", "full"})  # chosen per pass
+    build("vit").prepare({NONE, PlanSpec()})  # chosen per pass
     with pytest.raises(Refusal, match="same position"):
-        build("swin").fix_positions({"none", "full"})
+        build("swin").prepare({NONE, PlanSpec()})
 
 
 def test_a_family_that_cannot_run_without_position_is_refused() -> None:
     backbone = create(ModelConfig("beit_base_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2}), 32)
     with pytest.raises(Refusal, match="position=none"):
-        backbone.fix_positions({"none"})
+        backbone.prepare({NONE})
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -135,7 +137,7 @@ def test_checkpointed_blocks_give_the_same_gradient() -> None:
     def gradient(checkpointing: bool) -> torch.Tensor:
         torch.manual_seed(0)
         backbone = create(ModelConfig("vit_tiny_patch16_224", SMALL_VIT, checkpointing=checkpointing), 24)
-        backbone(images(backbone), PlanSpec("none")).tokens.square().mean().backward()
+        backbone(images(backbone), TokenPlan("none")).tokens.square().mean().backward()
         return backbone.model.patch_embed.proj.weight.grad
 
     torch.testing.assert_close(gradient(True), gradient(False))

@@ -9,7 +9,7 @@ from common.data import open_data
 from common.errors import Refusal
 from common.features import cache_key, cached, extract, pixels, pooled
 from common.models import ModelConfig, create
-from common.plan import PlanSpec
+from common.plan import TokenPlan
 
 QUIET = {"warn": lambda line: None}
 
@@ -35,10 +35,10 @@ def folder(tmp_path):
 
 def test_rows_are_in_image_order_whatever_the_batch(folder):
     images, backbone = open_data(str(folder)), tiny().eval()
-    found = extract(backbone, PlanSpec("none"), images, batch_size=3)
+    found = extract(backbone, TokenPlan("none"), images, batch_size=3)
     assert found["index"].tolist() == list(range(10))
     for i in (0, 4, 9):
-        features = backbone(images.read(i)[None], PlanSpec("none"))
+        features = backbone(images.read(i)[None], TokenPlan("none"))
         torch.testing.assert_close(found["mean"][i], features.tokens[0].mean(0))
         torch.testing.assert_close(found["class"][i], features.prefix[0, 0])
 
@@ -48,7 +48,7 @@ def test_position_matters_and_modes_are_left_alone(folder):
     torch.nn.init.normal_(backbone.model.pos_embed)
     backbone.train()
     before = torch.get_rng_state()
-    full, none = (extract(backbone, PlanSpec(position), images)["mean"] for position in ("full", "none"))
+    full, none = (extract(backbone, TokenPlan(position), images)["mean"] for position in ("full", "none"))
     assert not torch.allclose(full, none)
     assert backbone.training and backbone.model.blocks[0].training
     assert torch.equal(before, torch.get_rng_state())  # a monitor must not move a run's dropout
@@ -83,23 +83,23 @@ def test_unreadable_images_are_left_out_and_named_or_refused(folder):
 
 def test_cache_answers_once_and_only_for_its_key(tmp_path, folder):
     images, backbone = open_data(str(folder)), tiny()
-    key = cache_key(backbone, PlanSpec("none"), images, "fp32", "cpu")
+    key = cache_key(backbone, TokenPlan("none"), images, "fp32", "cpu")
     calls, said = [], []
 
     def compute():
         calls.append(1)
-        return extract(backbone, PlanSpec("none"), images)
+        return extract(backbone, TokenPlan("none"), images)
 
     first = cached(tmp_path / "cache", key, compute, said.append)
     again = cached(tmp_path / "cache", key, compute, said.append)
     assert len(calls) == 1 and all(torch.equal(first[name], again[name]) for name in first)
 
-    others = [cache_key(backbone, PlanSpec("full"), images, "fp32", "cpu")]
-    others += [cache_key(backbone, PlanSpec("none"), images.subset(range(9)), "fp32", "cpu")]
-    others += [cache_key(backbone, PlanSpec("none"), images, "bf16", "cpu")]
+    others = [cache_key(backbone, TokenPlan("full"), images, "fp32", "cpu")]
+    others += [cache_key(backbone, TokenPlan("none"), images.subset(range(9)), "fp32", "cpu")]
+    others += [cache_key(backbone, TokenPlan("none"), images, "bf16", "cpu")]
     with torch.no_grad():
         backbone.model.cls_token += 1
-    others += [cache_key(backbone, PlanSpec("none"), images, "fp32", "cpu")]
+    others += [cache_key(backbone, TokenPlan("none"), images, "fp32", "cpu")]
     assert all(other != key for other in others)
 
     (file,) = (tmp_path / "cache").iterdir()

@@ -14,6 +14,7 @@ from pictures import write_images
 
 from common import checkpoint
 from common.models import ModelConfig, create
+from common.plan import PlanSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
@@ -36,7 +37,7 @@ def make_run(tmp_path, data):
         torch.manual_seed(7)
         shape = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "drop_path_rate": 0.0}
         backbone = create(ModelConfig("vit_tiny_patch16_224", shape | kwargs, crop=1.0), 8)
-        backbone.fix_positions({position})
+        backbone.prepare({PlanSpec(position=position)})
         training = {"data": str(data), "data_root": None, "step": 12, "recipe": "tiny", "precision": "fp32"}
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
