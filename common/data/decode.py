@@ -88,7 +88,9 @@ def to_8_bit(image: Image.Image, channels: int) -> Image.Image:
         deep = np.asarray(image)
         image = Image.fromarray((deep.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":  # floating-point TIFF: no declared range, so either 0 … 1 or 0 … 255
-        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("some of its pixels are NaN or infinite: replace them, or remove the image")
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
