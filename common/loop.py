@@ -38,12 +38,14 @@ def fit(
     save_due: Callable[[int], bool],
     stop: StopSignal,
     progress: Progress,
+    before_step: Callable[[float], None] | None = None,
 ) -> int:
     """Train from step `start` (already done) to `steps`; returns the last step done, earlier if `stop` was signalled.
 
     task(batch) -> {"loss", statistics}; schedule(step) -> learning rate of the 0-based optimizer step, which each
-    group multiplies by its lr_scale; a report's numbers join the record that `track` gets. A step whose gradient norm
-    is not finite changes nothing and is counted. Raises Refusal after MOST_SKIPPED of those in a row.
+    group multiplies by its lr_scale; before_step(share of the training that is done), if given; a report's numbers join
+    the record that `track` gets. A step whose gradient norm is not finite changes nothing and is counted. Raises Refusal
+    after MOST_SKIPPED of those in a row.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     skipped = skipped_in_a_row = 0
@@ -55,6 +57,8 @@ def fit(
         begun = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = schedule(step - 1) * group["lr_scale"]
+        if before_step is not None:
+            before_step((step - 1) / steps)
         results: list[dict[str, Tensor]] = []
         for part in range(accumulate):
             before = time.perf_counter()

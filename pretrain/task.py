@@ -1,9 +1,12 @@
 """What is trained: a backbone and the weighted sum of its objectives."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import Refusal
@@ -11,7 +14,7 @@ from common.models import Backbone, Features
 from common.sampling import Batch, Draw
 from common.transforms import View
 from pretrain import objectives
-from pretrain.objectives import Objective, Pass
+from pretrain.objectives import Objective, Pass, Positional
 
 
 class Pretraining(nn.Module):
@@ -22,46 +25,80 @@ class Pretraining(nn.Module):
         self.backbone = backbone
         self.weights = {name: weight for name, (weight, _) in signals.items()}
         self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in signals.items()})
+        wanted = (want for _, objective in signals.values() for want in objective.passes.values())
+        self.passes = list(dict.fromkeys(wanted))
 
     def signals(self) -> Iterable[tuple[str, Objective]]:
         """(name, objective) of every objective."""
         return self.objectives.items()  # type: ignore[return-value]
 
     @property
+    def positional(self) -> dict[str, Positional]:
+        """The objectives that ask where patches are."""
+        return {name: objective for name, objective in self.signals() if isinstance(objective, Positional)}
+
+    @property
     def draws(self) -> dict[str, Draw]:
-        """What has to be drawn beside each sample, by objective."""
-        return {name: objective.draw for name, objective in self.signals() if objective.draw is not None}
+        """What has to be drawn beside each sample: the plan of every pass, and what objectives ask for."""
+        num_patches = math.prod(self.backbone.grid)
+        plans = {want.purpose: want.plan for want in self.passes if not want.plan.whole}
+        drawn: dict[str, Draw] = {
+            purpose: functools.partial(plan.draw, num_patches=num_patches) for purpose, plan in plans.items()
+        }
+        return drawn | {name: objective.draw for name, objective in self.signals() if objective.draw is not None}
 
     @property
     def position(self) -> str:
-        """The position mode that evaluation should use: "full" if any pass trained with it."""
-        plans = {want.plan.position for _, objective in self.signals() for want in objective.passes.values()}
-        return "full" if "full" in plans else "none"
+        """The position mode that evaluation should use: "full" if any pass trained with embeddings, were it a part."""
+        return "none" if all(want.plan.position == "none" for want in self.passes) else "full"
+
+    def begin_step(self, progress: float) -> None:
+        """Tell every objective which share of the training is done: a function of the step alone, so that a resumed run
+        hears the same."""
+        for _, objective in self.signals():
+            objective.progress = progress
 
     def features(self, batch: Batch) -> dict[Pass, Features]:
         """Features of every distinct pass."""
-        wanted = dict.fromkeys(want for _, objective in self.signals() for want in objective.passes.values())
-        return {want: self.backbone(batch.views[want.view], want.plan) for want in wanted}
+        found = {}
+        for want in self.passes:
+            plan = want.plan.plan(_of(batch.draws, want.purpose))
+            hidden: Any = None if want.hidden is None else self.objectives[want.hidden].hidden_position
+            with contextlib.nullcontext() if want.grad else torch.no_grad():
+                found[want] = self.backbone(batch.views[want.view], plan, hidden)
+        return found
+
+    def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
+        """What objective `name` is called with: its features and its draws."""
+        passes: Mapping[str, Pass] = self.objectives[name].passes  # type: ignore[assignment]
+        return {key: features[want] for key, want in passes.items()}, _of(batch.draws, name)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
         gradient."""
-        features = self.features(batch)
+        return self.judge(batch, self.features(batch))
+
+    def judge(self, batch: Batch, features: Mapping[Pass, Features]) -> dict[str, Tensor]:
+        """What `forward` returns, of features that are there already."""
         report: dict[str, Tensor] = {}
         total: Any = 0.0
         for name, objective in self.signals():
-            own = {key: features[want] for key, want in objective.passes.items()}
-            draws = {key.split("/", 1)[1]: value for key, value in batch.draws.items() if key.startswith(f"{name}/")}
-            result = objective(own, draws)
+            result = objective(*self.inputs(name, batch, features))
             total = total + self.weights[name] * result["loss"]
             report |= {f"{name}/{key}": value.detach() for key, value in result.items()}
         return {"loss": total, **report}
 
 
+def _of(draws: Mapping[str, Tensor], purpose: str) -> dict[str, Tensor]:
+    start = f"{purpose}/"
+    return {name[len(start) :]: value for name, value in draws.items() if name.startswith(start)}
+
+
 def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
     """The task of a recipe, from the options of each objective (see `resolve`).
 
-    Raises Refusal if none has a weight above 0, one asks for a view that is not there, or nobody asks for one.
+    Raises Refusal if none has a weight above 0, one asks for a view that is not there, or nobody asks for one, and
+    where the backbone cannot run under an objective's plan.
     """
     signals: dict[str, tuple[float, Objective]] = {}
     for name, options in chosen.items():
@@ -72,14 +109,14 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     if not signals:
         there = ", ".join(objectives.names())
         raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
-    passes = [want for _, objective in signals.values() for want in objective.passes.values()]
-    asked = {want.view for want in passes}
+    task = Pretraining(backbone, signals)
+    asked = {want.view for want in task.passes}
     if missing := asked - views.keys():
         raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
     if idle := views.keys() - asked:
         raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
-    backbone.fix_positions({want.plan.position for want in passes})
-    return Pretraining(backbone, signals)
+    backbone.prepare({want.plan for want in task.passes})
+    return task
 
 
 def resolve(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,14 @@ class Pass:
 
     view: str = "global"
     plan: PlanSpec = field(default_factory=PlanSpec)
+    grad: bool = True
+    hidden: str | None = None  # with position "partial": the objective whose `hidden_position` stands for what is hidden
+
+    @property
+    def purpose(self) -> str:
+        """Under which its plan is drawn: the same for equal plans, whoever asks."""
+        plan = self.plan
+        return f"plan {self.view} keep {plan.keep} {plan.position} {plan.position_keep} context {plan.context}"
 
 
 class Objective(nn.Module):
@@ -36,9 +44,44 @@ class Objective(nn.Module):
     Options: Any  # a dataclass; filled strictly from the recipe
     passes: Mapping[str, Pass]  # the names under which it will find its features
     draw: Callable[[np.random.Generator], Mapping[str, np.ndarray]] | None = None  # per sample; picklable
+    progress: float = 0.0  # share of the training that is done; set before every step
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": scalar that is trained on, and statistics: scalars without gradient}."""
+        raise NotImplementedError
+
+
+@dataclass
+class Answers:
+    """What a positional objective answered. Q questions an image: patches, or pairs of them."""
+
+    guesses: Tensor  # (B, Q) class it believes in
+    labels: Tensor  # (B, Q) right class
+    distances: Tensor  # (B, Q) between the two, in patches
+    asked: Tensor | None = None  # (B, Q) bool: which of them count; None: all
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` (B, Q) over the questions that count."""
+        return values.float().mean() if self.asked is None else (values * self.asked).sum() / self.asked.sum()
+
+    def accuracy(self) -> Tensor:
+        """Share of right answers among those that count."""
+        return self.mean(self.guesses == self.labels)
+
+
+class Positional(Objective):
+    """An objective that asks where patches are. The audit, the controls and the pictures read it in one way."""
+
+    grid: tuple[int, int]
+    chance: float  # accuracy of the best answer that ignores the image
+    of_pairs: bool = False  # whether its classes are offsets between patches, not places
+    same: float = 0.0  # of pairs: share of those of a patch with itself
+
+    def answers(
+        self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
+    ) -> Answers:
+        """What it answers. `origin` (B, N): of images whose patches were shuffled, where the patch that lies at each
+        place came from; the labels are then those of its old place."""
         raise NotImplementedError
 
 
@@ -74,4 +117,4 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
     return find(name)(options, backbone)  # type: ignore[call-arg]
 
 
-__all__ = ["Batch", "Objective", "Pass", "build", "find", "names", "options"]
+__all__ = ["Answers", "Batch", "Objective", "Pass", "Positional", "build", "find", "names", "options"]

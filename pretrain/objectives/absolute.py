@@ -1,21 +1,40 @@
-"""`absolute`: every patch says where it is (Positional Label's APL, arXiv 2206.04981; with position=none MP3,
-2207.07611)."""
+"""`absolute`: every patch says where it is.
+
+Positional Label's APL (arXiv 2206.04981), and with other options Jigsaw-ViT (2207.11971), MP3 (2207.07611) and DropPos
+(2309.03576): see configs/pretrain/{apl,jigsaw,mp3,droppos}.yaml. Letters: B images, N patches, K kept, D width.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal, nearest
-from common.heads import HalfHead, LinearHead
+from common.heads import Decoder, HalfHead, LinearHead, MlpHead
 from common.models import Backbone, Features
 from common.plan import PlanSpec
-from pretrain.objectives import Objective, Pass
+from pretrain.objectives import Answers, Pass, Positional
 
-HEADS = {"linear": LinearHead, "half": HalfHead}
+HEADS = {"linear": LinearHead, "mlp": MlpHead, "half": HalfHead}
+LOSS_ON = ("auto", "all", "hidden")
+ATTENTIVE = ("none", "kept", "image")
+ATTENTIVE_TEMPERATURE = 0.1  # DropPos
+
+
+@dataclass
+class DecoderOptions:
+    """Blocks between the encoder's tokens and the head; thrown away after training."""
+
+    blocks: int = 0
+    """Transformer blocks without position embedding; 0: no decoder. DropPos has 2."""
+    width: int = 512
+    """Channels of the decoder."""
+    heads: int = 16
+    """Attention heads of the decoder."""
 
 
 @dataclass
@@ -25,47 +44,144 @@ class AbsoluteOptions:
     weight: float = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
     head: str = "linear"
-    """linear: one layer on all channels. half: the paper's MLP on the first half of the channels."""
+    """linear: one layer on all channels (MP3). mlp: three with ReLUs (Jigsaw-ViT). half: Positional Label's, on the first
+    half of the channels."""
+    keep: float = 1.0
+    """Share of the patches that the encoder sees (Jigsaw-ViT 0.5, DropPos 0.25)."""
     position: str = "none"
-    """Position embedding in the pass: none (leak-free) or full (as the paper's released ViT: the answer is in the
-    token)."""
+    """Position embedding in the pass: none (leak-free), partial (shown to some patches, which are then not asked) or full
+    (as the paper's released ViT: the answer is in the token, and the audit refuses it)."""
+    position_keep: float = 0.0
+    """With position=partial: share of the kept patches that are told their place (DropPos 0.25)."""
+    context: float = 1.0
+    """Share of the kept patches that are keys and values, in every layer (MP3 0.25)."""
+    loss_on: str = "auto"
+    """Patches that are asked: all, hidden (those not told their place), or auto: hidden where position is partial."""
+    smoothing: float = 0.0
+    """Width sigma of the position smoothing at the start, in patches; it falls linearly to 0 over the training (DropPos 1).
+    0: one-hot labels."""
+    attentive: str = "none"
+    """Weights of the patches in the loss, by their likeness to the class token: none; kept (of this pass's own tokens);
+    image (DropPos: of a second pass over the whole image, a third of a full step more)."""
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    """Blocks between encoder and head."""
     view: str = "global"
     """The view whose patches are asked."""
 
 
-class Absolute(Objective):
+class Absolute(Positional):
     """Cross-entropy of each patch token against its row-major index in the backbone's own grid."""
 
     Options = AbsoluteOptions
 
-    labels: Tensor
     distances: Tensor
 
     def __init__(self, options: AbsoluteOptions, backbone: Backbone) -> None:
         super().__init__()
-        if options.head not in HEADS:
+        for name, known in (("head", HEADS), ("loss_on", LOSS_ON), ("attentive", ATTENTIVE)):
+            if getattr(options, name) not in known:
+                raise Refusal(
+                    f"objectives.absolute.{name}={getattr(options, name)!r}: expected one of "
+                    f"{', '.join(known)}{nearest(getattr(options, name), known)}"
+                )
+        if not 0 <= options.smoothing < float("inf"):
+            raise Refusal(f"objectives.absolute.smoothing={options.smoothing}: expected a width in patches, 0 or more")
+        plan = PlanSpec(options.keep, options.position, options.position_keep, options.context)
+        self.options, self.grid = options, backbone.grid
+        N = self.grid[0] * self.grid[1]
+        kept, visible, _ = plan.counts(N)
+        self.only_hidden = options.loss_on == "hidden" or (options.loss_on == "auto" and plan.position == "partial")
+        if self.only_hidden and plan.position != "partial":
             raise Refusal(
-                f"objectives.absolute.head={options.head!r}: expected one of "
-                f"{', '.join(HEADS)}{nearest(options.head, HEADS)}"
+                f"objectives.absolute.loss_on=hidden goes with position=partial, and position={plan.position}: no "
+                "patch is told its place, or all are; use loss_on=all"
             )
-        self.passes = {"tokens": Pass(options.view, PlanSpec(options.position))}
-        self.register_buffer("labels", positions.absolute(backbone.grid), persistent=False)
-        self.register_buffer("distances", positions.distances(backbone.grid), persistent=False)
-        self.head = HEADS[options.head](backbone.width, len(self.labels))
-        self.chance = positions.chance(backbone.grid)
+        partial = plan.position == "partial"
+        tokens = Pass(options.view, plan, hidden="absolute" if partial else None)
+        self.passes = {"tokens": tokens}
+        if options.attentive != "none" and not backbone.num_prefix_tokens:
+            raise Refusal(
+                f"objectives.absolute.attentive={options.attentive} weighs patches by their likeness to the class token, "
+                f"and {backbone.config.name} has none: use attentive=none, or a model with one"
+            )
+        if options.attentive == "image":
+            whole = PlanSpec(position="none" if plan.position == "none" else "full")
+            self.passes["image"] = Pass(options.view, whole, grad=False)
+        if partial:  # DropPos's mask token: what a patch has in place of the embedding that is hidden from it
+            self.hidden_position = nn.Parameter(torch.empty(backbone.width))
+            nn.init.normal_(self.hidden_position, std=0.02)
+        self.decoder = None
+        if options.decoder.blocks < 0:
+            raise Refusal(f"objectives.absolute.decoder.blocks={options.decoder.blocks}: expected 0 or more")
+        if options.decoder.blocks:
+            self.decoder = Decoder(backbone.width, options.decoder.width, options.decoder.blocks, options.decoder.heads)
+        self.head = HEADS[options.head](options.decoder.width if self.decoder else backbone.width, N)
+        self.register_buffer("distances", positions.distances(self.grid), persistent=False)
+        # Nothing seen, a patch may be at any place that no other was told to be at.
+        self.chance = 1 / (N - visible) if self.only_hidden else positions.chance(self.grid)
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
-        """Where each patch believes it is, (B, N, N), float32."""
-        return self.head(features["tokens"].tokens).float()
+        """Where each kept patch believes it is, (B, K, N), float32."""
+        tokens = features["tokens"].tokens
+        if self.decoder is not None:
+            P = features["tokens"].prefix.shape[1]
+            tokens = self.decoder(torch.cat([features["tokens"].prefix, tokens], 1))[:, P:]
+        return self.head(tokens).float()
+
+    def answers(
+        self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
+    ) -> Answers:
+        """See Positional."""
+        return self._judge(self.logits(features), features, origin)
+
+    def _judge(self, logits_BKN: Tensor, features: Mapping[str, Features], origin: Tensor | None = None) -> Answers:
+        labels_BK = self._places(features["tokens"])
+        if origin is not None:
+            labels_BK = origin.gather(1, labels_BK)
+        guesses_BK = logits_BKN.argmax(-1)
+        asked = ~features["tokens"].plan.visible if self.only_hidden else None  # type: ignore[operator]
+        return Answers(guesses_BK, labels_BK, self.distances[guesses_BK, labels_BK], asked)
+
+    def _places(self, features: Features) -> Tensor:
+        """Row-major index of every kept patch, (B, K)."""
+        if features.plan.kept is not None:
+            return features.plan.kept
+        B, N, _ = features.tokens.shape
+        return torch.arange(N, device=features.tokens.device).expand(B, N)
+
+    def _weights(self, features: Mapping[str, Features], asked: Tensor | None) -> Tensor | None:
+        """Weight of every patch in the loss, (B, K), or None for equal ones: zero where a patch is not asked, times,
+        if wished, softmax(cos(class token, patch) / 0.1) (DropPos). Without gradient."""
+        weights: Any = None
+        if self.options.attentive != "none":
+            seen = features[{"kept": "tokens", "image": "image"}[self.options.attentive]]
+            alike = F.cosine_similarity(seen.prefix[:, :1].detach().float(), seen.tokens.detach().float(), dim=-1)
+            weights = (alike / ATTENTIVE_TEMPERATURE).softmax(-1)
+            kept = features["tokens"].plan.kept
+            if self.options.attentive == "image" and kept is not None:
+                weights = weights.gather(1, kept)
+        if asked is None:
+            return weights
+        return asked.float() if weights is None else weights * asked
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """loss (nats, mean over patches), accuracy, distance (mean, in patches), chance."""
-        logits_BNK = self.logits(features)
-        B, N, K = logits_BNK.shape
-        labels_BN = self.labels.expand(B, N)
-        loss = F.cross_entropy(logits_BNK.reshape(B * N, K), labels_BN.reshape(B * N))
+        """loss (nats, weighted mean over the patches asked), accuracy, distance (mean, in patches), chance."""
+        logits_BKN = self.logits(features)
         with torch.no_grad():
-            guesses_BN = logits_BNK.argmax(-1)
-            distance = self.distances[guesses_BN, labels_BN].mean()
-            accuracy = (guesses_BN == labels_BN).float().mean()
-        return {"loss": loss, "accuracy": accuracy, "distance": distance, "chance": loss.new_tensor(self.chance)}
+            answers = self._judge(logits_BKN, features)
+            weights_BK = self._weights(features, answers.asked)
+        labels = answers.labels
+        sigma = self.options.smoothing * (1 - self.progress)
+        if sigma > 0:
+            labels = positions.smoothing(self.grid, sigma).to(labels.device)[labels]  # (B, K, N)
+        if weights_BK is None:
+            loss = F.cross_entropy(logits_BKN.flatten(0, 1), labels.flatten(0, 1))
+        else:
+            each = F.cross_entropy(logits_BKN.flatten(0, 1), labels.flatten(0, 1), reduction="none")
+            loss = (each * weights_BK.flatten()).sum() / weights_BK.sum()
+        return {
+            "loss": loss,
+            "accuracy": answers.accuracy(),
+            "distance": answers.mean(answers.distances),
+            "chance": loss.new_tensor(self.chance),
+        }

@@ -1,21 +1,32 @@
-"""`relative`: pairs of patches say where one is as seen from the other (Positional Label's RPL, arXiv 2206.04981)."""
+"""`relative`: pairs of patches say where one is as seen from the other (Positional Label's RPL, arXiv 2206.04981).
+
+Letters: B images, N patches, K of them kept, Q pairs an image, C = (2h-1)(2w-1) offsets.
+"""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common import positions
-from common.errors import Refusal
-from common.heads import PairHead
+from common.errors import Refusal, nearest
+from common.heads import PairHead, pair_outputs, wide
 from common.models import Backbone, Features
 from common.plan import PlanSpec
-from pretrain.objectives import Objective, Pass
+from pretrain.objectives import Answers, Pass, Positional
+
+# Bytes of the pairs that are worked on at a time. On a CPU few enough for its caches, and for memory that is used again
+# rather than fetched anew from the system, which costs more than the arithmetic; on a GPU enough to fill it.
+PIECE = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+Piece = tuple[slice, slice]  # some of the images, some of the pairs of each
 
 
 @dataclass
@@ -24,70 +35,278 @@ class RelativeOptions:
 
     weight: float = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
+    head: str = "half"
+    """half: the paper's, one class per offset. separable: row and column apart, losses summed. regression: the offset
+    in patches, smooth L1 (after PART). Each on half of the channels of either patch."""
     pairs: Any = "auto"
-    """Ordered pairs per image, drawn without replacement from all N*N: a number, auto (4N, at most N*N), or all."""
+    """Ordered pairs per image, drawn without replacement from those of the kept patches: a number, auto (4 per kept
+    patch, or all if they are fewer), or all."""
+    diagonal: bool = True
+    """Whether a patch is also asked where it is as seen from itself, as in the paper: nearly free answers."""
+    keep: float = 1.0
+    """Share of the patches that the encoder sees."""
     position: str = "none"
-    """Position embedding in the pass: none (leak-free) or full (the answer follows from it by subtraction)."""
+    """Position embedding in the pass: none (leak-free) or full (the answer follows from it by subtraction, and the
+    audit refuses it)."""
+    context: float = 1.0
+    """Share of the kept patches that are keys and values, in every layer (MP3)."""
     view: str = "global"
     """The view whose patches are asked."""
 
 
-def draw_pairs(rng: np.random.Generator, num_patches: int, num_pairs: int) -> dict[str, np.ndarray]:
-    """One sample's pairs, {"pairs": (P,) flat query*N + key}; drawn in the loader's workers."""
-    return {"pairs": positions.sample_pairs(rng, num_patches, num_pairs)}
+class Joint:
+    """One class per offset: cross-entropy over C of them."""
+
+    def __init__(self, grid: tuple[int, int], same: float) -> None:
+        self.outputs = positions.num_offsets(grid)
+        self.columns = 2 * grid[1] - 1
+        self.blind = positions.prior_entropy(grid, same)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Summed over pairs: outputs (Q, C), labels (Q,)."""
+        return F.cross_entropy(outputs, labels, reduction="sum")
+
+    def guess(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Class (Q,), and the offset it stands for counted from the first class's, (Q, 2)."""
+        guesses = outputs.argmax(-1)
+        return guesses, self.split(guesses)
+
+    def split(self, classes: Tensor) -> Tensor:
+        """Row and column of the offset counted from the first class's, (..., 2)."""
+        return torch.stack([classes // self.columns, classes % self.columns], -1)
 
 
-class Relative(Objective):
-    """Cross-entropy of each sampled ordered pair against the class of its offset, query minus key."""
+class Separable(Joint):
+    """Row and column of the offset answered apart: (2h-1) + (2w-1) logits, cross-entropies summed."""
+
+    def __init__(self, grid: tuple[int, int], same: float) -> None:
+        super().__init__(grid, same)
+        self.rows = 2 * grid[0] - 1
+        self.outputs = self.rows + self.columns
+        self.blind = positions.axis_entropy(grid, same)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Summed over pairs: outputs (Q, 2h-1 + 2w-1), labels (Q,)."""
+        down, right = outputs.split([self.rows, self.columns], -1)
+        of_rows = F.cross_entropy(down, labels // self.columns, reduction="sum")
+        return of_rows + F.cross_entropy(right, labels % self.columns, reduction="sum")
+
+    def guess(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """As Joint's."""
+        places = torch.stack([part.argmax(-1) for part in outputs.split([self.rows, self.columns], -1)], -1)
+        return places[..., 0] * self.columns + places[..., 1], places
+
+
+class Regression(Joint):
+    """The offset itself, two numbers in patches: smooth L1 with beta 1, mean over row and column (after PART)."""
+
+    def __init__(self, grid: tuple[int, int], same: float) -> None:
+        super().__init__(grid, same)
+        self.outputs = 2
+        self.most = (grid[0] - 1, grid[1] - 1)  # an offset in either direction
+        self.blind = positions.constant_loss(grid, same)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Summed over pairs: outputs (Q, 2), labels (Q,)."""
+        return F.smooth_l1_loss(self._places(outputs), self.split(labels).to(outputs.dtype), reduction="sum") / 2
+
+    def guess(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest class (Q,), and the offset as it was answered, counted from the first class's, (Q, 2)."""
+        places = self._places(outputs)
+        row, column = (place.round().long() for place in places.unbind(-1))
+        down, right = row.clamp(0, 2 * self.most[0]), column.clamp(0, 2 * self.most[1])
+        return down * self.columns + right, places
+
+    def _places(self, outputs: Tensor) -> Tensor:
+        return torch.stack([outputs[..., 0] + self.most[0], outputs[..., 1] + self.most[1]], -1)
+
+
+READINGS: dict[str, Callable[[tuple[int, int], float], Joint]] = {
+    "half": Joint,
+    "separable": Separable,
+    "regression": Regression,
+}
+
+
+def draw_pairs(rng: np.random.Generator, count: int, some: int, diagonal: bool) -> dict[str, np.ndarray]:
+    """One sample's pairs by number, {"pairs": (Q,)}; drawn in the loader's workers."""
+    return {"pairs": positions.sample_pairs(rng, count, some, diagonal)}
+
+
+class Relative(Positional):
+    """Every ordered pair that is asked against its offset, query minus key."""
 
     Options = RelativeOptions
+    of_pairs = True
 
-    labels: Tensor
-    offsets: Tensor
+    codes: Tensor
 
     def __init__(self, options: RelativeOptions, backbone: Backbone) -> None:
         super().__init__()
-        h, w = self.grid = backbone.grid
-        self.num_patches = h * w
-        self.num_pairs = num_pairs(options.pairs, self.num_patches)
-        self.passes = {"tokens": Pass(options.view, PlanSpec(options.position))}
-        if self.num_pairs < self.num_patches**2:
-            self.draw = functools.partial(draw_pairs, num_patches=self.num_patches, num_pairs=self.num_pairs)
-        self.register_buffer("labels", positions.relative(self.grid).flatten(), persistent=False)
-        self.register_buffer("offsets", positions.offsets(self.grid).float(), persistent=False)
-        self.head = PairHead(backbone.width, positions.num_offsets(self.grid))
-        self.chance = positions.chance(self.grid)
-        self.prior_entropy = positions.prior_entropy(self.grid)
+        if options.head not in READINGS:
+            raise Refusal(
+                f"objectives.relative.head={options.head!r}: expected one of "
+                f"{', '.join(READINGS)}{nearest(options.head, READINGS)}"
+            )
+        if options.position == "partial":
+            raise Refusal(
+                "objectives.relative.position='partial': which pairs would then be asked is not defined; use none, or "
+                "the objective absolute"
+            )
+        plan = PlanSpec(options.keep, options.position, context=options.context)
+        self.passes = {"tokens": Pass(options.view, plan)}
+        self.grid, self.diagonal = backbone.grid, options.diagonal
+        self.num_kept = plan.counts(math.prod(self.grid))[0]
+        self.num_pairs = positions.num_pairs(self.num_kept, self.diagonal)
+        some = _num_drawn(options.pairs, self.num_kept, self.diagonal)
+        if some < self.num_pairs:
+            self.draw = functools.partial(draw_pairs, count=self.num_kept, some=some, diagonal=self.diagonal)
+        self.same = 1 / self.num_kept if self.diagonal else 0.0  # share of the pairs of a patch with itself
+        self.reading = READINGS[options.head](self.grid, self.same)
+        self.chance = float(positions.offset_prior(self.grid, self.same).max())
+        self.head = PairHead(backbone.width, self.reading.outputs)
+        self.register_buffer("codes", positions.offset_codes(self.grid), persistent=False)
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """loss (nats, mean over pairs), accuracy, distance (mean, in patches), gain (nats below the best answer
-        that ignores the image), chance (accuracy of that answer)."""
-        tokens = features["tokens"].tokens
-        pairs = draws.get("pairs")  # (B, P)
-        if pairs is None:
-            pairs = torch.arange(self.num_patches**2, device=tokens.device).expand(len(tokens), -1)
-        queries, keys = pairs // self.num_patches, pairs % self.num_patches
-        logits_BPC = self.head(tokens, queries, keys).float()
-        labels_BP = self.labels[pairs]
-        loss = F.cross_entropy(logits_BPC.flatten(0, 1), labels_BP.flatten())
-        with torch.no_grad():
-            guesses_BP = logits_BPC.argmax(-1)
-            distance = (self.offsets[guesses_BP] - self.offsets[labels_BP]).norm(dim=-1).mean()
-            accuracy = (guesses_BP == labels_BP).float().mean()
-            gain = self.prior_entropy - loss
-        chance = loss.new_tensor(self.chance)
-        return {"loss": loss, "accuracy": accuracy, "distance": distance, "gain": gain, "chance": chance}
+        """loss (mean over pairs; nats, or smooth L1 of patches), accuracy, distance (mean, in patches), gain (by how
+        much the loss is below that of the best answer that ignores the image), chance (accuracy of such an answer)."""
+        parts = self.head.parts(features["tokens"].tokens)
+        codes_BK = self._codes(features["tokens"])
+
+        def measure(piece: Piece, *own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            outputs, labels = self._ask(piece, own, codes_BK, draws)
+            loss = self.reading.loss(outputs, labels)
+            with torch.no_grad():
+                guesses, distances = self._judge(outputs, labels)
+                return loss, (guesses == labels).sum(), distances.sum()
+
+        B, Q = len(codes_BK), self._num_asked(draws)
+        add_up = _SumOfPieces.apply if torch.is_grad_enabled() else _sum_of_pieces
+        loss, right, away = (total / (B * Q) for total in add_up(measure, self._pieces(parts, Q), *parts))
+        return {
+            "loss": loss,
+            "accuracy": right,
+            "distance": away,
+            "gain": self.reading.blind - loss.detach(),
+            "chance": loss.new_tensor(self.chance),
+        }
+
+    @torch.no_grad()
+    def answers(
+        self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
+    ) -> Answers:
+        """See Positional: a question is a pair, a class one of `positions.relative`."""
+        parts = self.head.parts(features["tokens"].tokens)
+        codes_BK = self._codes(features["tokens"], origin)
+        labels_BQ = codes_BK.new_empty(len(codes_BK), self._num_asked(draws))
+        guesses_BQ, distances_BQ = torch.empty_like(labels_BQ), torch.empty_like(labels_BQ, dtype=torch.float32)
+        for piece in self._pieces(parts, labels_BQ.shape[1]):
+            outputs, labels = self._ask(piece, _share(parts, piece), codes_BK, draws)
+            guesses, distances = self._judge(outputs, labels)
+            for whole, part in ((labels_BQ, labels), (guesses_BQ, guesses), (distances_BQ, distances)):
+                whole[piece] = part.view(whole[piece].shape)
+        return Answers(guesses_BQ, labels_BQ, distances_BQ)
+
+    def _codes(self, features: Features, origin: Tensor | None = None) -> Tensor:
+        """Offset code of the place of every kept patch, (B, K); with `origin`, of the place it came from."""
+        B = len(features.tokens)
+        codes = self.codes.expand(B, -1) if origin is None else self.codes[origin]
+        kept = features.plan.kept
+        return codes if kept is None else codes.gather(1, kept)
+
+    def _ask(
+        self, piece: Piece, parts: tuple[Tensor, ...], codes_BK: Tensor, draws: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What the head says of a piece's pairs, (Q, outputs), and their classes, (Q,); Q of all images together."""
+        images, asked = piece
+        codes = codes_BK[images]
+        if "pairs" in draws:
+            pairs = draws["pairs"][piece]
+        else:  # all of them, the same in every image
+            pairs = torch.arange(asked.start, asked.stop, device=codes.device).expand(len(codes), -1)
+        queries, keys = positions.pair_ends(pairs, self.num_kept, self.diagonal)
+        labels = codes.gather(1, queries) - codes.gather(1, keys) + positions.num_offsets(self.grid) // 2
+        return wide(pair_outputs(parts, queries, keys)).flatten(0, 1), labels.flatten()
+
+    def _judge(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Guessed classes and how far they are off, in patches, (Q,) each."""
+        guesses, places = self.reading.guess(outputs)
+        return guesses, (places - self.reading.split(labels)).float().norm(dim=-1)
+
+    def _num_asked(self, draws: Mapping[str, Tensor]) -> int:
+        return draws["pairs"].shape[1] if "pairs" in draws else self.num_pairs
+
+    def _pieces(self, parts: tuple[Tensor, ...], num_asked: int) -> list[Piece]:
+        """The pairs of all images cut into pieces of about PIECE bytes: several images', or a part of one's."""
+        B, _, half_width = parts[0].shape
+        each = parts[0].element_size() * (3 * self.reading.outputs + 4 * half_width)  # what backward needs of a pair
+        most = max(1, PIECE.get(parts[0].device.type, PIECE["cuda"]) // each)
+        images = max(1, min(B, most // num_asked))
+        pairs = math.ceil(num_asked / math.ceil(num_asked / most))  # of equal size
+        return [
+            (slice(image, min(image + images, B)), slice(pair, min(pair + pairs, num_asked)))
+            for image in range(0, B, images)
+            for pair in range(0, num_asked, pairs)
+        ]
 
 
-def num_pairs(wished: Any, num_patches: int) -> int:
+def _share(parts: tuple[Tensor, ...], piece: Piece) -> tuple[Tensor, ...]:
+    """`PairHead.parts` for the images of a piece."""
+    query_part, key_part, *last = parts
+    return query_part[piece[0]], key_part[piece[0]], *last
+
+
+def _sum_of_pieces(measure: Callable[..., tuple[Tensor, ...]], pieces: list[Piece], *parts: Tensor) -> list[Tensor]:
+    """measure(piece, *parts of it), summed over pieces."""
+    return [
+        torch.stack(of).sum() for of in zip(*(measure(piece, *_share(parts, piece)) for piece in pieces), strict=True)
+    ]
+
+
+class _SumOfPieces(torch.autograd.Function):
+    """The same, with the gradient of the first sum, taken piece by piece while the piece is there.
+
+    Nothing of a piece is kept for backward, which only scales the gradient that is already known: memory does not grow
+    with the number of pairs, and, unlike with checkpointing, nothing is computed twice. What is summed is not yet
+    divided by the number of pairs, so that half-precision gradients neither vanish nor overflow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, measure: Callable[..., tuple[Tensor, ...]], pieces: list[Piece], *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        gradients = tuple(torch.zeros_like(part) for part in parts)
+        last = [part.detach().requires_grad_() for part in parts[2:]]
+        measured = []
+        for piece in pieces:
+            with torch.enable_grad():
+                own = [part[piece[0]].detach().requires_grad_() for part in parts[:2]] + last
+                sums = measure(piece, *own)
+                found = torch.autograd.grad(sums[0], own)
+            for gradient, share in zip(_share(gradients, piece), found, strict=True):
+                gradient += share
+            measured.append([total.detach() for total in sums])
+        ctx.save_for_backward(*gradients)
+        totals = [torch.stack(of).sum() for of in zip(*measured, strict=True)]
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)
+
+
+def _num_drawn(wished: Any, count: int, diagonal: bool) -> int:
     """Pairs per image for the option `pairs`. Raises Refusal."""
+    every = positions.num_pairs(count, diagonal)
     if wished == "auto":
-        return positions.default_pairs(num_patches)
+        return positions.default_pairs(count, diagonal)
     if wished == "all":
-        return num_patches**2
-    if not isinstance(wished, int) or isinstance(wished, bool) or not 1 <= wished <= num_patches**2:
+        return every
+    if not isinstance(wished, int) or isinstance(wished, bool) or not 1 <= wished <= every:
         raise Refusal(
-            f"objectives.relative.pairs={wished!r}: expected auto, all, or a number from 1 to {num_patches**2} "
-            f"({num_patches} patches have that many ordered pairs)"
+            f"objectives.relative.pairs={wished!r}: expected auto, all, or a number from 1 to {every} "
+            f"({count} patches have that many ordered pairs{'' if diagonal else ' with diagonal=false'})"
         )
     return wished

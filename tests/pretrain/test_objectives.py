@@ -6,67 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import BACKBONES, NONE, VIT, backbone, batch, task
 from torch.nn import functional as F
 
 from common import positions
-from common.data import Images
+from common.controls import rearrange
 from common.errors import Refusal
-from common.models import Backbone, ModelConfig, create
-from common.sampling import Samples
+from common.models import ModelConfig, create
 from common.transforms import View
 from pretrain import objectives
-from pretrain.task import Pretraining, build, resolve
-
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-BACKBONES = {
-    "vit 3x3": ("vit_tiny_patch16_224", VIT, 24),
-    "vit 2x3": ("vit_tiny_patch16_224", VIT, [16, 24]),
-    "registers": ("vit_small_patch14_reg4_dinov2", VIT, 24),
-    "distilled": ("deit_tiny_distilled_patch16_224", VIT, 24),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
-        32,
-    ),
-    "nest": ("nest_tiny", {}, 64),
-}
-
-
-def backbone(name: str = "vit 3x3") -> Backbone:
-    architecture, kwargs, size = BACKBONES[name]
-    torch.manual_seed(0)
-    return create(ModelConfig(architecture, dict(kwargs)), size)
-
-
-def task(wanted: dict[str, Any], name: str = "vit 3x3") -> Pretraining:
-    made = backbone(name)
-    return build(made, resolve(wanted), {"global": View(size=list(made.size))})
-
-
-class Noise:
-    """A source of random pictures."""
-
-    def __init__(self, count: int = 8) -> None:
-        self.pixels = torch.randint(0, 256, (count, 3, 40, 50), dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def read(self, i: int, channels: int) -> torch.Tensor:
-        return self.pixels[i]
-
-    def name(self, i: int) -> str:
-        return f"noise[{i}]"
-
-    def identity(self) -> bytes:
-        return b"noise"
-
-
-def batch(made: Pretraining, count: int = 4) -> Any:
-    torch.manual_seed(1)
-    view = {"global": View(size=list(made.backbone.size))}
-    samples = Samples(Images(Noise(), "noise"), view, seed=0, channels=3, draws=made.draws)
-    return samples.__getitems__([(0, i) for i in range(count)])
+from pretrain.task import build, resolve
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -96,7 +45,7 @@ def test_absolute_is_cross_entropy_with_raster_labels() -> None:
     made = task({"absolute": {}}, "vit 2x3")
     data = batch(made)
     report = made(data)
-    tokens = made.backbone(data.views["global"], made.objectives["absolute"].passes["tokens"].plan).tokens  # type: ignore[union-attr, index]
+    tokens = made.backbone(data.views["global"], NONE).tokens
     logits = made.objectives["absolute"].head(tokens)  # type: ignore[operator, union-attr]
     by_hand = np.mean([-F.log_softmax(logits[b, n], -1)[n].item() for b in range(4) for n in range(6)])
     assert report["absolute/loss"].item() == pytest.approx(by_hand, abs=1e-6)
@@ -134,11 +83,9 @@ def test_shuffled_patches_change_nothing_but_the_labels() -> None:
     objective: Any = made.objectives["absolute"]
     images = batch(made).views["global"]
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    cells = images.reshape(4, 3, 3, 8, 3, 8).permute(0, 2, 4, 1, 3, 5).reshape(4, 9, 3, 8, 8)[:, order]
-    shuffled = cells.reshape(4, 3, 3, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(4, 3, 24, 24)
-    plan = objective.passes["tokens"].plan
-    before = objective.logits({"tokens": made.backbone(images, plan)})
-    after = objective.logits({"tokens": made.backbone(shuffled, plan)})
+    shuffled = rearrange(images, order.expand(4, -1), (3, 3))
+    before = objective.logits({"tokens": made.backbone(images, NONE)})
+    after = objective.logits({"tokens": made.backbone(shuffled, NONE)})
     torch.testing.assert_close(before[:, order], after, atol=1e-5, rtol=1e-5)
 
 
@@ -170,7 +117,6 @@ def test_equal_passes_are_run_once() -> None:
         ({"absolute": {"haed": "half"}}, "did you mean 'head'"),
         ({"absolute": {"weight": "much"}}, "weight"),
         ({"absolute": {"head": "halff"}}, "did you mean 'half'"),
-        ({"absolute": {"position": "partial"}}, "position='partial'"),
         ({"absolute": {"weight": -1}}, "expected a finite number, 0 or more"),
         ({"absolute": {"weight": 0}}, "no objective to train"),
         ({}, "no objective to train"),

@@ -1,0 +1,26 @@
+"""Images in which there is nothing to see, or nothing where it belongs: what a model says of them shows what it reads.
+
+Letters: B images, N = h*w patches.
+"""
+
+import torch
+from torch import Tensor
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform noise of the shape of uint8 images (B, C, H, W): whoever finds a patch's place in it was told."""
+    return torch.randint(0, 256, like.shape, dtype=torch.uint8, generator=generator).to(like.device)
+
+
+def orders(count: int, num_patches: int, generator: torch.Generator) -> Tensor:
+    """A random order of the patches for each of `count` images, (B, N)."""
+    return torch.rand(count, num_patches, generator=generator).argsort(1)
+
+
+def rearrange(images: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) whose patches, cells of `grid`, were moved: at place n lies the one of place order[b, n]."""
+    B, C, H, W = images.shape
+    h, w = grid
+    cells = images.reshape(B, C, h, H // h, w, W // w).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C, H // h, W // w)
+    moved = cells[torch.arange(B, device=order.device)[:, None], order]
+    return moved.reshape(B, h, w, C, H // h, W // w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)

@@ -1,0 +1,64 @@
+"""Small backbones, and tasks on images of noise, for tests of objectives and of the audit."""
+
+from typing import Any
+
+import torch
+
+from common.data import Images
+from common.models import Backbone, ModelConfig, create
+from common.plan import TokenPlan
+from common.sampling import Samples
+from common.transforms import View
+from pretrain.task import Pretraining, build, resolve
+
+NONE = TokenPlan("none")
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+BACKBONES = {
+    "vit 3x3": ("vit_tiny_patch16_224", VIT, 24),
+    "vit 2x3": ("vit_tiny_patch16_224", VIT, [16, 24]),
+    "registers": ("vit_small_patch14_reg4_dinov2", VIT, 24),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT, 24),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
+        32,
+    ),
+    "nest": ("nest_tiny", {}, 64),
+}
+
+
+def backbone(name: str = "vit 3x3") -> Backbone:
+    architecture, kwargs, size = BACKBONES[name]
+    torch.manual_seed(0)
+    return create(ModelConfig(architecture, dict(kwargs)), size)
+
+
+def task(wanted: dict[str, Any], name: str = "vit 3x3") -> Pretraining:
+    made = backbone(name)
+    return build(made, resolve(wanted), {"global": View(size=list(made.size))})
+
+
+class Noise:
+    """A source of random pictures."""
+
+    def __init__(self, count: int = 8) -> None:
+        self.pixels = torch.randint(0, 256, (count, 3, 40, 50), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, i: int, channels: int) -> torch.Tensor:
+        return self.pixels[i]
+
+    def name(self, i: int) -> str:
+        return f"noise[{i}]"
+
+    def identity(self) -> bytes:
+        return b"noise"
+
+
+def batch(made: Pretraining, count: int = 4) -> Any:
+    torch.manual_seed(1)
+    view = {"global": View(size=list(made.backbone.size))}
+    samples = Samples(Images(Noise(), "noise"), view, seed=0, channels=3, draws=made.draws)
+    return samples.__getitems__([(0, i) for i in range(count)])
