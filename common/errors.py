@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 
 class Refusal(Exception):
-    """A request that cannot be carried out as given. Entry scripts print it as one line and exit with status 2."""
+    """A request that cannot be carried out as given. Entry scripts print it as one line and exit with `status`."""
+
+    status = 2
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:

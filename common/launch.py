@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import Refusal
 
-REFUSED = 2
+REFUSED = Refusal.status
 INTERRUPTED = 128 + signal.SIGINT
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
             if debug:
                 traceback.print_exc()
             _complain(str(refusal))
-            status = REFUSED
+            status = refusal.status
         except OSError as error:  # a full disk, a read-only folder, a missing permission
             if debug:
                 traceback.print_exc()

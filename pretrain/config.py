@@ -50,6 +50,8 @@ class MonitorConfig:
 
     every: int | None = None
     """Steps between measurements; null: ten times in a run."""
+    control_every: int | None = None
+    """Steps between controls on noise and on images with shuffled patches; null: with the other measurements."""
     held_out: float = 0.1
     """Share of the training images that is held out."""
     most: int = 1000
@@ -96,6 +98,8 @@ class PretrainConfig:
     """Write TensorBoard's event files."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    allow_leak: bool = False
+    """Train although the audit found that the answer is in the question; the checkpoint and every table say so."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     views: dict[str, View] = field(default_factory=lambda: {"global": View()})
@@ -113,6 +117,7 @@ MAY_CHANGE = (
     "keep",
     "milestone_every",
     "monitor.every",
+    "monitor.control_every",
     "tensorboard",
     "data",
     "data_root",
@@ -146,6 +151,7 @@ def check(config: PretrainConfig) -> None:
         "milestone_every": (config.milestone_every, 1),
         "loader.workers": (config.loader.workers, 0),
         "monitor.every": (config.monitor.every, 1),
+        "monitor.control_every": (config.monitor.control_every, 1),
         "monitor.held_out": (config.monitor.held_out, 0),
         "monitor.most": (config.monitor.most, 0),
         "monitor.bank": (config.monitor.bank, 1),

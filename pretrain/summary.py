@@ -37,9 +37,8 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
 
 def _objective(name: str, weight: float, parts: Parts) -> str:
     passes = parts.task.objectives[name].passes.values()  # type: ignore[union-attr, operator]
-    positions = sorted({want.plan.position for want in passes})
-    leak = "  WARNING: with position=full the answer can be read off the encoding" if "full" in positions else ""
-    return f"objective  {weight:g} x {name}, position {'/'.join(positions)}{leak}"
+    plans = dict.fromkeys(str(want.plan) for want in passes if want.grad)
+    return f"objective  {weight:g} x {name}, {'; '.join(plans)}"
 
 
 def _value(config: object, name: str) -> object:
