@@ -2,6 +2,7 @@
 
     python benchmarks/results.py quickstart
     python benchmarks/results.py quickstart --seeds 0 1 2 data=fashion-mnist data_root=PATH epochs=5
+    python benchmarks/results.py compare --objectives-of mp3 --judge builtin data_root=PATH
 
 Each seed is a run of its own below runs/results/: weights, order and crops differ, and so do the untrained backbone it
 is compared with and the probe. A row says what was measured by which command on which commit; nothing is typed in.
@@ -16,10 +17,16 @@ if not __package__:
 import argparse
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import time
 from typing import Any
+
+from omegaconf import OmegaConf
+
+from common import config as configuration
+from common.config import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "RESULTS.md"
@@ -42,10 +49,19 @@ def run(script: str, *words: str) -> None:
     subprocess.run([sys.executable, str(ROOT / script), *words], check=True)
 
 
-def last(path: Path, name: str) -> float:
-    """The last value of `name` in a metrics.jsonl."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return next(line[name] for line in reversed(lines) if name in line)
+def held_out_accuracy(path: Path) -> float:
+    """The last position accuracy on held-out images in a metrics.jsonl: of `absolute` if there is one, else `relative`."""
+    line = [json.loads(line) for line in path.read_text().splitlines() if '"val/loss"' in line][-1]
+    return line.get("val/absolute/accuracy", line.get("val/relative/accuracy"))
+
+
+def objectives_of(recipe: str) -> list[str]:
+    """The objectives of a recipe, and the position embedding they ask for, as words for another one."""
+    content: Any = OmegaConf.to_container(configuration.read_yaml(configuration.find_recipe(recipe, "pretrain")))
+    words = {f"objectives.{name}": value for name, value in flat(content["objectives"]).items()}
+    if "position_embedding" in content["model"]:
+        words["model.position_embedding"] = content["model"]["position_embedding"]
+    return [f"{name}={value}" for name, value in words.items()]
 
 
 def spread(values: list[float]) -> str:
@@ -60,36 +76,44 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe of configs/pretrain, or the path of one")
     parser.add_argument("words", nargs="*", help="key=value words for pretrain/run.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--objectives-of", metavar="RECIPE", help="take the objectives of another recipe")
+    parser.add_argument("--judge", metavar="SPEC", help="labelled images to judge on (default: those of the training)")
     parser.add_argument("--linear", nargs=argparse.REMAINDER, default=[], help="further words for evaluate/linear.py")
     arguments = parser.parse_intermixed_args()
-    stem = "-".join([Path(arguments.recipe).stem, *(word for word in arguments.words if word.startswith("data="))])
-    stem = stem.replace("/", "_").replace("=", "-")
+    told = [word.removeprefix("objectives.") for word in arguments.words if word.startswith("objectives.")]
+    told += [f"objectives of {arguments.objectives_of}"] if arguments.objectives_of else []
+    data = [word for word in arguments.words if word.startswith("data=")]
+    stem = re.sub(r"[^\w.-]+", "-", "-".join([Path(arguments.recipe).stem, *told, *data]))
+    judged = ["--data", arguments.judge] if arguments.judge else []
     found: dict[str, list[float]] = {}
     minutes: list[float] = []
     about: dict[str, Any] = {}
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "results" / f"{stem}-s{seed}"
         begun = time.perf_counter()
-        words = [*arguments.words, f"seed={seed}", f"run={folder}", "--overwrite"]
+        borrowed = objectives_of(arguments.objectives_of) if arguments.objectives_of else []
+        words = [*borrowed, *arguments.words, f"seed={seed}", f"run={folder}", "--overwrite"]
         run("pretrain/run.py", arguments.recipe, *words)
         minutes.append((time.perf_counter() - begun) / 60)
-        run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed))
-        run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *arguments.linear)
+        run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed), *judged)
+        run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *judged, *arguments.linear)
         for name in ("knn", "linear"):
             report = json.loads((folder / "evaluate" / f"{name}.json").read_text())
             values = report["values"]
             for row, kind in (("random", "mean"), ("pixels", "pixels"), ("subject", "mean")):
                 found.setdefault(f"{name} {row}", []).append(values[row][kind]["accuracy"])
-        found.setdefault("position", []).append(last(folder / "metrics.jsonl", "val/absolute/accuracy"))
+        found.setdefault("position", []).append(held_out_accuracy(folder / "metrics.jsonl"))
         about = {"report": report, "training": json.loads((folder / "backbone.json").read_text())["training"]}
     machine, training = about["report"]["hardware"], about["training"]
     hidden = [word if not word.startswith("data_root=") else "data_root=PATH" for word in arguments.words]
+    options = ["--objectives-of", arguments.objectives_of] if arguments.objectives_of else []
+    options += ["--judge", arguments.judge] if arguments.judge else []
     command = " ".join(
-        ["python benchmarks/results.py", arguments.recipe, *hidden, "--seeds", *map(str, arguments.seeds)]
+        ["python benchmarks/results.py", arguments.recipe, *options, *hidden, "--seeds", *map(str, arguments.seeds)]
     )
     row = [
-        Path(arguments.recipe).stem,
-        Path(training["data"]).name,
+        ", ".join([Path(arguments.recipe).stem, *told]),
+        Path(training["data"]).name + (f", judged on {arguments.judge}" if arguments.judge else ""),
         f"{training['images_seen']:,}",
         str(training["commit"]),
         ", ".join(map(str, arguments.seeds)),
