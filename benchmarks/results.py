@@ -50,7 +50,7 @@ def run(script: str, *words: str) -> None:
 
 
 def held_out_accuracy(path: Path) -> float:
-    """The last position accuracy on held-out images in a metrics.jsonl: of `absolute` if there is one, else `relative`."""
+    """The last position accuracy on held-out images in a metrics.jsonl: of `absolute`, else of `relative`."""
     line = [json.loads(line) for line in path.read_text().splitlines() if '"val/loss"' in line][-1]
     return line.get("val/absolute/accuracy", line.get("val/relative/accuracy"))
 
