@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,17 @@ class Evaluation:
 
 
 def begin(
-    name: str, arguments: argparse.Namespace, *, device: torch.device | None = None, quiet: bool = False
+    name: str,
+    arguments: argparse.Namespace,
+    *,
+    device: torch.device | None = None,
+    quiet: bool = False,
+    splits: Callable[[str, str | None], tuple[Images, Images, str]] = labelled_splits,
 ) -> Evaluation:
-    """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be."""
+    """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be.
+
+    `splits`: (spec, root) -> (training images, test images, note); for what needs no labels, one that asks for none.
+    """
     threads, _ = set_threads(arguments.threads)
     if arguments.workers < 0 or min(arguments.seeds) < 0:
         raise Refusal("--workers and --seeds: expected numbers from 0")
@@ -188,8 +196,9 @@ def begin(
         precision = precision if precision in DTYPES else "fp32"
     spec = arguments.data or training.get("data") or "builtin"
     root = arguments.data_root or (training.get("data_root") if arguments.data is None else None)
-    train, test, note = labelled_splits(spec, root)
-    refuse_gaps(train, test, spec)
+    train, test, note = splits(spec, root)
+    if train.labels is not None:
+        refuse_gaps(train, test, spec)
     return Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
 
 

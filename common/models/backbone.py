@@ -167,9 +167,9 @@ class Backbone(nn.Module):
 
     def _check(self, plan: PlanSpec) -> None:
         """Raises Refusal if this architecture, on this grid, cannot run under `plan`."""
-        plan.counts(self.grid[0] * self.grid[1])
         if plan.whole:
             return
+        plan.counts(self.grid[0] * self.grid[1])
         what = next(
             words
             for wanted, words in (
