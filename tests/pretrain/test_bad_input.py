@@ -67,7 +67,7 @@ NUMBERS = "expected a number of at least"
         # choices
         ("precision=fp61", ["precision='fp61'", "auto, fp32, bf16, fp16", "did you mean"]),
         ("model.attention=explicitt", ["model.attention='explicitt'", "did you mean 'explicit'"]),
-        ("objectives.absolute.head=hlaf", ["objectives.absolute.head='hlaf'", "linear, half", "did you mean 'half'"]),
+        ("objectives.absolute.head=hlaf", ["objectives.absolute.head='hlaf'", "linear, mlp, half", "did you mean 'half'"]),
         ("objectives.absolute.position=nnone", ["position='nnone'", "did you mean 'none'"]),
         ("model.name=vit_tinny_patch16_224", ["model.name='vit_tinny_patch16_224'", "did you mean 'vit_tiny_patch"]),
         ("data=fashon-mnist", ["data=fashon-mnist", "no such folder", "did you mean 'fashion-mnist'"]),
@@ -125,6 +125,20 @@ NUMBERS = "expected a number of at least"
         ("batch=88", ["batch=88 is larger than the training data, 87 images: set batch=87 or less"]),
         ("batch=15 accumulate=2", ["batch=15", "2 accumulation steps: choose a multiple of 2"]),
         ("precision=fp16", ["precision=fp16 needs a GPU", "use precision=bf16 or fp32, or auto"]),
+        # plans and heads
+        ("objectives.absolute.position=partail", ["position='partail'", "did you mean 'partial'"]),
+        ("objectives.absolute.head=liner", ["head='liner'", "did you mean 'linear'"]),
+        ("objectives.relative.head=seperable", ["head='seperable'", "did you mean 'separable'"]),
+        ("objectives.absolute.contxt=0.5", ["contxt", "did you mean 'context'"]),
+        ("objectives.absolute.keep=0.3", ["keep=0.3 of 6 patches leaves 1", "at least 2", "raise keep"]),
+        ("objectives.absolute.keep=0", ["keep=0.0", "above 0 and up to 1"]),
+        ("objectives.absolute.position_keep=0.5", ["position_keep=0.5 goes with position=partial"]),
+        ("objectives.relative.position=partial", ["position='partial'", "use none"]),
+        ("objectives.absolute.decoder.heads=3 objectives.absolute.decoder.blocks=1", ["width 512", "3 heads"]),
+        ("views.global.size=8", ["1x1 grid", "one patch has no position", "larger images or smaller patches"]),
+        ("model.position_embedding=sincso", ["did you mean 'sincos'"]),
+        ("monitor.control_every=0", ["monitor.control_every=0", NUMBERS]),
+        ("allow_leak=perhaps", ["allow_leak"]),
         # words that are no options
         ("tiny", ["expected one recipe", "tiny"]),
         ("--resum", ["--resum", "did you mean '--resume'", "--help"]),
@@ -174,7 +188,29 @@ def test_a_recipe_that_is_not_there(refused):
     assert "no recipe at quikstart.yaml" in message and "did you mean 'quickstart'" in message
 
 
+def test_a_plan_on_a_backbone_that_cannot(refused, images, tmp_path):
+    recipe = tmp_path / "swin.yaml"
+    recipe.write_text(
+        "steps: 1\nprecision: fp32\nmodel: {name: swin_tiny_patch4_window7_224, kwargs: {depths: [1, 1, 1, 1]}}\n"
+        "objectives: {absolute: {keep: 0.5}}"
+    )
+    message = refused(recipe, f"data={images}", "batch=8")
+    assert "(SwinTransformer) cannot run with keep=0.5" in message and "use a plain ViT or DeiT" in message
+
+
 # ---------------------------------------------------------------------------- the data
+
+
+def test_images_with_nan(refused, tiny, tmp_path):
+    (tmp_path / "scans").mkdir()
+    for number in range(20):
+        values = np.full((24, 24), np.nan if number < 3 else 0.5, np.float32)
+        Image.fromarray(values, mode=None).save(tmp_path / "scans" / f"{number:02d}.tif")
+    from common.data import open_data
+    from common.data.images import Unreadable
+
+    with pytest.raises(Unreadable, match="NaN or infinite: replace them, or remove the image"):
+        open_data(str(tmp_path / "scans")).read(0)
 
 
 def test_a_missing_folder(refused, tiny, tmp_path):
