@@ -112,7 +112,7 @@ def main() -> None:
         ["python benchmarks/results.py", arguments.recipe, *options, *hidden, "--seeds", *map(str, arguments.seeds)]
     )
     row = [
-        ", ".join([Path(arguments.recipe).stem, *told]),
+        ", ".join([Path(arguments.recipe).stem, *told]) + (" (LEAK allowed)" if training["audit"] == "leak" else ""),
         Path(training["data"]).name + (f", judged on {arguments.judge}" if arguments.judge else ""),
         f"{training['images_seen']:,}",
         str(training["commit"]),

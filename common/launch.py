@@ -157,7 +157,7 @@ def active_pil() -> str:
 def scripts() -> dict[str, Path]:
     """The entry scripts by the names that `poslabel NAME` takes."""
     named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("*.py"))}
-    return {"pretrain": ROOT / "pretrain" / "run.py", **named}
+    return {"pretrain": ROOT / "pretrain" / "run.py", "audit": ROOT / "pretrain" / "audit.py", **named}
 
 
 def main() -> None:

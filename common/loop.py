@@ -44,8 +44,8 @@ def fit(
 
     task(batch) -> {"loss", statistics}; schedule(step) -> learning rate of the 0-based optimizer step, which each
     group multiplies by its lr_scale; before_step(share of the training that is done), if given; a report's numbers join
-    the record that `track` gets. A step whose gradient norm is not finite changes nothing and is counted. Raises Refusal
-    after MOST_SKIPPED of those in a row.
+    the record that `track` gets. A step whose gradient norm is not finite changes nothing and is counted. Raises
+    Refusal after MOST_SKIPPED of those in a row.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     skipped = skipped_in_a_row = 0

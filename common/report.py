@@ -40,6 +40,7 @@ def write(job: Evaluation, protocol: Mapping[str, Any], values: Mapping[str, Any
             "position": about["position"],
             "recipe": training.get("recipe"),
             "trained_on": training.get("data"),
+            "audit": training.get("audit"),
         },
         "weights_sha256": job.subject.weights_sha256,
         "weights_digest": digest(state) if state is not None else None,
@@ -70,6 +71,8 @@ def tell(job: Evaluation, what: str, table: str) -> None:
     position = "" if about["position"] == "full" else ", without position embedding"
     size = "x".join(map(str, about["size"]))
     job.say(f"\n{what} of {job.subject.name} ({about['name']}, {size} px{position}) on {job.spec}")
+    if about.get("training", {}).get("audit") == "leak":
+        job.say("its recipe leaks the answer of its position task, and was run with allow_leak=true")
     job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
     job.say(f"\n{table}\n\nreport: {job.out}")
 

@@ -18,6 +18,7 @@ from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import cosine, parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from pretrain.audit import Verdict, cached_audit
 from pretrain.config import PretrainConfig, num_steps
 from pretrain.task import Pretraining, build, resolve
 
@@ -32,6 +33,7 @@ class Parts:
     train: Images
     held_out: Images
     task: Pretraining
+    audit: Verdict
     samples: Samples
     steps: int
     per_epoch: int
@@ -79,6 +81,7 @@ def assemble(config: PretrainConfig, process: PartialState) -> Parts:
     torch.manual_seed(config.seed)
     backbone = create(config.model, config.views["global"].size)
     task = build(backbone, chosen, config.views)
+    verdict = _audit(config, task, process)
     samples = Samples(train, config.views, config.seed, backbone.channels, task.draws)
 
     sampler = StepSampler(
@@ -101,7 +104,19 @@ def assemble(config: PretrainConfig, process: PartialState) -> Parts:
     _settle_precision(config, task, samples, process, reasons)
     if Path(config.data).exists():
         config.data = str(Path(config.data).resolve())
-    return Parts(config, process, images, train, aside, task, samples, steps, sampler.per_epoch, reasons)
+    return Parts(config, process, images, train, aside, task, verdict, samples, steps, sampler.per_epoch, reasons)
+
+
+def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> Verdict:
+    """Whether the answer is in the question, found by the first process. Raises Leak unless the recipe allows it."""
+    verdict: list[Any] = [None]
+    if process.is_main_process:
+        verdict = [cached_audit(config, task, functools.partial(print, flush=True))]
+    if process.num_processes > 1:
+        broadcast_object_list(verdict)
+    if not config.allow_leak:
+        verdict[0].refuse()
+    return verdict[0]
 
 
 def _settle_precision(

@@ -25,6 +25,7 @@ def dry_run(parts: Parts) -> int:
     accelerator = processes.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
+    accelerator.print(f"audit           {parts.audit.verdict}")
     share = config.batch // process.num_processes // config.accumulate
     flops, activations = cost(parts, share)
     trained, frozen = (

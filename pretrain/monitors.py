@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,9 @@ NEIGHBORS = 20  # DINO's k
 
 
 def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[str], None]) -> list[Report]:
-    """The monitors of a run, each with how often it is asked."""
-    if not len(parts.held_out):
+    """The monitors of a run, each with how often it is asked: none where nothing is held out, nor on other processes
+    than the first."""
+    if not len(parts.held_out) or not parts.process.is_main_process:
         return []
     every, device, samples = parts.config.monitor.every or 1, parts.process.device, parts.held_out_samples()
     wanted: list[Monitor | None] = [validation(task, samples, 256, device, tracker)]

@@ -76,6 +76,8 @@ class Checkpoints:
             "data_root": config.data_root,
             "data_fingerprint": self.parts.fingerprint,
             "objectives": config.objectives,
+            "audit": self.parts.audit.verdict,  # "leak" only where the recipe says allow_leak
+            "audit_reasons": {name: found.reason for name, found in self.parts.audit.objectives.items()},
             "step": step,
             "steps": self.parts.steps,
             "images_seen": step * config.batch,

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
             clip=config.optimizer.clip,
             log_every=config.log_every,
             images_per_step=config.batch,
-            reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker, progress.say) if process.is_main_process else (),
+            reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker, progress.say),
             track=tracker.write,
             save=lambda step: checkpoints.save(step, task, optimizer, tracker),
             save_due=checkpoints.due,

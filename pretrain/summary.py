@@ -26,6 +26,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
+        *(f"audit      {name}: {found.verdict}: {found.reason}" for name, found in parts.audit.objectives.items()),
         f"length     {parts.steps:,} steps of {config.batch} images, {parts.per_epoch:,} steps an epoch",
         f"device     {process.num_processes} x {device}; {config.precision}, {config.model.attention} attention, "
         f"{config.loader.workers} loader workers each",

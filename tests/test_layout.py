@@ -92,7 +92,7 @@ def test_nobody_can_import_our_evaluate() -> None:
 
 def test_entry_scripts_mend_the_path_first() -> None:
     """`python evaluate/knn.py` puts evaluate/ first on sys.path: mended before the first import of ours."""
-    for path in [*sources("evaluate"), ROOT / "pretrain" / "run.py"]:
+    for path in [*sources("evaluate"), *(ROOT / "pretrain" / name for name in ("run.py", "audit.py"))]:
         text = path.read_text()
         mending = text.find("if not __package__:")
         ours = re.search(r"^from (common|pretrain)\b", text, re.MULTILINE)

@@ -29,7 +29,7 @@ class Pass:
     view: str = "global"
     plan: PlanSpec = field(default_factory=PlanSpec)
     grad: bool = True
-    hidden: str | None = None  # with position "partial": the objective whose `hidden_position` stands for what is hidden
+    hidden: str | None = None  # with position "partial": the objective whose `hidden_position` is shown instead
 
     @property
     def purpose(self) -> str:

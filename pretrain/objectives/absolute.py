@@ -44,13 +44,13 @@ class AbsoluteOptions:
     weight: float = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
     head: str = "linear"
-    """linear: one layer on all channels (MP3). mlp: three with ReLUs (Jigsaw-ViT). half: Positional Label's, on the first
-    half of the channels."""
+    """linear: one layer on all channels (MP3). mlp: three with ReLUs (Jigsaw-ViT). half: Positional Label's, on the
+    first half of the channels."""
     keep: float = 1.0
     """Share of the patches that the encoder sees (Jigsaw-ViT 0.5, DropPos 0.25)."""
     position: str = "none"
-    """Position embedding in the pass: none (leak-free), partial (shown to some patches, which are then not asked) or full
-    (as the paper's released ViT: the answer is in the token, and the audit refuses it)."""
+    """Position embedding in the pass: none (leak-free), partial (shown to some patches, which are then not asked) or
+    full (as the paper's released ViT: the answer is in the token, and the audit refuses it)."""
     position_keep: float = 0.0
     """With position=partial: share of the kept patches that are told their place (DropPos 0.25)."""
     context: float = 1.0
@@ -58,8 +58,8 @@ class AbsoluteOptions:
     loss_on: str = "auto"
     """Patches that are asked: all, hidden (those not told their place), or auto: hidden where position is partial."""
     smoothing: float = 0.0
-    """Width sigma of the position smoothing at the start, in patches; it falls linearly to 0 over the training (DropPos 1).
-    0: one-hot labels."""
+    """Width sigma of the position smoothing at the start, in patches; it falls linearly to 0 over the training
+    (DropPos 1). 0: one-hot labels."""
     attentive: str = "none"
     """Weights of the patches in the loss, by their likeness to the class token: none; kept (of this pass's own tokens);
     image (DropPos: of a second pass over the whole image, a third of a full step more)."""
@@ -89,7 +89,7 @@ class Absolute(Positional):
         plan = PlanSpec(options.keep, options.position, options.position_keep, options.context)
         self.options, self.grid = options, backbone.grid
         N = self.grid[0] * self.grid[1]
-        kept, visible, _ = plan.counts(N)
+        _, visible, _ = plan.counts(N)
         self.only_hidden = options.loss_on == "hidden" or (options.loss_on == "auto" and plan.position == "partial")
         if self.only_hidden and plan.position != "partial":
             raise Refusal(
@@ -99,10 +99,10 @@ class Absolute(Positional):
         partial = plan.position == "partial"
         tokens = Pass(options.view, plan, hidden="absolute" if partial else None)
         self.passes = {"tokens": tokens}
-        if options.attentive != "none" and not backbone.num_prefix_tokens:
+        if options.attentive != "none" and getattr(backbone.model, "cls_token", None) is None:
             raise Refusal(
-                f"objectives.absolute.attentive={options.attentive} weighs patches by their likeness to the class token, "
-                f"and {backbone.config.name} has none: use attentive=none, or a model with one"
+                f"objectives.absolute.attentive={options.attentive} weighs patches by their likeness to the class "
+                f"token, and {backbone.config.name} has none: use attentive=none, or a model with one"
             )
         if options.attentive == "image":
             whole = PlanSpec(position="none" if plan.position == "none" else "full")
