@@ -67,7 +67,7 @@ NUMBERS = "expected a number of at least"
         # choices
         ("precision=fp61", ["precision='fp61'", "auto, fp32, bf16, fp16", "did you mean"]),
         ("model.attention=explicitt", ["model.attention='explicitt'", "did you mean 'explicit'"]),
-        ("objectives.absolute.head=hlaf", ["objectives.absolute.head='hlaf'", "linear, mlp, half", "did you mean 'half'"]),
+        ("objectives.absolute.head=hlaf", ["objectives.absolute.head='hlaf'", "linear, mlp, half", "mean 'half'"]),
         ("objectives.absolute.position=nnone", ["position='nnone'", "did you mean 'none'"]),
         ("model.name=vit_tinny_patch16_224", ["model.name='vit_tinny_patch16_224'", "did you mean 'vit_tiny_patch"]),
         ("data=fashon-mnist", ["data=fashon-mnist", "no such folder", "did you mean 'fashion-mnist'"]),

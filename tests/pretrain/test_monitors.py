@@ -45,9 +45,7 @@ def test_control_with_position(
     assert about["audit"] == "leak" and "position embedding" in about["audit_reasons"]["absolute"]
 
 
-def test_a_leaky_recipe_is_refused_before_anything_is_written(
-    train: Train, tiny: list[str], tmp_path: Path
-) -> None:
+def test_a_leaky_recipe_is_refused_before_anything_is_written(train: Train, tiny: list[str], tmp_path: Path) -> None:
     ended = train(*tiny, f"run={tmp_path / 'run'}", "objectives.absolute.position=full")
     assert ended.status == 1
     message = ended.stderr
@@ -58,7 +56,9 @@ def test_a_leaky_recipe_is_refused_before_anything_is_written(
 
 def test_pictures(inside: Callable[..., int], tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    plan = ["objectives.absolute.keep=0.7", "objectives.absolute.position=partial", "objectives.relative.head=regression"]
+    plan = [
+        f"objectives.{word}" for word in ("absolute.keep=0.7", "absolute.position=partial", "relative.head=regression")
+    ]
     assert inside(*tiny, *plan, f"run={run}", "steps=2", "monitor.every=2") == 0
     names = sorted(path.name for path in (run / "pictures").iterdir())
     kinds = ["absolute_distances", "absolute_places", "board", "relative_distances", "relative_places"]
