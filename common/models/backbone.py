@@ -11,6 +11,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -32,7 +34,7 @@ class ModelConfig:
     """The backbone: a timm architecture and how images are put into it. Its input size is that of the `global` view."""
 
     name: str = "vit_small_patch16_224"
-    """Any timm ViT, DeiT, Swin or NesT by its timm name."""
+    """Any timm ViT, DeiT, Swin, NesT, BEiT or EVA by its timm name."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, drop_path_rate:
     0.1}."""
@@ -67,8 +69,8 @@ class Backbone(nn.Module):
     """timm.create_model(name, **kwargs) with one output: `Features`.
 
     Images are uint8 (normalised here, on the device, in float32) or already normalised floats, (B, C, H, W).
-    Plain ViTs choose per pass whether position embeddings are added. Swin and NesT carry position inside their
-    blocks, where it can only be on or off for the whole model: see `prepare`.
+    Plain ViTs choose per pass whether position embeddings are added. Swin, NesT, BEiT and EVA carry position inside
+    their blocks, where it can only be on or off for the whole model: see `prepare`.
     """
 
     mean: Tensor
@@ -84,7 +86,7 @@ class Backbone(nn.Module):
         self.plain = isinstance(model, VisionTransformer)
         self.tells_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
         self.width: int = model.num_features  # type: ignore[assignment]
-        self.without_position = False  # Swin and NesT: their encodings were zeroed for good
+        self.without_position = False  # of Swin, NesT, BEiT and EVA: their encodings were removed for good
         self.grid, self.num_prefix_tokens = self._probe()
 
     @torch.no_grad()
@@ -135,9 +137,9 @@ class Backbone(nn.Module):
     def prepare(self, plans: Set[PlanSpec]) -> None:
         """Tell the backbone which plans its passes will use, before it is trained.
 
-        A position embedding that no pass adds is frozen, so that no parameter is left without a gradient. Swin's
-        relative position bias and NesT's embeddings are zeroed and frozen, which equals their absence. Raises Refusal
-        with the reason where a plan cannot be had.
+        A position embedding that no pass adds is frozen, so that no parameter is left without a gradient. The relative
+        position bias of Swin and BEiT and the embeddings of NesT, BEiT and EVA are zeroed and frozen, which equals
+        their absence; EVA's rotary embedding is withheld. Raises Refusal with the reason where a plan cannot be had.
         """
         positions = {plan.position for plan in plans}
         for plan in plans:
@@ -148,11 +150,11 @@ class Backbone(nn.Module):
             if positions == {"none"} and self.model.pos_embed is not None:
                 self.model.pos_embed.requires_grad_(False)
             return
-        if not isinstance(self.model, (SwinTransformer, Nest)):
+        if not isinstance(self.model, (SwinTransformer, Nest, Beit, Eva)):
             raise Refusal(
                 f"model {self.config.name!r} ({type(self.model).__name__}) cannot run with position=none: it is known "
-                "how to remove position only from timm's VisionTransformer, DeiT, Swin and NesT; choose one of those, "
-                "or position=full (where the objective may then read the answer off the encoding)"
+                "how to remove position only from timm's VisionTransformer, DeiT, Swin, NesT, BEiT and EVA; choose "
+                "one, or position=full (where the objective may then read the answer off the encoding)"
             )
         if positions != {"none"}:
             raise Refusal(
@@ -163,6 +165,10 @@ class Backbone(nn.Module):
             if name.endswith(("relative_position_bias_table", "pos_embed")):
                 parameter.data.zero_()
                 parameter.requires_grad_(False)
+        rope: Any = getattr(self.model, "rope", None)
+        if rope is not None:  # EVA: a rotation that it is not given is one it does not do
+            rope.requires_grad_(False)
+            rope.get_embed = lambda *_, **__: None
         self.without_position = True
 
     def _check(self, plan: PlanSpec) -> None:
@@ -236,6 +242,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         kwargs.setdefault(
             "global_pool", ""
         )  # nothing here pools inside the model, and without a class token timm could not
+    if module in ("beit", "eva"):
+        kwargs.setdefault("global_pool", "token")  # else, pooled, they normalise after pooling: no final norm on tokens
     if module in ("vision_transformer", "deit"):
         kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
     try:

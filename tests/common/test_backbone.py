@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.controls import rearrange
 from common.errors import Refusal
 from common.models import Backbone, ModelConfig, create
 from common.plan import PlanSpec, TokenPlan
@@ -35,6 +36,9 @@ MATRIX = {
         32,
     ),
     "nest": ("nest_tiny", {}, 64, (4, 4), 0, 384),  # timm lets nobody make it smaller
+    "beit": ("beit_base_patch16_224", SMALL_VIT, 24, (3, 3), 1, 32),
+    "eva": ("eva02_tiny_patch14_224", SMALL_VIT, 24, (3, 3), 1, 32),
+    "rope": ("vit_small_patch16_rope_mixed_224", SMALL_VIT, 24, (3, 3), 1, 32),
 }
 
 
@@ -119,8 +123,24 @@ def test_mixed_positions() -> None:
         build("swin").prepare({NONE, PlanSpec()})
 
 
+@pytest.mark.parametrize("name", ["beit", "eva", "rope"])
+def test_without_what_they_carry_inside_patches_permute_with_their_tokens(name: str) -> None:
+    order = torch.tensor([4, 2, 0, 8, 6, 1, 3, 5, 7])
+    for without in (True, False):
+        backbone = build(name).double().eval()
+        if without:
+            backbone.prepare({NONE})
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        pixels = torch.randn(1, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        shuffled = rearrange(pixels, order[None], (3, 3))
+        follow = torch.allclose(backbone(pixels).tokens[:, order], backbone(shuffled).tokens, atol=1e-9)
+        assert follow == without
+
+
 def test_a_family_that_cannot_run_without_position_is_refused() -> None:
-    backbone = create(ModelConfig("beit_base_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2}), 32)
+    backbone = create(ModelConfig("cait_xxs24_224", {"embed_dim": 32, "depth": 1, "num_heads": 2}), 32)
     with pytest.raises(Refusal, match="position=none"):
         backbone.prepare({NONE})
 

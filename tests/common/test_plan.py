@@ -225,6 +225,7 @@ def test_sines_and_cosines_are_fixed() -> None:
 
 SWIN = ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}, 32)
 EVA = ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}, 16)
+CAIT = ("cait_xxs24_224", {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}, 16)
 BEIT = ("beit_base_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}, 16)
 NO_EMBEDDING = ("vit_tiny_patch16_224", TINY | {"pos_embed": "none"}, [16, 24])
 
@@ -235,7 +236,7 @@ NO_EMBEDDING = ("vit_tiny_patch16_224", TINY | {"pos_embed": "none"}, [16, 24])
         (SWIN, PlanSpec(keep=0.5, position="none"), "(SwinTransformer) cannot run with keep=0.5: its windows"),
         (SWIN, PlanSpec(context=0.5), "cannot run with context=0.5"),
         (EVA, PlanSpec(position="partial"), "(Eva) cannot run with position=partial"),
-        (EVA, PlanSpec(position="none"), "cannot run with position=none"),
+        (CAIT, PlanSpec(position="none"), "cannot run with position=none"),
         (BEIT, PlanSpec(keep=0.5), "(Beit) cannot run with keep=0.5"),
         (NO_EMBEDDING, PlanSpec(position="partial"), "no position embedding of which position=partial"),
         (("vit_tiny_patch16_224", TINY, [16, 24]), PlanSpec(keep=0.2), "leaves 1: at least 2 are needed"),
