@@ -254,7 +254,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
             _fix_sincos(model, config.name)
         if config.checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
-        patch = getattr(model.patch_embed, "patch_size", (1, 1))
+        stem = getattr(model, "patch_embed", None)  # Twins has several, and none of this name
+        patch = getattr(stem, "patch_size", (1, 1))
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         if h % patch[0] or w % patch[1]:  # timm would silently ignore the remainder
             raise ValueError(f"{h}x{w} is not divisible by its patch of {patch[0]}x{patch[1]}")

@@ -41,6 +41,7 @@ def judged(made: Pretraining) -> Finding:
 
 # ------------------------------------------------------------------------------------------------------ what leaks
 
+TWINS = {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 HYBRID = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 LEAKS = {
     "vit": (FULL, "vit_tiny_patch16_224", VIT, 32, "position embedding (pos_embed)"),
@@ -80,6 +81,7 @@ LEAKS = {
         "rotary position embedding (rope.pos_embed) and position embedding",
     ),
     "beit": (FULL, "beit_base_patch16_224", VIT, 32, "relative position bias (blocks.0.attn.relative_position_bias_ta"),
+    "twins' PEG": (FULL, "twins_pcpvt_small", TWINS, 128, "convolution 3x3 with zero padding (pos_block.0.proj.0"),
     "resnet stem": (NONE, "vit_tiny_r_s16_p8_224", HYBRID, 64, "convolution 7x7 with zero padding (patch_embed."),
 }
 
