@@ -41,7 +41,7 @@ def parser(script: str, precision: str | None = "fp32") -> Parser:
     add("--ckpt", required=True, metavar="RUN|FILE|random|timm:NAME", help="what is judged")
     add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
     add("--like", metavar="RUN|RECIPE", help="architecture of `random` (default: the quickstart recipe)")
-    add("--data", metavar="SPEC", help="labelled images (default: what the run was trained on)")
+    add("--data", metavar="SPEC", help="images, labelled but for layers (default: what the run was trained on)")
     add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
     add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="of baselines and heads (default: 0)")
     add("--out", metavar="PATH", help="folder or .json file (default: RUN/evaluate)")

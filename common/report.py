@@ -65,14 +65,21 @@ def write(job: Evaluation, protocol: Mapping[str, Any], values: Mapping[str, Any
     write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def leak_note(description: Mapping[str, Any]) -> str:
+    """What every table says of a checkpoint whose recipe gave the answer away; else nothing."""
+    if description.get("training", {}).get("audit") != "leak":
+        return ""
+    return "its recipe leaks the answer of its position task, and was run with allow_leak=true"
+
+
 def tell(job: Evaluation, what: str, table: str) -> None:
     """Print a table below what it is about, and where its report is."""
     about = job.subject.description
     position = "" if about["position"] == "full" else ", without position embedding"
     size = "x".join(map(str, about["size"]))
     job.say(f"\n{what} of {job.subject.name} ({about['name']}, {size} px{position}) on {job.spec}")
-    if about.get("training", {}).get("audit") == "leak":
-        job.say("its recipe leaks the answer of its position task, and was run with allow_leak=true")
+    if leak := leak_note(about):
+        job.say(leak)
     job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
     job.say(f"\n{table}\n\nreport: {job.out}")
 

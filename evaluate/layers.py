@@ -40,7 +40,7 @@ from common.models import Backbone, Features
 from common.neighbors import knn
 from common.precision import DTYPES
 from common.protocol import LABELS, Evaluation, alone, begin, parser
-from common.report import accuracies, interval, percent, table, write
+from common.report import accuracies, interval, leak_note, percent, table, write
 from common.sampling import held_out, order
 
 IMAGES, LEAST = 10_000, 10  # training images; a fifth as many are judged
@@ -249,13 +249,14 @@ def title(job: Evaluation) -> tuple[str, str]:
     return (
         f"Position against meaning: {job.subject.name}",
         f"{about['name']}, {size} px, {position}; {job.spec}, {len(job.train):,} training and {len(job.test):,} test "
-        f"images; {seeds}",
+        f"images; {seeds}; bands are 95 % intervals",
     )
 
 
 def remarks(job: Evaluation) -> list[str]:
     """What a reader has to know before believing the curves."""
-    notes = []
+    leak = leak_note(job.subject.description)
+    notes = [leak[0].upper() + leak[1:] + "."] if leak else []
     if job.subject.description["position"] == "full":
         notes.append("Tokens carry a position encoding: that position can be read from them is no finding.")
     if not job.classes:
@@ -400,12 +401,16 @@ def dress(axes: Axes) -> None:
 def beside(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.062) -> None:
     """Write (height, word, colour) right of the curves they belong to, `gap` of the axis apart at least."""
     low, high = axes.get_ylim()
-    last = -math.inf
-    for height, word, colour in sorted(labels):
-        last = max((height - low) / (high - low), last + gap)
+    places: list[float] = []
+    for height, *_ in sorted(labels):
+        wished = (height - low) / (high - low)
+        places.append(max(wished, places[-1] + gap) if places else wished)
+    down = max(0.0, places[-1] - 1)  # a stack that ends above the axis would run into the title
+    for place, (_, word, colour) in zip(places, sorted(labels), strict=True):
         axes.annotate(
-            word, (1.02, last), xycoords="axes fraction", va="center", size=8, color=colour, annotation_clip=False
-        )
+            word, (1.02, place - down), xycoords="axes fraction", va="center", size=8, color=colour,
+            annotation_clip=False,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

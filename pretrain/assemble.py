@@ -138,7 +138,7 @@ def _settle_precision(
                 process.device,
             )
         ]
-        task.to("cpu")
+        task.to("cpu").zero_grad(set_to_none=True)  # or the first step would add those of the measurement to its own
     if process.num_processes > 1:
         broadcast_object_list(chosen)
     was = config.precision, config.model.attention

@@ -22,10 +22,10 @@ if not __package__:  # `python pretrain/audit.py` puts pretrain/ first, where `i
 from common.launch import ROOT, entry, set_threads  # first: it sets what torch reads when it is imported
 
 # isort: split
-import argparse
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -40,14 +40,15 @@ import torch
 from torch import Tensor, nn
 
 from common import config as configuration
-from common import positions
-from common.checkpoint import load_backbone, load_exactly, write_atomically
+from common.checkpoint import find, load_backbone, load_exactly, write_atomically
 from common.errors import Refusal
 from common.models import Backbone, Features, create
 from common.run_folder import CONFIG
 from pretrain import input_cues
+from pretrain.command import Parser
 from pretrain.config import PretrainConfig, check
-from pretrain.objectives import Positional
+from pretrain.objectives import Answers, Positional
+from pretrain.objectives.absolute import Absolute, AbsoluteOptions
 from pretrain.objectives.relative import Relative
 from pretrain.structure import copies, draw, draws, run, symmetry
 from pretrain.task import Pretraining, build, resolve
@@ -93,6 +94,7 @@ class Leak(Refusal):
 class Noise:
     """How well the places of patches of noise were found, by a head trained on features of other noise."""
 
+    asked: str  # "places" or "offsets"
     weights: str  # "redrawn" or "trained"
     contrast: float
     accuracy: float
@@ -113,8 +115,9 @@ class Noise:
 
     def __str__(self) -> str:
         return (
-            f"{self.weights} weights, contrast {self.contrast:g}: accuracy {self.accuracy:.2%} on {self.images} images "
-            f"of noise (99.9 %: {self.low:.2%} to {self.high:.2%}), {self.accuracy / self.chance:.1f} times chance"
+            f"{self.asked}, {self.weights} weights, contrast {self.contrast:g}: accuracy {self.accuracy:.2%} on "
+            f"{self.images} images of noise (99.9 %: {self.low:.2%} to {self.high:.2%}), "
+            f"{self.accuracy / self.chance:.1f} times chance"
         )
 
 
@@ -152,8 +155,8 @@ class Verdict:
                 worst = max(found.noise, key=lambda measured: measured.accuracy)
                 raise Leak(
                     f"leak: objectives.{name}: {found.reason}: a head finds {worst.accuracy:.1%} of the places in "
-                    f"images of pure noise, chance is {worst.chance:.1%}; {found.advice}, or allow_leak=true to train "
-                    "all the same"
+                    f"images of pure noise (contrast {worst.contrast:g}), chance is {worst.chance:.1%}; "
+                    f"{found.advice}, or allow_leak=true to train all the same"
                 )
 
 
@@ -180,11 +183,12 @@ def _judge(name: str, backbone: Backbone, objective: Positional, trained: bool, 
     measured: list[Noise] = []
     tried = [*([] if structure.holds else ["redrawn"]), *(["trained"] if trained else [])]
     for weights in tried:
-        for contrast, dtype in SHOWN:
+        for (contrast, dtype), asker in itertools.product(SHOWN, _askers(backbone, objective)):
             if any(noise.leaks for noise in measured):
                 break  # once is enough
-            say(f"audit of {name}: training its head on noise ({weights} weights, contrast {contrast:g})")
-            measured.append(on_noise(backbone, objective, weights, contrast, dtype))
+            asked = "offsets" if asker.of_pairs else "places"
+            say(f"audit of {name}: training a head for {asked} on noise ({weights} weights, contrast {contrast:g})")
+            measured.append(on_noise(backbone, asker, weights, contrast, dtype))
     finding = Finding("clean", "", structure.deviation, structure.breaks, measured)
     if any(noise.leaks for noise in measured):
         told = " and ".join(structure.breaks) or "these weights"
@@ -197,6 +201,18 @@ def _judge(name: str, backbone: Backbone, objective: Positional, trained: bool, 
         broken = " and ".join(structure.breaks)
         finding.reason = f"the symmetry is broken by {broken}, but no head could read places off features of noise"
     return finding
+
+
+def _askers(backbone: Backbone, objective: Positional) -> list[Positional]:
+    """Whose heads are tried: the objective's own; of pairs, a linear one for places before it. It learns in fewer steps
+    than hundreds of offsets take, and who knows the places knows the offsets, by subtraction."""
+    if not objective.of_pairs:
+        return [objective]
+    want = objective.passes["tokens"]
+    options = AbsoluteOptions(
+        keep=want.plan.keep, position=want.plan.position, context=want.plan.context, view=want.view
+    )
+    return [Absolute(options, backbone), objective]
 
 
 def _advice(name: str, objective: Positional, breaks: list[str]) -> str:
@@ -214,7 +230,7 @@ def _advice(name: str, objective: Positional, breaks: list[str]) -> str:
 def on_noise(backbone: Backbone, objective: Positional, weights: str, contrast: float, dtype: torch.dtype) -> Noise:
     """Train a fresh head on frozen features of noise, and judge it on other noise.
 
-    weights: "redrawn" or "trained". Pairs of a patch with itself are not judged: that they are the same is no leak.
+    weights: "redrawn" or "trained". Pairs of a patch with itself are left out: that they are the same is no leak.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -223,40 +239,43 @@ def on_noise(backbone: Backbone, objective: Positional, weights: str, contrast: 
             redraw(backbone)
             if (hidden := getattr(objective, "hidden_position", None)) is not None:
                 nn.init.normal_(hidden, std=ENCODING)
-        chance = objective.chance
-        middle = -1
         if isinstance(objective, Relative):
-            middle = positions.num_offsets(objective.grid) // 2
-            chance = float(positions.offset_prior(objective.grid, 0.0).max())
-        rng = np.random.default_rng(0)
-        asked = _asked(_Seen(backbone, objective, 1, contrast, rng).answers(objective), middle)
+            objective = objective.apart()
+        chance, rng = objective.chance, np.random.default_rng(0)
+        asked = _asked(_Seen(backbone, objective, 1, contrast, rng).answers(objective))
         fresh = min(512, max(64, math.ceil(HITS / (chance * max(1, int(asked.sum()))))))
         for seen, judged in ((FEW, FEW), (max(64, fresh // 2), fresh)):
             train = _Seen(backbone, objective, seen, contrast, rng)
             test = _Seen(backbone, objective, judged, contrast, rng)
+            if not all(torch.isfinite(part.features["tokens"].tokens).all() for part in (train, test)):
+                raise Refusal(
+                    f"the audit: {backbone.config.name} gives features that are not finite ({weights} weights, "
+                    f"contrast {contrast:g})"
+                )
             train.standardize(test)
             head = _trained(copy.deepcopy(objective).float(), train, asked.numel(), rng)
-            found = Noise(weights, contrast, *_score(head, test, middle), chance, judged)
+            found = Noise(
+                "offsets" if objective.of_pairs else "places", weights, contrast, *_score(head, test), chance, judged
+            )
             if found.low > found.limit:
                 break
         return found
 
 
-def _score(head: Positional, test: "_Seen", middle: int) -> tuple[float, float, float]:
+def _score(head: Positional, test: "_Seen") -> tuple[float, float, float]:
     """Accuracy on fresh noise, with its interval."""
     hits, asks = [], []
     for images in torch.arange(len(test.features["tokens"].tokens)).split(BATCH):
         answers = test.answers(head, images)
-        asked = _asked(answers, middle)
+        asked = _asked(answers)
         hits.append(((answers.guesses == answers.labels) & asked).sum(1))
         asks.append(asked.sum(1))
     return _interval(torch.cat(hits), torch.cat(asks))
 
 
-def _asked(answers: Any, middle: int) -> Tensor:
-    """Questions that are judged, (B, Q) bool."""
-    judged = answers.labels != middle
-    return judged if answers.asked is None else judged & answers.asked
+def _asked(answers: Answers) -> Tensor:
+    """Questions that count, (B, Q) bool."""
+    return torch.ones_like(answers.labels, dtype=torch.bool) if answers.asked is None else answers.asked
 
 
 def _interval(hits: Tensor, asked: Tensor) -> tuple[float, float, float]:
@@ -416,30 +435,32 @@ def read(stored: dict[str, Any]) -> Verdict:
 # ------------------------------------------------------------------------------------------------ the entry script
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise Refusal(f"{message}; --help shows the usage")
-
-
 def main(argv: list[str]) -> int:
     """Audit a recipe. Returns the exit status."""
     if "--help" in argv or "-h" in argv:
         print((__doc__ or "").strip())
         return 0
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--input", action="store_true")
     parser.add_argument("--data")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        raise Refusal(f"--json {given.json}: expected the name of a file in a folder that exists")
     recipes = [word for word in given.words if "=" not in word]
     if len(recipes) > 1:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
     if recipes or given.ckpt is None:
         recipe = configuration.find_recipe(recipes[0] if recipes else "quickstart", "pretrain")
     else:
-        recipe = (given.ckpt if given.ckpt.is_dir() else given.ckpt.parent) / CONFIG
+        recipe = find(given.ckpt).parent / CONFIG
+        if not recipe.is_file():
+            raise Refusal(
+                f"--ckpt {given.ckpt}: no {CONFIG} beside it says how it was trained; name its recipe: "
+                f"pretrain/audit.py RECIPE --ckpt {given.ckpt}"
+            )
     config = configuration.load(PretrainConfig, recipe, [word for word in given.words if "=" in word])
     check(config)
     set_threads(config.threads)
@@ -448,14 +469,15 @@ def main(argv: list[str]) -> int:
     if given.ckpt is not None:
         trained, _, _ = load_backbone(given.ckpt)
         load_exactly(task.backbone.model, trained.model.state_dict(), str(given.ckpt))
+    images = input_cues.open_images(config, given.data) if given.input else None
     began = time.perf_counter()
     verdict = audit(task.backbone, task.positional, given.ckpt is not None, lambda line: print(line, flush=True))
     if not verdict.objectives:
         print(f"no objective of this recipe asks where patches are ({', '.join(task.objectives)})")
     print(f"{verdict}, in {time.perf_counter() - began:.0f} s", flush=True)
     result = dataclasses.asdict(verdict)
-    if given.input:
-        result["input"] = input_cues.measure(config, task, given.data)
+    if images is not None:
+        result["input"] = input_cues.measure(config, task, images)
         print(input_cues.told(result["input"]))
     if given.json is not None:
         write_atomically(given.json, lambda aside: aside.write_text(json.dumps(result, indent=1)))

@@ -13,7 +13,7 @@ from common.run_folder import CONFIG
 from pretrain import objectives
 from pretrain.config import PretrainConfig, check, resumed
 
-FLAGS = ("--resume", "--dry-run", "--overwrite", "--debug", "--help")
+FLAGS = ("--debug", "--help")  # beside those of a parser
 
 
 @dataclass
@@ -28,11 +28,15 @@ class Arguments:
     overwrite: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are Refusals that offer the nearest option."""
+
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises Refusal."""
+        flags = {*FLAGS, *(word for action in self._actions for word in action.option_strings)}
         given = message.replace(",", " ").split()
-        unknown = next((word for word in given if word.startswith("-") and word.split("=")[0] not in FLAGS), "")
-        raise Refusal(f"{message}{nearest(unknown, FLAGS)}; --help shows the usage")
+        unknown = next((word for word in given if word.startswith("-") and word.split("=")[0] not in flags), "")
+        raise Refusal(f"{message}{nearest(unknown, sorted(flags))}; --help shows the usage")
 
 
 def parse(argv: list[str], usage: str) -> Arguments:
@@ -40,7 +44,7 @@ def parse(argv: list[str], usage: str) -> Arguments:
     if "--help" in argv or "-h" in argv:
         print(help_text(usage))
         sys.exit(0)
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--dry-run", action="store_true")

@@ -14,6 +14,7 @@ from common.errors import Refusal, nearest
 from common.models import ModelConfig
 from common.run_folder import CONFIG
 from common.transforms import View
+from pretrain.task import resolve
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -119,6 +120,7 @@ MAY_CHANGE = (
     "monitor.every",
     "monitor.control_every",
     "tensorboard",
+    "allow_leak",
     "data",
     "data_root",
     "run",
@@ -191,6 +193,8 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
     what is learned."""
     stored = _stored(run)
     changed = configuration.override(stored, words, PretrainConfig)
+    wanted: Any = OmegaConf.to_container(changed.objectives)
+    resolve(wanted)  # names an option that is misspelt
     before = configuration.flat(OmegaConf.to_container(stored))
     after = configuration.flat(OmegaConf.to_container(changed))
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.data import open_data
+from common.data import Images, open_data
 from common.errors import Refusal
 from common.sampling import HELD_OUT_EPOCH, Samples
 from pretrain.config import PretrainConfig
@@ -23,13 +23,18 @@ STEPS = 300
 DEVIATIONS = 3.29  # standard errors of a 99.9 % interval
 
 
-def measure(config: PretrainConfig, task: Pretraining, data: str | None) -> dict[str, Any]:
+def open_images(config: PretrainConfig, data: str | None) -> Images:
+    """The images to look at: those of `data`, or of the recipe. Raises Refusal if they are too few."""
+    images = open_data(data or config.data, "train", config.data_root)
+    if len(images) < 4:
+        raise Refusal(f"--input needs at least 4 images, found {len(images)} in {data or config.data}")
+    return images
+
+
+def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[str, Any]:
     """How well linear probes find places of patches of real images, cropped as the recipe says, from what they get to
     see: {"chance": ..., "images": ..., "pixels": [accuracy, half-width of its 99.9 % interval], ...}."""
-    images = open_data(data or config.data, "train", config.data_root)
     count = min(IMAGES, len(images)) // 2
-    if count < 2:
-        raise Refusal(f"--input needs at least 4 images, found {len(images)} in {data or config.data}")
     samples = Samples(images, config.views, config.seed, task.backbone.channels)
     chosen = torch.linspace(0, len(images) - 1, 2 * count).long()[torch.randperm(2 * count)].tolist()
     view = next(objective.passes["tokens"].view for objective in task.positional.values())

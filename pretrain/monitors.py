@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import controls
+from common import controls, positions
 from common.data import Images
 from common.features import extract
 from common.loop import Report
@@ -101,6 +101,7 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
     On noise: chance, or position is read from something other than the image. On held-out images whose patches were
     shuffled, counted twice: against where the patch came from (`shuffled_origin`; without position embeddings, content
     is all there is) and against where it lies now (`shuffled_place`; with embeddings, they are read, content is not).
+    Pairs of a patch with itself are left out: equal content gives them away.
     """
     h, w = task.backbone.grid
 
@@ -124,13 +125,15 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
             for name, objective in task.positional.items():
                 for word, origin in origins.items():
                     answers = objective.answers(*task.inputs(name, batch, features), origin)
-                    found[f"control/{name}/{kind}{word}"] = float(answers.accuracy())
+                    found[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
         for name, objective in task.positional.items():
             told = float(found[f"control/{name}/noise"])  # type: ignore[arg-type]
-            if told > 2 * objective.chance:
+            apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
+            chance = found[f"control/{name}/chance"] = float(apart)
+            if told > min(2 * chance, (1 + chance) / 2):  # as the audit has it
                 say(
-                    f"warning: at step {step}, {name} is right on {told:.1%} of pure noise (chance "
-                    f"{objective.chance:.1%}): it reads positions from something other than the image"
+                    f"warning: at step {step}, {name} is right on {told:.1%} of pure noise (chance {chance:.1%}): "
+                    "it reads positions from something other than the image"
                 )
         return found
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.controls import rearrange
+from common.errors import Refusal
 from common.models import Backbone, Features
 from common.plan import PlanSpec, TokenPlan
 from pretrain.objectives import Positional
@@ -111,6 +112,8 @@ def symmetry(backbone: Backbone, objective: Positional) -> Symmetry:
             after = _Read(backbone, objective, rearrange(images, order, backbone.grid), moved)
             deviations.append(after.differs(before, follow))
         deviation = float(torch.stack(deviations).max())
+        if not math.isfinite(deviation):
+            raise Refusal(f"the audit: {backbone.config.name} gives tokens that are not finite under redrawn weights")
         found = Symmetry(deviation, [])
         if not found.holds:
             found.breaks = breaks(backbone, lambda: run(backbone, objective, images, {"tokens": plan})["tokens"])
@@ -172,8 +175,13 @@ def _permutation(movable: Tensor) -> Tensor:
 def _move(plan: TokenPlan, order: Tensor) -> tuple[TokenPlan, Tensor | None]:
     """The plan of the permuted images, and which token of before each of its tokens is (None: the same one)."""
     lies_at = order.argsort(1)
-    if plan.kept is not None:  # the same patches in the same sequence, at their new places
-        return replace(plan, kept=lies_at.gather(1, plan.kept)), None
+    if plan.kept is not None:  # the same patches at their new places, in another sequence: who reads that reads places
+        follow = torch.rand(plan.kept.shape).argsort(1)
+        visible = plan.visible if plan.visible is None else plan.visible.gather(1, follow)
+        context = plan.context if plan.context is None else follow.argsort(1).gather(1, plan.context)
+        return replace(
+            plan, kept=lies_at.gather(1, plan.kept).gather(1, follow), visible=visible, context=context
+        ), follow
     visible = plan.visible if plan.visible is None else plan.visible.gather(1, order)
     context = plan.context if plan.context is None else lies_at.gather(1, plan.context)
     return replace(plan, visible=visible, context=context), order

@@ -27,6 +27,11 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
         *(f"audit      {name}: {found.verdict}: {found.reason}" for name, found in parts.audit.objectives.items()),
+        *(
+            []
+            if len(parts.held_out)
+            else ["monitors   none: nothing is held out (monitor.held_out), so no controls either"]
+        ),
         f"length     {parts.steps:,} steps of {config.batch} images, {parts.per_epoch:,} steps an epoch",
         f"device     {process.num_processes} x {device}; {config.precision}, {config.model.attention} attention, "
         f"{config.loader.workers} loader workers each",

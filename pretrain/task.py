@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.errors import Refusal
 from common.models import Backbone, Features
 from common.sampling import Batch, Draw
-from common.transforms import View
+from common.transforms import View, height_width
 from pretrain import objectives
 from pretrain.objectives import Objective, Pass, Positional
 
@@ -115,6 +115,13 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
         raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
     if idle := views.keys() - asked:
         raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
+    for name, objective in task.positional.items():
+        for want in objective.passes.values():
+            if (size := height_width(views[want.view].size)) != backbone.size:
+                raise Refusal(
+                    f"objectives.{name}.view={want.view} is {size[0]}x{size[1]}, and labels are places in the grid of "
+                    f"views.global, {backbone.size[0]}x{backbone.size[1]}: give both one size"
+                )
     backbone.prepare({want.plan for want in task.passes})
     return task
 

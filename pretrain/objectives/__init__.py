@@ -5,6 +5,7 @@ turns the features of those passes into a loss and statistics. To add one: write
 subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` in a recipe then finds it.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -64,6 +65,11 @@ class Answers:
         """Mean of `values` (B, Q) over the questions that count."""
         return values.float().mean() if self.asked is None else (values * self.asked).sum() / self.asked.sum()
 
+    def without(self, label: int) -> "Answers":
+        """The same, where questions with this label do not count."""
+        others = self.labels != label
+        return dataclasses.replace(self, asked=others if self.asked is None else self.asked & others)
+
     def accuracy(self) -> Tensor:
         """Share of right answers among those that count."""
         return self.mean(self.guesses == self.labels)
@@ -76,6 +82,7 @@ class Positional(Objective):
     chance: float  # accuracy of the best answer that ignores the image
     of_pairs: bool = False  # whether its classes are offsets between patches, not places
     same: float = 0.0  # of pairs: share of those of a patch with itself
+    same_label: int = -1  # of pairs: the label of those, which content gives away without any leak
 
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
@@ -114,7 +121,11 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
             f"{backbone.size[0]}x{backbone.size[1]}: one patch has no position to tell; use larger "
             "images or smaller patches"
         )
-    return find(name)(options, backbone)  # type: ignore[call-arg]
+    try:
+        return find(name)(options, backbone)  # type: ignore[call-arg]
+    except Refusal as refusal:  # a plan does not know whose it is
+        told = str(refusal)
+        raise Refusal(told if told.startswith("objectives.") else f"objectives.{name}: {told}") from None
 
 
 __all__ = ["Answers", "Batch", "Objective", "Pass", "Positional", "build", "find", "names", "options"]

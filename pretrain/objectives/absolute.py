@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal, nearest
-from common.heads import Decoder, HalfHead, LinearHead, MlpHead
+from common.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
 from common.models import Backbone, Features
 from common.plan import PlanSpec
 from pretrain.objectives import Answers, Pass, Positional
@@ -126,7 +126,7 @@ class Absolute(Positional):
         if self.decoder is not None:
             P = features["tokens"].prefix.shape[1]
             tokens = self.decoder(torch.cat([features["tokens"].prefix, tokens], 1))[:, P:]
-        return self.head(tokens).float()
+        return wide(self.head(tokens))
 
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
@@ -160,6 +160,7 @@ class Absolute(Positional):
             kept = features["tokens"].plan.kept
             if self.options.attentive == "image" and kept is not None:
                 weights = weights.gather(1, kept)
+                weights = weights / weights.sum(1, keepdim=True)  # an image counts as much as another
         if asked is None:
             return weights
         return asked.float() if weights is None else weights * asked

@@ -3,6 +3,7 @@
 Letters: B images, N patches, K of them kept, Q pairs an image, C = (2h-1)(2w-1) offsets.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -155,17 +156,29 @@ class Relative(Positional):
             )
         plan = PlanSpec(options.keep, options.position, context=options.context)
         self.passes = {"tokens": Pass(options.view, plan)}
-        self.grid, self.diagonal = backbone.grid, options.diagonal
+        self.options, self.grid = options, backbone.grid
         self.num_kept = plan.counts(math.prod(self.grid))[0]
-        self.num_pairs = positions.num_pairs(self.num_kept, self.diagonal)
-        some = _num_drawn(options.pairs, self.num_kept, self.diagonal)
-        if some < self.num_pairs:
-            self.draw = functools.partial(draw_pairs, count=self.num_kept, some=some, diagonal=self.diagonal)
-        self.same = 1 / self.num_kept if self.diagonal else 0.0  # share of the pairs of a patch with itself
-        self.reading = READINGS[options.head](self.grid, self.same)
-        self.chance = float(positions.offset_prior(self.grid, self.same).max())
+        self._ask_about(options.pairs, options.diagonal)
         self.head = PairHead(backbone.width, self.reading.outputs)
         self.register_buffer("codes", positions.offset_codes(self.grid), persistent=False)
+
+    def _ask_about(self, pairs: Any, diagonal: bool) -> None:
+        self.diagonal = diagonal
+        self.num_pairs = positions.num_pairs(self.num_kept, diagonal)
+        some = _num_drawn(pairs, self.num_kept, diagonal)
+        own = functools.partial(draw_pairs, count=self.num_kept, some=some, diagonal=diagonal)
+        self.draw = own if some < self.num_pairs else None
+        self.same = 1 / self.num_kept if diagonal else 0.0  # share of the pairs of a patch with itself
+        self.same_label = positions.num_offsets(self.grid) // 2
+        self.reading = READINGS[self.options.head](self.grid, self.same)
+        self.chance = float(positions.offset_prior(self.grid, self.same).max())
+
+    def apart(self) -> "Relative":
+        """A copy that asks about different patches only: that two are the same one is seen without any leak."""
+        other, pairs = copy.deepcopy(self), self.options.pairs
+        most = positions.num_pairs(self.num_kept, False)
+        other._ask_about(min(pairs, most) if isinstance(pairs, int) else pairs, False)
+        return other
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (mean over pairs; nats, or smooth L1 of patches), accuracy, distance (mean, in patches), gain (by how

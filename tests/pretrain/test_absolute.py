@@ -96,7 +96,7 @@ def test_smoothing_falls_to_one_hot_labels() -> None:
 
 
 def test_attentive_weights_of_the_whole_image() -> None:
-    """The second pass sees everything, without gradient; its weights are those of the kept patches."""
+    """The second pass sees everything, without gradient; its weights are those of the kept patches, with sum 1."""
     made = droppos(attentive="image", position_keep=0.0)
     data = batch(made)
     features, _ = seen(made, data)
@@ -105,7 +105,8 @@ def test_attentive_weights_of_the_whole_image() -> None:
     weights = objective._weights(features, torch.ones(4, 4, dtype=torch.bool))
     whole = (F.cosine_similarity(features["image"].prefix[:, :1], features["image"].tokens, dim=-1) / 0.1).softmax(-1)
     for b in range(4):
-        torch.testing.assert_close(weights[b], whole[b, features["tokens"].plan.kept[b]])
+        kept = whole[b, features["tokens"].plan.kept[b]]
+        torch.testing.assert_close(weights[b], kept / kept.sum())
     made(data)["loss"].backward()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.transforms import View
 from pretrain import audit as auditing
@@ -57,6 +58,13 @@ LEAKS = {
         "position embedding (pos_embed)",
     ),
     "pairs": ({"relative": {"position": "full"}}, "vit_tiny_patch16_224", VIT, 24, "position embedding (pos_embed)"),
+    "pairs of many places": (  # hundreds of offsets are learned too slowly from so few channels; places are not
+        {"relative": {"position": "full"}},
+        "vit_tiny_patch16_224",
+        {"patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3},
+        56,
+        "position embedding (pos_embed)",
+    ),
     "pairs, regression": (
         {"relative": {"position": "full", "head": "regression"}},
         "vit_tiny_patch16_224",
@@ -111,6 +119,33 @@ def test_a_conditional_position_encoding_leaks() -> None:
     made.backbone.model.patch_embed.norm = Peg(32, made.backbone.grid)
     found = judged(made)
     assert (found.verdict, found.breaks) == ("leak", ["convolution 3x3 with zero padding (patch_embed.norm.conv)"])
+
+
+class Numbered(nn.Module):
+    """A decoder that knows which token of the sequence is which; kept patches come in rising order."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.zeros(1, 64, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.number[:, : tokens.shape[1]]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_place_in_the_sequence_is_a_place(keep: float) -> None:
+    made = task({"absolute": {"keep": keep, "decoder": {"blocks": 1, "width": 32, "heads": 2}}})
+    made.objectives["absolute"].decoder = Numbered(32)  # type: ignore[union-attr]
+    found = judged(made)
+    assert found.verdict == "leak" and found.breaks == ["the objective's own layers"]
+
+
+def test_features_that_are_not_finite_are_not_judged() -> None:
+    made = task(NONE)
+    with torch.no_grad():
+        made.backbone.model.norm.bias[0] = math.nan
+    with pytest.raises(Refusal, match="not finite"):
+        audit(made.backbone, made.positional, trained=True)
 
 
 class Silent(nn.Module):
@@ -208,7 +243,7 @@ def test_the_interval_counts_images_not_tokens() -> None:
     [(0.39, 0.2, False), (0.41, 0.2, True), (0.74, 0.5, False), (0.76, 0.5, True), (math.nan, 0.5, True)],
 )
 def test_the_limit_is_twice_chance_or_half_way_to_certain(high: float, chance: float, leaks: bool) -> None:
-    assert Noise("redrawn", 1.0, 0.0, 0.0, high, chance, 8).leaks == leaks
+    assert Noise("places", "redrawn", 1.0, 0.0, 0.0, high, chance, 8).leaks == leaks
 
 
 def test_nothing_that_is_given_changes() -> None:
@@ -251,7 +286,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_a_leak_is_refused_in_one_line_that_says_what_to_change() -> None:
-    noise = Noise("redrawn", 1e-8, 1.0, 1.0, 1.0, 0.0625, 96)
+    noise = Noise("places", "redrawn", 1e-8, 1.0, 1.0, 1.0, 0.0625, 96)
     found = Finding("leak", "told by it", 0.1, ["it"], [noise], "set objectives.absolute.position=none")
     with pytest.raises(Leak) as leak:
         Verdict("leak", {"absolute": found}).refuse()

@@ -130,7 +130,7 @@ NUMBERS = "expected a number of at least"
         ("objectives.absolute.head=liner", ["head='liner'", "did you mean 'linear'"]),
         ("objectives.relative.head=seperable", ["head='seperable'", "did you mean 'separable'"]),
         ("objectives.absolute.contxt=0.5", ["contxt", "did you mean 'context'"]),
-        ("objectives.absolute.keep=0.3", ["keep=0.3 of 6 patches leaves 1", "at least 2", "raise keep"]),
+        ("objectives.absolute.keep=0.3", ["objectives.absolute: keep=0.3 of 6 patches leaves 1", "raise keep"]),
         ("objectives.absolute.keep=0", ["keep=0.0", "above 0 and up to 1"]),
         ("objectives.absolute.position_keep=0.5", ["position_keep=0.5 goes with position=partial"]),
         ("objectives.relative.position=partial", ["position='partial'", "use none"]),

@@ -27,7 +27,8 @@ def test_control_without_position(inside: Callable[..., int], tiny: list[str], t
     assert last["control/absolute/shuffled_origin"] == pytest.approx(last["control/absolute/real"], abs=1e-6)
     assert last["control/absolute/real"] > last["control/absolute/shuffled_place"]
     assert last["control/absolute/noise"] == pytest.approx(1 / 6, abs=0.12)  # 9 images of 6 patches
-    assert 0 <= last["control/relative/noise"] <= 1
+    assert last["control/relative/noise"] == pytest.approx(last["control/relative/chance"], abs=0.12)
+    assert last["control/relative/chance"] == pytest.approx(4 / 30)  # one column apart, of 30 ordered pairs of 2x3
 
 
 def test_control_with_position(

@@ -364,3 +364,15 @@ def test_what_is_not_understood_is_refused(given: dict[str, Any], words: str) ->
     with pytest.raises(Refusal) as refusal:
         objective(**given)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("pairs", ["auto", "all", 81])
+def test_apart_asks_about_different_patches_only(pairs: Any) -> None:
+    made = objective((3, 3), pairs=pairs)
+    other = made.apart()
+    assert made.diagonal and not other.diagonal and other.num_pairs == 72
+    assert other.chance == pytest.approx(float(positions.offset_prior((3, 3), 0.0).max())) == pytest.approx(1 / 12)
+    assert other.draw is None or other.num_pairs > 36
+    if pairs == "auto":
+        queries, keys = positions.pair_ends(torch.from_numpy(other.draw(np.random.default_rng(0))["pairs"]), 9, False)
+        assert (queries != keys).all()
