@@ -1,7 +1,7 @@
 """Exact resume: what is stored at a checkpoint, and how a run goes on from it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,9 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def watch(batches: DataLoader, run: Path, total: int, together: int, say: Callable[[str], None]) -> Iterator[Batch]:
+def watch(
+    batches: DataLoader, run: Path, total: int, together: int, say: Callable[[str], None]
+) -> Generator[Batch, None, None]:
     """The same batches; each unreadable file among them is named once, on the screen and in run/unreadable.txt.
 
     Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files

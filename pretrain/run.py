@@ -15,6 +15,8 @@ if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `imp
 from common.launch import StopSignal, active_pil, entry  # first: it sets what torch reads when it is imported
 
 # isort: split
+from contextlib import closing
+
 from common import processes
 from common.loop import fit
 from common.run_folder import WAIT, RunLock, create, refuse_existing
@@ -65,13 +67,14 @@ def main(argv: list[str]) -> int:
     tracker = Tracker(run, start, config.tensorboard, process.is_main_process)
     progress = Progress(parts.steps, start, process.is_main_process)
     accelerator.print(begun(parts, run, start, active_pil()))
-
-    batches = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
-    try:
+    fresh = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
+    watched = watch(fresh, run, len(parts.images), config.log_every, progress.say)
+    # Closed, the stream ends the loader's workers: they ignore signals, and an exit would wait for them for ever.
+    with closing(watched) as batches, closing(progress), closing(tracker):
         done = fit(
             accelerator,
             task,
-            watch(batches, run, len(parts.images), config.log_every, progress.say),
+            batches,
             optimizer,
             schedule_for(config, parts.steps),
             steps=parts.steps,
@@ -88,9 +91,6 @@ def main(argv: list[str]) -> int:
             progress=progress,
             before_step=parts.task.begin_step,
         )
-    finally:
-        progress.close()
-        tracker.close()
     accelerator.print(ended(run, done, parts.steps))
     return stop.status if done < parts.steps else 0
 
