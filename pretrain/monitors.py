@@ -22,7 +22,7 @@ from pretrain.task import Pretraining
 
 Monitor = Callable[[int], dict[str, float | str]]
 SHOWN = 8  # images on the board
-CONTROLLED = 256  # images of a control
+CONTROLLED = 64  # images of a control: three passes over them, which on a CPU cost more than a step
 NEIGHBORS = 20  # DINO's k
 
 
