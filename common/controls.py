@@ -12,6 +12,11 @@ def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 256, like.shape, dtype=torch.uint8, generator=generator).to(like.device)
 
 
+def limit(chance: float) -> float:
+    """Accuracy on noise above which somebody is told: twice chance or, on two or three patches, half-way to 1."""
+    return min(2 * chance, (1 + chance) / 2)
+
+
 def orders(count: int, num_patches: int, generator: torch.Generator) -> Tensor:
     """A random order of the patches for each of `count` images, (B, N)."""
     return torch.rand(count, num_patches, generator=generator).argsort(1)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Refusal
-from .models import Backbone
 from .models.backbone import set_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,11 +27,11 @@ def refuse_impossible(precision: str, device: torch.device) -> None:
 
 
 def choose(
-    precision: str, attention: str, backbone: Backbone, step: Callable[[], Tensor], device: torch.device
+    precision: str, attention: str, module: nn.Module, step: Callable[[], Tensor], device: torch.device
 ) -> tuple[str, str, str]:
-    """Replace each `auto` by what is fastest for `step`, a forward pass that returns a loss.
+    """Replace each `auto` by what is fastest for `step`, a forward pass of `module` that returns a loss.
 
-    Returns (precision, attention, the measurement in words). The random state is left as it was.
+    Returns (precision, attention, the measurement in words). The random state is left as it was, and no gradient stays.
     """
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     precisions = [precision] if precision != "auto" else ["fp32", "bf16"] if bf16 else ["fp32"]
@@ -40,12 +39,12 @@ def choose(
     seconds: dict[tuple[str, str], float] = {}
     with torch.random.fork_rng():
         for how in attentions:
-            set_attention(backbone, how)
+            set_attention(module, how)
             for what in precisions:
-                seconds[what, how] = _time(step, DTYPES[what], device, backbone)
+                seconds[what, how] = _time(step, DTYPES[what], device, module)
     base = min(value for (what, _), value in seconds.items() if what == precisions[0])
     best = min(seconds, key=lambda pair: seconds[pair] * (1.0 if pair[0] == precisions[0] else WORTH))
-    set_attention(backbone, best[1])
+    set_attention(module, best[1])
     told = ", ".join(f"{what} {how} {base / value:.2f}x" for (what, how), value in seconds.items())
     return *best, f"measured on this {device.type}, speed relative to the best {precisions[0]}: {told}"
 

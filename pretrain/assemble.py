@@ -133,12 +133,12 @@ def _settle_precision(
             precision.choose(
                 config.precision,
                 config.model.attention,
-                task.backbone,
+                task,
                 lambda: task(batch.to(process.device))["loss"],
                 process.device,
             )
         ]
-        task.to("cpu").zero_grad(set_to_none=True)  # or the first step would add those of the measurement to its own
+        task.to("cpu")
     if process.num_processes > 1:
         broadcast_object_list(chosen)
     was = config.precision, config.model.attention

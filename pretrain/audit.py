@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from common import config as configuration
+from common import controls
 from common.checkpoint import find, load_backbone, load_exactly, write_atomically
 from common.errors import Refusal
 from common.models import Backbone, Features, create
@@ -104,14 +105,9 @@ class Noise:
     images: int
 
     @property
-    def limit(self) -> float:
-        """Twice chance or, on two or three patches, half-way from chance to 1."""
-        return min(2 * self.chance, (1 + self.chance) / 2)
-
-    @property
     def leaks(self) -> bool:
         """Whether it cannot be shown that accuracy is at most the limit."""
-        return not self.high <= self.limit
+        return not self.high <= controls.limit(self.chance)
 
     def __str__(self) -> str:
         return (
@@ -242,7 +238,7 @@ def on_noise(backbone: Backbone, objective: Positional, weights: str, contrast: 
         if isinstance(objective, Relative):
             objective = objective.apart()
         chance, rng = objective.chance, np.random.default_rng(0)
-        asked = _asked(_Seen(backbone, objective, 1, contrast, rng).answers(objective))
+        asked = _Seen(backbone, objective, 1, contrast, rng).answers(objective).counted
         fresh = min(512, max(64, math.ceil(HITS / (chance * max(1, int(asked.sum()))))))
         for seen, judged in ((FEW, FEW), (max(64, fresh // 2), fresh)):
             train = _Seen(backbone, objective, seen, contrast, rng)
@@ -257,7 +253,7 @@ def on_noise(backbone: Backbone, objective: Positional, weights: str, contrast: 
             found = Noise(
                 "offsets" if objective.of_pairs else "places", weights, contrast, *_score(head, test), chance, judged
             )
-            if found.low > found.limit:
+            if found.low > controls.limit(chance):
                 break
         return found
 
@@ -267,15 +263,9 @@ def _score(head: Positional, test: "_Seen") -> tuple[float, float, float]:
     hits, asks = [], []
     for images in torch.arange(len(test.features["tokens"].tokens)).split(BATCH):
         answers = test.answers(head, images)
-        asked = _asked(answers)
-        hits.append(((answers.guesses == answers.labels) & asked).sum(1))
-        asks.append(asked.sum(1))
+        hits.append(((answers.guesses == answers.labels) & answers.counted).sum(1))
+        asks.append(answers.counted.sum(1))
     return _interval(torch.cat(hits), torch.cat(asks))
-
-
-def _asked(answers: Answers) -> Tensor:
-    """Questions that count, (B, Q) bool."""
-    return torch.ones_like(answers.labels, dtype=torch.bool) if answers.asked is None else answers.asked
 
 
 def _interval(hits: Tensor, asked: Tensor) -> tuple[float, float, float]:
@@ -307,14 +297,13 @@ class _Seen:
         self, backbone: Backbone, objective: Positional, count: int, contrast: float, rng: np.random.Generator
     ) -> None:
         parts: list[dict[str, Features]] = []
-        for size in [BATCH] * (count // BATCH) + [count % BATCH] * bool(count % BATCH):
+        for first in range(0, count, BATCH):
+            size = min(BATCH, count - first)
             plans = {
                 name: draw(want.plan, math.prod(backbone.grid), rng, size) for name, want in objective.passes.items()
             }
             pixels = rng.uniform(-2, 2, (size, backbone.channels, *backbone.size))
-            images = torch.from_numpy(
-                0.5 + contrast * pixels
-            )  # off zero, or a padded convolution would not see the border
+            images = torch.from_numpy(0.5 + contrast * pixels)  # off zero, or padding would not show at the border
             parts.append(run(backbone, objective, images.to(next(backbone.parameters()).dtype), plans))
         self.features = {name: _joined([part[name] for part in parts]) for name in parts[0]}
         self.draws = draws(objective, rng, count)
@@ -338,7 +327,7 @@ class _Seen:
         return features, {name: value[images] for name, value in self.draws.items()}
 
     @torch.no_grad()
-    def answers(self, objective: Positional, images: Tensor | None = None) -> Any:
+    def answers(self, objective: Positional, images: Tensor | None = None) -> Answers:
         """What the objective answers."""
         return objective.answers(
             *self.of(torch.arange(len(self.features["tokens"].tokens)) if images is None else images)

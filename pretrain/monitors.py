@@ -130,7 +130,7 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
             told = float(found[f"control/{name}/noise"])  # type: ignore[arg-type]
             apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
             chance = found[f"control/{name}/chance"] = float(apart)
-            if told > min(2 * chance, (1 + chance) / 2):  # as the audit has it
+            if told > controls.limit(chance):
                 say(
                     f"warning: at step {step}, {name} is right on {told:.1%} of pure noise (chance {chance:.1%}): "
                     "it reads positions from something other than the image"

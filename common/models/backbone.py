@@ -290,11 +290,11 @@ def _fix_sincos(model: Any, name: str) -> None:
     embedding.requires_grad_(False)
 
 
-def set_attention(backbone: Backbone, attention: str) -> None:
+def set_attention(model: nn.Module, attention: str) -> None:
     """Choose how attention is computed in every block: "fused", "explicit", or "auto" for timm's own choice."""
     if attention == "auto":
         return
-    for module in backbone.modules():
+    for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = attention == "fused"  # type: ignore[assignment]
 

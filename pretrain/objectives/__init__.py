@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -61,14 +62,18 @@ class Answers:
     distances: Tensor  # (B, Q) between the two, in patches
     asked: Tensor | None = None  # (B, Q) bool: which of them count; None: all
 
+    @property
+    def counted(self) -> Tensor:
+        """Which questions count, (B, Q) bool."""
+        return torch.ones_like(self.labels, dtype=torch.bool) if self.asked is None else self.asked
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` (B, Q) over the questions that count."""
         return values.float().mean() if self.asked is None else (values * self.asked).sum() / self.asked.sum()
 
     def without(self, label: int) -> "Answers":
         """The same, where questions with this label do not count."""
-        others = self.labels != label
-        return dataclasses.replace(self, asked=others if self.asked is None else self.asked & others)
+        return dataclasses.replace(self, asked=self.counted & (self.labels != label))
 
     def accuracy(self) -> Tensor:
         """Share of right answers among those that count."""
