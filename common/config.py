@@ -10,7 +10,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,15 +23,43 @@ from .launch import ROOT
 T = TypeVar("T")
 
 
-def load(schema: type[T], recipe: Path | None, words: Sequence[str]) -> T:
+def load(
+    schema: type[T],
+    recipe: Path | None,
+    words: Sequence[str],
+    beneath: Callable[[dict[str, Any]], Mapping[str, Any] | None] | None = None,
+) -> T:
     """An instance of the dataclass `schema`: its defaults, then the YAML `recipe`, then `key=value` words.
 
-    Raises Refusal for an unknown key (with the nearest known), a value of the wrong type, or a file that is no recipe.
+    `beneath` sees what recipe and words say together, without the defaults, and may return values to lie between the
+    defaults and the recipe: presets. Raises Refusal for an unknown key (with the nearest known), a value of
+    the wrong type, or a file that is no recipe.
     """
-    config = OmegaConf.structured(schema)
-    if recipe is not None:
-        config = merge(config, read_yaml(recipe), str(recipe), schema)
-    return to_object(override(config, words, schema), schema)
+    given = OmegaConf.create() if recipe is None else read_yaml(recipe)
+
+    def above(lower: DictConfig) -> DictConfig:
+        return override(merge(lower, given, str(recipe), schema), words, schema)
+
+    defaults = OmegaConf.structured(schema)
+    config = above(defaults)
+    if beneath is not None:
+        said = OmegaConf.to_container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(words))))
+        config = above(merge(defaults, beneath(_as_read(said, _container(config))) or {}, "a preset", schema))
+    return to_object(config, schema)
+
+
+def _as_read(said: Any, read: Any) -> Any:
+    """The values `read` (typed, references resolved), reduced to those keys that were `said`."""
+    if isinstance(said, dict) and isinstance(read, dict):
+        return {key: _as_read(value, read[key]) for key, value in said.items()}
+    return read
+
+
+def _container(config: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Refusal(f"option {error.full_key!r}: {str(error).splitlines()[0]}") from None
 
 
 def override(config: DictConfig, words: Sequence[str], schema: type) -> DictConfig:

@@ -25,16 +25,21 @@ from .transforms import View, augment
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 HELD_OUT_EPOCH = 2**62  # the "epoch" of held-out samples: always the same crops, none that training sees
+FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
+Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass
 class Batch:
-    """What a training step receives. It holds no labels."""
+    """What a training step receives of B images. It holds no labels.
 
-    views: dict[str, Tensor]  # name -> uint8 (B, C, H, W)
+    Crops are crop-major: with `count` crops per image, row c * B + i of a view is crop c of image i.
+    """
+
+    views: dict[str, Tensor]  # name -> uint8 (count * B, C, h, w)
     index: Tensor  # (B,) which images
-    draws: dict[str, Tensor] = field(default_factory=dict)  # "purpose/what" -> (B, ...) random draws
+    draws: dict[str, Tensor] = field(default_factory=dict)  # "purpose/what" -> (B, ...); what is collated: any shape
     unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
     hopeless: bool = False  # so many of them in a row that none was found to take the place
 
@@ -54,9 +59,9 @@ class Batch:
 def generator(seed: int, epoch: int, index: int, purpose: str = "") -> np.random.Generator:
     """The random generator of one sample: counter-based, so that streams of different samples never overlap.
 
-    What is drawn for one `purpose` does not depend on what else is drawn: a second objective changes no crop.
+    What is drawn for one `purpose` does not depend on what else is drawn: a second objective, or view, changes no crop.
     """
-    stream = zlib.crc32(purpose.encode())  # 0 for the crops, which have none
+    stream = zlib.crc32(purpose.encode())  # 0 for the global crops, which have none
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, index, epoch]))
 
 
@@ -116,7 +121,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Samples(Dataset):
-    """Decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. Runs in the loader's workers."""
+    """Decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. Runs in the loader's workers.
+
+    `draws` (purpose -> function of a generator) is called for every image. `collate` (purpose -> function) is called
+    once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.
+    """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
 
@@ -127,36 +136,48 @@ class Samples(Dataset):
         seed: int,
         channels: int,
         draws: Mapping[str, Draw] | None = None,
+        collate: Mapping[str, Collate] | None = None,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
-        self.draws = dict(draws or {})
+        self.draws, self.collate = dict(draws or {}), dict(collate or {})
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """One batch for a list of (epoch, index)."""
-        views: dict[str, list[Tensor]] = {name: [] for name in self.views}
-        draws: dict[str, list[np.ndarray]] = {}
+        crops: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(v.count)] for name, v in self.views.items()}
+        draws: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.draws}
         unreadable: list[str] = []
         hopeless = False
         for epoch, index in keys:
-            rng = generator(self.seed, epoch, index)
             image = self._read(index, unreadable)
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
                 for what, value in draw(generator(self.seed, epoch, index, name)).items():
-                    draws.setdefault(f"{name}/{what}", []).append(value)
+                    draws[name].setdefault(what, []).append(value)
             for name, view in self.views.items():
-                views[name].append(augment(image, view, rng))
+                rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
+                for number, same in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
+                    same.append(augment(image, view, rng, number))
         return Batch(
-            {name: torch.stack(crops) for name, crops in views.items()},
+            {name: torch.stack([crop for same in each for crop in same]) for name, each in crops.items()},
             torch.tensor([index for _, index in keys]),
-            {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()},
+            self._stacked(draws),
             unreadable,
             hopeless,
         )
+
+    def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
+        """{"purpose/what": (B, ...)} of the draws, and of what `collate` makes of them."""
+        found: dict[str, Tensor] = {}
+        for name in {**draws, **self.collate}:
+            stacked = {what: torch.from_numpy(np.stack(values)) for what, values in draws.get(name, {}).items()}
+            if name in self.collate:
+                stacked |= self.collate[name](dict(stacked))
+            found |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
+        return found
 
     def _read(self, index: int, unreadable: list[str]) -> Tensor | None:
         """Image `index` or, where it cannot be read, another one: always the same. None if no other can be read."""

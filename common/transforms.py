@@ -2,11 +2,14 @@
 
 The crop is taken as a view first and only its pixels are resized, by torch's uint8 kernels. Everything here is exact
 integer arithmetic (or floating point without rounding), so threads and workers cannot change a single bit.
+
+PRESETS holds the multi-crop views of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,24 +18,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import Refusal
+from .errors import Refusal, nearest
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 LUMA = np.array([306, 601, 117]) / 1024  # ITU-R 601 in 1/1024, the unit of all colour arithmetic (see `recolour`)
 
-# Places in the one row of uniform numbers that a view draws.
+# Places in the row of uniform numbers that one crop draws.
 AREA, RATIO = slice(0, CROP_TRIES), slice(CROP_TRIES, 2 * CROP_TRIES)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(2 * CROP_TRIES, 2 * CROP_TRIES + 9)
-DRAWS = 2 * CROP_TRIES + 9
+BLUR, SIGMA, SOLARISE = range(2 * CROP_TRIES + 9, 2 * CROP_TRIES + 12)  # at the end: old recipes keep their crops
+DRAWS = 2 * CROP_TRIES + 12
 
 
 @dataclass
 class View:
-    """One named view in a recipe: how a crop is cut out of an image, and how its colours are changed."""
+    """One named view in a recipe: how crops are cut out of an image, and how their colours are changed."""
 
     size: Any = 224
     """Pixels of the view: one number, or [height, width]."""
+    preset: str | None = None
+    """"dino" or "dinov2": the published values for the view of this name, `global` or `local`, wherever the recipe and
+    the command line say nothing. Its blur_sigma is meant for its own size (224, 96) and scaled to any other."""
+    count: int = 1
+    """Crops of each image. Those after the first leave the first as it is."""
     scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
     """Smallest and largest share of the image's area in a crop. A positional label means "where in this crop": with
     small crops the same object part appears under every label, so the default keeps most of the image."""
@@ -53,19 +62,32 @@ class View:
     """Probability that brightness, contrast, saturation and hue change at all."""
     grayscale: float = 0.1
     """Probability that colour is removed."""
+    blur: Any = 0.0
+    """Probability of a Gaussian blur: one number, or a list with one per crop."""
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """Smallest and largest standard deviation of the blur, in pixels of the view (after it got its size): what suits
+    224 pixels wipes out 28."""
+    solarise: Any = 0.0
+    """Probability that values of 128 and more are inverted: one number, or a list with one per crop."""
     interpolation: str = "bicubic"
     """"bicubic" or "bilinear", antialiased either way."""
 
     def __post_init__(self) -> None:
         """Refusal that names the field when a value is impossible."""
+        if self.preset is not None:
+            known_preset(self.preset, "view")
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise Refusal(f"view: count={self.count}: expected a whole number of crops, at least 1")
         height_width(self.size)
-        for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, math.inf)):
+        for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, math.inf), ("blur_sigma", 0.0, 100.0)):
             pair = list(getattr(self, name))
             if len(pair) != 2 or not all(map(number, pair)) or not low < pair[0] <= pair[1] <= high or math.inf in pair:
-                limits = "0 < low <= high <= 1" if high == 1 else "0 < low <= high"
+                limits = "0 < low <= high" if high == math.inf else f"0 < low <= high <= {high:g}"
                 raise Refusal(f"view: {name}={pair}: expected two numbers [low, high] with {limits}")
         for name in ("flip", "jitter", "grayscale"):
             check_range(name, getattr(self, name), 1.0, "a probability")
+        for name in ("blur", "solarise"):
+            check_chances(name, getattr(self, name), self.count)
         for name, high in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             check_range(name, getattr(self, name), high, "a strength")
         check_interpolation(self.interpolation)
@@ -78,6 +100,14 @@ def number(value: Any) -> bool:
 def check_range(name: str, value: Any, high: float, noun: str) -> None:
     if not number(value) or not 0 <= value <= high:
         raise Refusal(f"view: {name}={value}: expected {noun} from 0 to {high:g}")
+
+
+def check_chances(name: str, value: Any, count: int) -> None:
+    """Refusal unless `value` is a probability, or a list of as many as there are crops."""
+    if not hasattr(value, "__iter__"):
+        return check_range(name, value, 1.0, "a probability")
+    if isinstance(value, str) or len(value) != count or not all(number(each) and 0 <= each <= 1 for each in value):
+        raise Refusal(f"view: {name}={value}: expected a probability, or a list of one per crop, count={count}")
 
 
 def check_interpolation(value: str) -> None:
@@ -93,24 +123,35 @@ def height_width(size: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def augment(image: Tensor, view: View, rng: np.random.Generator) -> Tensor:
-    """One random view of an image: uint8 (C, H, W) -> contiguous uint8 (C, h, w), C 1 or 3.
+def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) -> Tensor:
+    """Crop number `crop` of a view of an image, at random: uint8 (C, H, W) -> contiguous uint8 (C, h, w), C 1 or 3.
 
-    Always takes the same number of draws from `rng`, whatever the image and the view.
+    Always takes the same number of draws from `rng`, whatever the image, the view and the crop. The number only says
+    which of the view's probabilities apply.
     """
     draws: list[float] = rng.random(DRAWS).tolist()
     height, width = int(image.shape[1]), int(image.shape[2])
     crop_height, crop_width = crop_size(height, width, view, draws)
     top, left = int(draws[TOP] * (height - crop_height + 1)), int(draws[LEFT] * (width - crop_width + 1))
-    crop = image[:, top : top + crop_height, left : left + crop_width]
-    out = resize(crop, height_width(view.size), view.interpolation)
+    cut = image[:, top : top + crop_height, left : left + crop_width]
+    out = resize(cut, height_width(view.size), view.interpolation)
     if draws[FLIP] < view.flip:
         out = out.flip(-1)
     colour = colour_change(view, draws, channels=int(image.shape[0]))
     if colour is not None:
         out = recolour(out, *colour)
+    if draws[BLUR] < chance(view.blur, crop):
+        low, high = view.blur_sigma
+        out = blur(out, low + (high - low) * draws[SIGMA])
+    if draws[SOLARISE] < chance(view.solarise, crop):
+        out = torch.minimum(out, 255 - out)  # from 128 on, the inverse is the smaller
     # A crop of the full size is still a view of the image: the caller gets memory of its own.
-    return out.clone(memory_format=torch.contiguous_format) if out is crop else out.contiguous()
+    return out.clone(memory_format=torch.contiguous_format) if out is cut else out.contiguous()
+
+
+def chance(value: Any, crop: int) -> float:
+    """The probability for crop number `crop`: `value`, or its entry."""
+    return value[crop] if hasattr(value, "__iter__") else value
 
 
 def crop_size(height: int, width: int, view: View, draws: list[float]) -> tuple[int, int]:
@@ -194,6 +235,107 @@ def recolour(image: Tensor, matrix: np.ndarray, share: np.ndarray) -> Tensor:
             plane += np.multiply(pixels[k], row[k], out=term)
         plane += bias
     return torch.from_numpy(np.clip(out, 0, 255, out=out).astype(np.uint8))
+
+
+BLOCK = 16  # output rows (columns) of one product; products are too small for a BLAS to share among threads
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """uint8 (C, h, w) -> uint8 (C, h, w): Gaussian blur, `sigma` in pixels, cut off at 4 sigma, edge pixels repeated.
+
+    Coefficients are multiples of 2^-12 with sum 1; what the first pass leaves, along the rows, is rounded to 2^-4. So
+    all products and sums are multiples of 2^-16 below 2^8, which float32 holds exactly: products of matrices may add in
+    any order. Before it is rounded the result is within 0.2 grey levels of the real Gaussian, up to sigma 5.
+    """
+    kernel = gaussian(sigma)
+    reach = len(kernel) // 2
+    if reach == 0:
+        return image
+    channels, height, width = image.shape
+    rows, columns = slice(reach, reach + height), slice(reach, reach + width)
+    band = np.zeros((BLOCK + 2 * reach, BLOCK), np.float32)  # column j holds the kernel from row j on
+    for j in range(BLOCK):
+        band[j : j + len(kernel), j] = kernel
+    wide = np.empty((channels, height, width + 2 * reach), np.float32)
+    wide[:, :, columns] = image.numpy()
+    wide[:, :, :reach], wide[:, :, columns.stop :] = wide[:, :, reach, None], wide[:, :, columns.stop - 1, None]
+    tall = np.empty((channels, height + 2 * reach, width), np.float32)
+    times = band * 16  # so that rounding to 2^-4 is rounding to whole numbers
+    for j in range(0, width, BLOCK):
+        size = min(BLOCK, width - j)
+        near = size + 2 * reach
+        np.matmul(wide[:, :, j : j + near], times[:near, :size], out=tall[:, rows, j : j + size])
+    np.rint(tall[:, rows], out=tall[:, rows])
+    tall[:, :reach], tall[:, rows.stop :] = tall[:, reach, None], tall[:, rows.stop - 1, None]
+    out = np.empty((channels, height, width), np.float32)
+    over = np.ascontiguousarray(band.T) / 16
+    for i in range(0, height, BLOCK):
+        size = min(BLOCK, height - i)
+        near = size + 2 * reach
+        np.matmul(over[:size, :near], tall[:, i : i + near], out=out[:, i : i + size])
+    out += 0.5  # astype truncates
+    return torch.from_numpy(out.astype(np.uint8))
+
+
+def gaussian(sigma: float) -> np.ndarray:
+    """(2r + 1,) float32 coefficients at -r..r, r = round(4 sigma): multiples of 2^-12 whose sum is 1.
+
+    Sums from the ends are rounded, not single coefficients: their errors would add up to a spike in a wide kernel.
+    """
+    reach = int(4.0 * sigma + 0.5)
+    half = np.exp(-0.5 * (np.arange(reach, -1, -1) / sigma) ** 2)  # from the far end to the centre
+    half /= 2 * half.sum() - 1
+    ends = np.round(np.cumsum(half[:-1]) * 4096) / 4096
+    side = np.diff(ends, prepend=0.0)
+    return np.concatenate([side, [1.0 - 2 * side.sum()], side[::-1]]).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------- presets
+
+# Patches of 14 pixels need local crops of 98; without local crops DINO's authors set the global scale to [0.14, 1].
+SHARED: dict[str, Any] = {
+    "flip": 0.5, "jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2,
+    "blur_sigma": [0.1, 2.0], "ratio": [0.75, 4 / 3], "interpolation": "bicubic",
+}  # fmt: skip
+GLOBAL: dict[str, Any] = SHARED | {"count": 2, "size": 224, "blur": [1.0, 0.1], "solarise": [0.0, 0.2]}
+LOCAL: dict[str, Any] = SHARED | {"count": 8, "size": 96, "blur": 0.5, "solarise": 0.0}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "dino": {"global": GLOBAL | {"scale": [0.4, 1.0]}, "local": LOCAL | {"scale": [0.05, 0.4]}},
+    "dinov2": {"global": GLOBAL | {"scale": [0.32, 1.0]}, "local": LOCAL | {"scale": [0.05, 0.32]}},
+}
+
+
+def known_preset(preset: str, where: str) -> dict[str, dict[str, Any]]:
+    """The views of a preset. Raises Refusal that begins with `where` for an unknown one."""
+    if preset not in PRESETS:
+        raise Refusal(f"{where}: preset={preset}: expected {' or '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    return PRESETS[preset]
+
+
+def presets(views: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What lies beneath the given views: {name: the values of its preset}, for those views that name one.
+
+    A preset is fitted to the given count and size: lists with one number per crop are cut off, or end in repetitions of
+    their last; sigma keeps its ratio to the (shorter) side. Raises Refusal for an unknown preset, or a name it has not.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, given in views.items():
+        preset = (given or {}).get("preset")
+        if preset is None:
+            continue
+        named = known_preset(preset, f"views.{name}")
+        if name not in named:
+            raise Refusal(f"views.{name}: preset={preset} has no view of that name: expected {' or '.join(named)}")
+        values = dict(named[name])
+        if "count" in given:
+            for key in ("blur", "solarise"):
+                if isinstance(values[key], list):
+                    values[key] = [values[key][min(crop, len(values[key]) - 1)] for crop in range(given["count"])]
+        if "size" in given:
+            zoom = min(height_width(given["size"])) / values["size"]
+            values["blur_sigma"] = [round(sigma * zoom, 5) for sigma in values["blur_sigma"]]
+        found[name] = {key: list(value) if isinstance(value, list) else value for key, value in values.items()}
+    return found
 
 
 def evaluation(image: Tensor, size: Any, crop: float = 0.875, interpolation: str = "bicubic") -> Tensor:

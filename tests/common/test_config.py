@@ -7,6 +7,7 @@ import pytest
 
 from common import config
 from common.errors import Refusal, nearest
+from common.transforms import View, presets
 
 
 @dataclass
@@ -81,6 +82,76 @@ def test_values(word, value):
         if isinstance(found, dict):
             break
     assert found == value and type(found) is type(value)
+
+
+# ---------------------------------------------------------------------------- beneath
+
+
+def steam(given: dict[str, Any]) -> dict[str, Any] | None:
+    """What lies beneath a car that burns coal."""
+    if given.get("engine", {}).get("fuel") != "coal":
+        return None
+    return {"wheels": 6, "sizes": [8, 9], "engine": {"power": 3}, "spares": {"second": {"fuel": "coal"}}}
+
+
+def test_what_lies_beneath_goes_over_defaults_and_under_what_was_said(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("engine: {fuel: coal}\nwheels: 3\n")
+    car = config.load(Car, recipe, [], steam)
+    assert (car.wheels, car.engine, car.sizes) == (3, Engine(3.0, "coal"), [8.0, 9.0])
+    assert car.spares == {"main": Engine(), "second": Engine(fuel="coal")}
+    assert config.load(Car, recipe, ["engine.power=7", "sizes=[1, 1]"], steam).engine.power == 7.0
+    assert config.load(Car, recipe, ["engine.fuel=oil"], steam) == load("engine.fuel=oil", "wheels=3")
+    assert config.load(Car, None, ["engine.fuel=coal"], steam).wheels == 6
+
+
+def test_beneath_sees_what_was_said_and_no_default(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("engine: {power: 2}\nextra: {a: 1}\nspares: {other: {power: '${wheels}'}}\n")
+    seen: list[dict[str, Any]] = []
+    config.load(Car, recipe, ["engine.fuel=", "extra.b=[1]", "extra.a=2"], seen.append)
+    assert seen == [
+        {"engine": {"power": 2.0, "fuel": None}, "extra": {"a": 2, "b": [1]}, "spares": {"other": {"power": 4.0}}}
+    ]
+
+
+@pytest.mark.parametrize("word", ["engine.fule=coal", "wheels=four", "engine=3", "engine.fuel=${oil}", "wheels"])
+def test_mistakes_are_found_before_anything_is_laid_beneath(word):
+    with pytest.raises(Refusal):
+        config.load(Car, None, [word], lambda given: pytest.fail("called"))
+
+
+def test_a_preset_is_read_as_strictly_as_a_recipe():
+    with pytest.raises(Refusal, match="unknown option 'wheel' in a preset; did you mean 'wheels'"):
+        config.load(Car, None, [], lambda given: {"wheel": 3})
+
+
+@dataclass
+class Looks:
+    """Options with views."""
+
+    views: dict[str, View] = field(default_factory=lambda: {"global": View()})
+
+
+def test_views_by_preset(tmp_path):
+    def look(*words: str) -> dict[str, View]:
+        return config.load(Looks, recipe, words, lambda given: {"views": presets(given.get("views", {}))}).views
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("views: {global: {preset: dino}, local: {preset: dino, size: 12, count: 4, flip: 0.0}}\n")
+    views = look("views.global.solarise=0.0", "views.local.scale=[0.1, 0.3]")
+    assert list(views) == ["global", "local"]
+    assert (views["global"].count, views["global"].size, views["global"].blur) == (2, 224, [1.0, 0.1])
+    assert (views["global"].solarise, views["global"].flip, views["global"].scale) == (0.0, 0.5, [0.4, 1.0])
+    local = views["local"]
+    assert (local.count, local.size, local.flip, local.scale) == (4, 12, 0.0, [0.1, 0.3])
+    assert local.blur == 0.5 and local.blur_sigma == [0.0125, 0.25]
+    assert look("views.global.count=1")["global"].blur == [1.0]
+    assert look("views.global.preset=null")["global"] == View()
+    with pytest.raises(Refusal, match=r"views.local: preset=dinno: expected dino or dinov2; did you mean 'dino'"):
+        look("views.local.preset=dinno")
+    with pytest.raises(Refusal, match=r"view: blur=\[0.5\]: expected a probability, or a list .* count=4"):
+        look("views.local.blur=[0.5]")
 
 
 # ---------------------------------------------------------------------------- mistakes

@@ -1,6 +1,7 @@
 """The sampler and the samples: pure functions of (seed, epoch, index), whoever asks and however often."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from common.data import Images
 from common.errors import Refusal
 from common.sampling import HELD_OUT_EPOCH, Batch, Samples, StepSampler, generator, held_out, loader, order
-from common.transforms import View
+from common.transforms import View, augment
 
 
 class Numbers:
@@ -38,6 +39,22 @@ PLAIN = View(size=4, jitter=0.0, grayscale=0.0)
 
 def samples(size: int = 20, broken: tuple[int, ...] = (), seed: int = 0, draws=None) -> Samples:
     return Samples(Images(Numbers(size, broken), "numbers"), {"global": PLAIN}, seed, 1, draws)
+
+
+class Noise(Numbers):
+    """Source: every image is noise of its own."""
+
+    def read(self, i: int, channels: int) -> torch.Tensor:
+        pixels = np.random.default_rng(i).integers(0, 256, (channels, 20, 24), dtype=np.uint8)
+        return torch.from_numpy(pixels)
+
+
+GLOBAL = View(size=16, count=2, flip=0.5, blur=[1.0, 0.1], solarise=[0.0, 0.2])
+LOCAL = View(size=8, count=3, scale=[0.05, 0.4], blur=0.5)
+
+
+def crops(keys: list[tuple[int, int]], **views: View) -> dict[str, torch.Tensor]:
+    return Samples(Images(Noise(20), "noise"), views, 0, 3).__getitems__(keys).views
 
 
 def seen(processes: int = 1, accumulate: int = 1, start: int = 0, steps: int = 10, size: int = 21, batch: int = 8):
@@ -165,6 +182,67 @@ def test_an_unreadable_image_gives_its_place_to_another_always_the_same():
 def test_without_any_readable_image_there_is_no_hope():
     batch = samples(4, broken=(0, 1, 2, 3)).__getitems__([(0, 0), (0, 1)])
     assert batch.hopeless and set(batch.unreadable) == {f"image{i}: cut short" for i in range(4)}
+
+
+# ---------------------------------------------------------------------------- several crops
+
+
+KEYS = [(0, 3), (0, 4), (1, 3), (1, 0)]
+
+
+def test_crops_are_crop_major():
+    views = crops(KEYS, **{"global": GLOBAL, "local": LOCAL})
+    assert views["global"].shape == (8, 3, 16, 16) and views["local"].shape == (12, 3, 8, 8)
+    for i, (epoch, index) in enumerate(KEYS):
+        image = Noise(20).read(index, 3)
+        for name, view, purpose in (("global", GLOBAL, ""), ("local", LOCAL, "view/local")):
+            rng = generator(0, epoch, index, purpose)
+            for c in range(view.count):
+                assert torch.equal(views[name][c * len(KEYS) + i], augment(image, view, rng, c))
+    assert len({tuple(crop.flatten().tolist()) for crop in views["local"]}) == 12
+
+
+def test_a_crop_depends_on_no_other_image_view_or_crop():
+    whole = crops(KEYS, **{"global": GLOBAL, "local": LOCAL})
+    alone = crops([(1, 3)], **{"local": LOCAL, "global": GLOBAL})
+    for name, count in (("global", 2), ("local", 3)):
+        assert torch.equal(whole[name][2 :: len(KEYS)], alone[name]) and len(alone[name]) == count
+    one = dataclasses.replace(GLOBAL, count=1, blur=1.0, solarise=0.0)
+    assert torch.equal(crops(KEYS, **{"global": one})["global"], whole["global"][: len(KEYS)])
+    more = dataclasses.replace(LOCAL, count=5)
+    assert torch.equal(crops(KEYS, local=more)["local"][: 3 * len(KEYS)], whole["local"])
+
+
+def sums(draws: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+    """Collates: one number for the whole batch, and one per image."""
+    (which,) = draws.values()
+    return {"total": which.sum() * times, "each": which.sum(1)}
+
+
+def test_collate_sees_its_own_draws_stacked():
+    draws = {name: lambda rng: {"which": rng.integers(0, 1000, 3)} for name in ("a", "b")}
+    plain = samples(draws=draws).__getitems__(KEYS).draws
+    both = Samples(samples().images, {"global": PLAIN}, 0, 1, draws, {"b": functools.partial(sums, times=2)})
+    found = both.__getitems__(KEYS).draws
+    assert set(found) == {"a/which", "b/which", "b/total", "b/each"}
+    assert torch.equal(found["a/which"], plain["a/which"]) and torch.equal(found["b/which"], plain["b/which"])
+    assert torch.equal(found["b/each"], plain["b/which"].sum(1))
+    assert found["b/total"] == 2 * plain["b/which"].sum()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_change_no_crop_and_collate_alike():
+    def batches(workers: int) -> list[Batch]:
+        draws, collate = {"a": lambda rng: {"which": rng.random(2)}}, {"a": functools.partial(sums, times=1)}
+        made = Samples(Images(Noise(12), "noise"), {"global": GLOBAL, "local": LOCAL}, 0, 3, draws, collate)
+        return list(loader(made, StepSampler(12, 4, 0, 5), workers, pin=False))
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        assert one.views.keys() == other.views.keys() and one.draws.keys() == other.draws.keys()
+        for name in one.views:
+            assert torch.equal(one.views[name], other.views[name])
+        for name in one.draws:
+            assert torch.equal(one.draws[name], other.draws[name])
 
 
 # ---------------------------------------------------------------------------- held out

@@ -1,6 +1,7 @@
 """What a view may look like, that nothing but the generator changes it, and where the evaluation transform looks."""
 
 import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,22 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from common.errors import Refusal
-from common.transforms import CROP_TRIES, DRAWS, View, augment, crop_size, evaluation, recolour, turn_hue
+from common.sampling import generator
+from common.transforms import (
+    CROP_TRIES,
+    DRAWS,
+    PRESETS,
+    SIGMA,
+    View,
+    augment,
+    blur,
+    crop_size,
+    evaluation,
+    gaussian,
+    presets,
+    recolour,
+    turn_hue,
+)
 
 PLAIN: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0}  # crop and resize only
 WHOLE: dict[str, Any] = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], **PLAIN}
@@ -65,10 +81,11 @@ def test_a_flip_swaps_left_and_right():
 
 
 @pytest.mark.parametrize("image", [noise(1, 9, 9), noise(3, 300, 20), torch.zeros(3, 50, 50, dtype=torch.uint8)])
-@pytest.mark.parametrize("view", [View(size=16), View(size=8, **PLAIN), View(size=8, flip=1, jitter=1, grayscale=1)])
+@pytest.mark.parametrize("view", [View(size=16), View(size=8, **PLAIN), View(size=8, flip=1, jitter=1, grayscale=1),
+                                  View(size=8, count=2, blur=[0.0, 1.0], solarise=[0, 1])])  # fmt: skip
 def test_draws_do_not_depend_on_image_or_view(image, view):
     used, expected = rng(), rng()
-    augment(image, view, used)
+    augment(image, view, used, view.count - 1)
     expected.random(DRAWS)
     assert used.random() == expected.random()
 
@@ -76,7 +93,7 @@ def test_draws_do_not_depend_on_image_or_view(image, view):
 def test_same_generator_same_bits_whatever_the_threads_and_the_layout():
     image = noise(3, 300, 400)
     loose = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as photographs are decoded
-    view = View(size=224, jitter=1.0, flip=0.5)
+    view = View(size=224, jitter=1.0, flip=0.5, blur=1.0, solarise=0.5)
     threads = torch.get_num_threads()
     try:
         for seed in range(5):
@@ -88,6 +105,13 @@ def test_same_generator_same_bits_whatever_the_threads_and_the_layout():
     finally:
         torch.set_num_threads(threads)
     assert not torch.equal(augment(image, view, rng(0)), augment(image, view, rng(1)))
+
+
+def test_crops_are_pinned():
+    """So that a run that was begun with an older version goes on alike. No resizing, whose kernels are not ours."""
+    view = View(size=8, scale=[0.25, 0.25], ratio=[1.0, 1.0], flip=0.5)
+    sums = [zlib.crc32(augment(noise(3, 16, 16), view, generator(0, 1, i)).numpy().tobytes()) for i in range(4)]
+    assert sums == [3477024384, 2308719395, 3172822526, 1721201791]
 
 
 def test_crops_keep_their_bounds_and_spread():
@@ -174,6 +198,148 @@ def test_colours_are_clamped_and_exact():
     assert torch.equal(recolour(noise(3, 8, 8), np.eye(3), np.zeros(3)), noise(3, 8, 8))
 
 
+# ---------------------------------------------------------------------------- blur and solarise
+
+
+def convolved(image: torch.Tensor, sigma: float) -> np.ndarray:
+    """The same blur from its definition, in float64: every pixel a sum over a window of repeated edges."""
+    reach = math.ceil(6 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    window = np.outer(weights, weights) / weights.sum() ** 2
+    padded = np.pad(image.numpy().astype(np.float64), [(0, 0), (reach, reach), (reach, reach)], mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window.shape, axis=(1, 2))
+    return np.einsum("chwij,ij->chw", windows, window)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 40, 19), (3, 16, 33), (3, 1, 1)])
+@pytest.mark.parametrize("sigma", [0.3, 0.7, 1.0, 2.0, 5.0])
+def test_blur_is_a_gaussian_convolution(shape, sigma):
+    image = noise(*shape)
+    blurred = blur(image, sigma)
+    assert blurred.dtype == torch.uint8 and blurred.is_contiguous()
+    assert np.abs(blurred.numpy() - convolved(image, sigma)).max() < 0.6  # half a grey level is the rounding
+
+
+def test_blur_of_a_point_is_the_square_of_the_kernel():
+    image = torch.zeros(1, 21, 37, dtype=torch.uint8)
+    image[0, 10, 18] = 255
+    kernel = gaussian(1.5)
+    assert len(kernel) == 13 and kernel.sum() == 1.0 and np.array_equal(kernel, kernel[::-1])
+    expected = np.floor(np.outer(kernel, np.rint(255 * 16 * kernel) / 16) + 0.5)
+    blurred = blur(image, 1.5)[0].numpy()
+    assert np.array_equal(blurred[4:17, 12:25], expected) and blurred.sum() == expected.sum()
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 0.01, 0.1, 0.12])
+def test_almost_no_blur_changes_nothing(sigma):
+    assert torch.equal(blur(noise(3, 20, 20), sigma), noise(3, 20, 20))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.3, 2.0, 9.0, 60.0])
+def test_blur_is_exact_whatever_the_order_of_its_sums(sigma):
+    """To the last bit what whole numbers give, which round nothing that is not meant to be rounded."""
+    image, kernel = noise(3, 70, 50), gaussian(sigma).astype(np.float64)
+    units = np.rint(kernel * 4096).astype(np.int64)
+    assert np.array_equal(units / 4096, kernel) and units.sum() == 4096 and units.min() >= 0
+    reach = len(units) // 2
+
+    def passed(values: np.ndarray, axis: int) -> np.ndarray:
+        edges = [(reach, reach) if each == axis else (0, 0) for each in range(3)]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, edges, mode="edge"), len(units), axis=axis)
+        return windows @ units
+
+    rows = np.rint(passed(image.numpy().astype(np.int64), 2) / 256).astype(np.int64)
+    assert np.array_equal(blur(image, sigma).numpy(), (passed(rows, 1) + 2**15) >> 16)
+    assert torch.equal(blur(image.flip(1, 2), sigma).flip(1, 2), blur(image, sigma))
+    assert torch.equal(blur(torch.full((3, 9, 9), 255, dtype=torch.uint8), sigma), torch.full((3, 9, 9), 255))
+
+
+def test_sigma_is_uniform_in_its_range():
+    image, view = noise(1, 12, 12), View(size=12, **WHOLE, blur=1.0, blur_sigma=[0.5, 3.0])
+    for seed in range(5):
+        draw = rng(seed).random(DRAWS)[SIGMA]
+        assert torch.equal(augment(image, view, rng(seed)), blur(image, 0.5 + 2.5 * draw))
+
+
+def test_solarise_inverts_the_bright():
+    image = torch.tensor([[0, 1, 127], [128, 129, 255]], dtype=torch.uint8)[None]
+    view = View(size=[2, 3], solarise=1.0, **WHOLE | {"ratio": [1.5, 1.5]})
+    assert augment(image, view, rng()).tolist() == [[[0, 1, 127], [127, 126, 0]]]
+    assert image[0, 1, 2] == 255
+
+
+def test_colour_then_blur_then_solarise():
+    image = noise(3, 12, 12)
+    words = WHOLE | {"size": 12, "jitter": 1.0}
+    blurred = augment(image, View(blur=1.0, **words), rng(3))
+    sigma = 0.1 + 1.9 * rng(3).random(DRAWS)[SIGMA]
+    assert torch.equal(blurred, blur(augment(image, View(**words), rng(3)), sigma))
+    both = augment(image, View(blur=1.0, solarise=1.0, **words), rng(3))
+    assert torch.equal(both, torch.where(blurred < 128, blurred, 255 - blurred)) and (both != blurred).any()
+
+
+def test_each_crop_has_a_probability_of_its_own():
+    image, plain = noise(1, 8, 8), View(size=8, **WHOLE)
+    view = View(size=8, count=2, blur=[1.0, 0.1], blur_sigma=[1.0, 1.0], **WHOLE)
+    assert torch.equal(augment(image, plain, rng(), 1), image)
+    changed = [sum(bool((augment(image, view, rng(s), crop) != image).any()) for s in range(500)) for crop in (0, 1)]
+    assert changed[0] == 500 and 25 < changed[1] < 75
+
+
+# ---------------------------------------------------------------------------- presets
+
+
+def test_presets_are_the_published_ones():
+    """DINO's and DINOv2's released settings."""
+    for preset, wide, near in (("dino", [0.4, 1.0], [0.05, 0.4]), ("dinov2", [0.32, 1.0], [0.05, 0.32])):
+        found = presets({"global": {"preset": preset}, "local": {"preset": preset}, "other": {}})
+        assert list(found) == ["global", "local"]
+        views = {name: View(preset=preset, **values) for name, values in found.items()}
+        for name, count, size, scale in (("global", 2, 224, wide), ("local", 8, 96, near)):
+            view = views[name]
+            assert (view.count, view.size, view.scale, view.ratio) == (count, size, scale, [3 / 4, 4 / 3])
+            assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
+            assert (view.jitter, view.grayscale, view.flip, view.interpolation) == (0.8, 0.2, 0.5, "bicubic")
+            assert view.blur_sigma == [0.1, 2.0]
+        assert (views["global"].blur, views["global"].solarise) == ([1.0, 0.1], [0.0, 0.2])
+        assert (views["local"].blur, views["local"].solarise) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_preset_fits_the_count(count):
+    values = presets({"global": {"preset": "dino", "count": count}})["global"]
+    assert values["blur"] == [1.0, 0.1, 0.1][:count] and values["solarise"] == [0.0, 0.2, 0.2][:count]
+    View(**values | {"count": count})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "sigma"),
+    [("global", 28, [0.0125, 0.25]), ("global", [56, 224], [0.025, 0.5]), ("local", 12, [0.0125, 0.25])],
+)
+def test_a_preset_blurs_small_views_alike(name, size, sigma):
+    assert presets({name: {"preset": "dino", "size": size}})[name]["blur_sigma"] == sigma
+    assert PRESETS["dino"][name]["blur_sigma"] == [0.1, 2.0]
+
+
+def test_a_preset_is_nobodys_to_change():
+    presets({"global": {"preset": "dino"}})["global"]["scale"][0] = 0.0
+    assert presets({"global": {"preset": "dino"}})["global"]["scale"] == [0.4, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"global": {"preset": "dinov3"}}, "preset=dinov3: expected dino or dinov2; did you mean 'dinov2'"),
+        ({"locl": {"preset": "dino"}}, "views.locl: preset=dino has no view of that name: expected global or local"),
+        ({"global": {"preset": "dino", "size": "big"}}, "view: size=big"),
+    ],
+)
+def test_impossible_presets(views, message):
+    with pytest.raises(Refusal) as refusal:
+        presets(views)
+    assert message in str(refusal.value)
+
+
 # ---------------------------------------------------------------------------- evaluation
 
 
@@ -217,7 +383,10 @@ def test_evaluation_of_the_same_size_is_a_copy():
         ("scale", [0.0, 1.0]), ("scale", [0.5, 0.4]), ("scale", [0.5, 1.1]), ("scale", [0.5]),
         ("ratio", [0.0, 1.0]), ("ratio", [2.0, 1.0]), ("ratio", [1.0, math.inf]),
         ("flip", 1.5), ("flip", -0.1), ("jitter", math.nan), ("grayscale", 2), ("hue", 0.6), ("brightness", -1),
-        ("contrast", 1.5), ("saturation", -0.2), ("interpolation", "nearest"),
+        ("contrast", 1.5), ("saturation", -0.2), ("interpolation", "nearest"), ("preset", "dimo"),
+        ("count", 0), ("count", -1), ("count", 1.5), ("count", True), ("count", math.inf),
+        ("blur", 1.1), ("blur", "often"), ("blur", [0.1, 0.2]), ("blur", [2.0]), ("blur", None), ("solarise", []),
+        ("blur_sigma", [0.0, 1.0]), ("blur_sigma", [2.0, 1.0]), ("blur_sigma", [1.0, 1000.0]), ("solarise", -0.1),
     ],
 )  # fmt: skip
 def test_impossible_views_are_refused_by_field(name, value):
