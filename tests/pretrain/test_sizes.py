@@ -1,0 +1,306 @@
+"""Sizes chosen for the data set: the rules' values by hand, what is told, what wins."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from common.errors import Refusal
+from common.schedules import parse
+from pretrain.config import OptimizerConfig, PretrainConfig, TeacherConfig
+from pretrain.sizes import half_life, momentum_for, prototypes_for, settle, temperature_for
+
+
+@dataclass
+class Distils:
+    """What `dino` and `ibot` leave open."""
+
+    weight: float = 1.0
+    prototypes: Any = "auto"
+    teacher_temperature: Any = "auto"
+    freeze_last_layer: Any = "auto"
+    shared_head: bool = False
+
+
+@dataclass
+class Spreads:
+    """What `koleo` has."""
+
+    weight: float = 0.1
+    local: bool = False
+
+
+def settled(
+    images: int = 1_280_000,
+    batch: int = 1024,
+    epochs: int = 100,
+    chosen: dict[str, Any] | None = None,
+    processes: int = 1,
+    accumulate: int = 1,
+    optimizer: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
+) -> tuple[PretrainConfig, dict[str, Any], dict[str, str], list[str]]:
+    """(config, options, reasons, notes) of a run over so many images."""
+    config = PretrainConfig(batch=batch, accumulate=accumulate)
+    config.optimizer, config.teacher = OptimizerConfig(**(optimizer or {})), TeacherConfig(**(teacher or {}))
+    chosen = {"dino": Distils()} if chosen is None else chosen
+    per_epoch = images // batch
+    reasons: dict[str, str] = {}
+    notes = settle(config, chosen, images, epochs * per_epoch, per_epoch, processes, reasons)
+    return config, chosen, reasons, notes
+
+
+@pytest.mark.parametrize(
+    ("images", "prototypes", "temperature"),
+    [
+        (40, 64, 0.02),
+        (600, 64, 0.02),  # 37.5
+        (2_000, 128, 0.02),  # 125
+        (9_000, 512, 0.02),  # 562
+        (20_000, 1024, 0.02),  # 1,250: LightlyTrain's 1,024
+        (54_000, 4096, 0.035),  # 3,375; 0.02 + 0.05 * ln(2.7) / ln(25)
+        (100_000, 8192, 0.045),  # 6,250 lies nearer to 8,192 in ratio; the middle of the logarithms
+        (500_000, 32_768, 0.07),
+        (1_281_167, 65_536, 0.07),  # ImageNet: DINO's
+        (10**9, 65_536, 0.07),
+    ],
+)
+def test_rules_on_images(images: int, prototypes: int, temperature: float) -> None:
+    assert prototypes_for(images) == prototypes
+    assert temperature_for(images) == temperature
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "momentum"),
+    [
+        (1_281_167, 1024, pytest.approx(0.996, abs=2e-4)),  # DINO's
+        (1_281_167, 256, pytest.approx(0.999, abs=1e-4)),
+        (1_281_167, 64, 0.9995),  # what DINO advises for small batches
+        (54_000, 64, pytest.approx(0.5 ** (64 * 7 / 54_000), abs=1e-6)),  # 0.994266
+        (54_000, 256, 0.99),
+        (600, 64, 0.99),
+        (600, 1, pytest.approx(0.5 ** (7 / 600), abs=1e-6)),
+    ],
+)
+def test_rule_on_momentum(images: int, batch: int, momentum: Any) -> None:
+    assert momentum_for(images, batch) == momentum
+
+
+def test_half_life() -> None:
+    assert half_life(0.996, 1024) == pytest.approx(177_000, rel=2e-3)  # the specification's
+    assert half_life(0.5, 256) == 256
+    assert half_life(1.0, 256) == math.inf
+    assert half_life(0.0, 256) == 0
+
+
+def test_imagenet_gives_dinos_values() -> None:
+    """arXiv 2104.14294: K 65,536, momentum 0.996 to 1, temperature 0.04 to 0.07 over 30 epochs, warm-up 10."""
+    config, chosen, _, notes = settled(1_281_167, 1024, epochs=100)
+    dino, per_epoch = chosen["dino"], 1251
+    assert dino.prototypes == 65_536
+    assert dino.teacher_temperature == {"schedule": "linear", "start": 0.04, "end": 0.07, "over": 0.3}
+    momentum = parse(config.teacher.momentum, "")
+    assert (momentum.schedule, momentum.end) == ("cosine", 1.0)
+    assert momentum.start == pytest.approx(0.996, abs=2e-4)
+    assert config.optimizer.warmup * 100 * per_epoch == pytest.approx(10 * per_epoch)
+    assert dino.freeze_last_layer * 100 * per_epoch == pytest.approx(per_epoch)
+    assert not notes
+    assert settled(1_281_167, 1024, epochs=300)[1]["dino"].teacher_temperature["over"] == pytest.approx(0.1)
+
+
+def test_a_short_run_on_few_images() -> None:
+    config, chosen, _, notes = settled(600, 64, epochs=5)
+    dino = chosen["dino"]
+    assert (dino.prototypes, dino.teacher_temperature) == (64, 0.02)
+    assert (config.optimizer.warmup, dino.freeze_last_layer) == (0.1, 0.1)
+    assert config.teacher.momentum == {"schedule": "cosine", "start": 0.99, "end": 1.0}
+    assert not notes
+
+
+def test_frozen_for_an_epoch_to_the_step() -> None:
+    """The objective asks whether step / steps is below the share: the first step of the second epoch must not be."""
+    for per_epoch in (3, 7, 49, 1251):
+        share = settled(per_epoch * 64, 64, epochs=30)[1]["dino"].freeze_last_layer
+        assert (per_epoch - 1) / (30 * per_epoch) < share <= per_epoch / (30 * per_epoch)
+
+
+def test_every_reason_has_its_numbers() -> None:
+    _, _, reasons, _ = settled(54_000, 64, epochs=50)
+    assert reasons == {
+        "optimizer.warmup": "5 epochs of 50 epochs: 10 epochs, at most 10 % of the training",
+        "teacher.momentum": "starts with a half-life of 7,714 images at batch 64 (a seventh of an epoch, 7,714)",
+        "objectives.dino.prototypes": "the power of two nearest to 54,000 images / 16, from 64 to 65,536",
+        "objectives.dino.teacher_temperature": "0.035 for 54,000 images: 0.02 up to 20,000, 0.07 from 500,000, between "
+        "linear in the logarithm",
+        "objectives.dino.freeze_last_layer": "1 epoch of 50 epochs: 1 epoch, at most 10 % of the training",
+    }
+    assert settled()[2]["objectives.dino.teacher_temperature"] == (
+        "ends at 0.07 for 1,280,000 images: 0.02 up to 20,000, 0.07 from 500,000, between linear in the logarithm; "
+        "over 30 epochs, at most 30 % of the training"
+    )
+    _, _, reasons, _ = settled(600, 64)
+    assert reasons["teacher.momentum"] == (
+        "starts with a half-life of 4,414 images at batch 64 "
+        "(a seventh of an epoch, 86, but the momentum not below 0.99)"
+    )
+
+
+def test_explicit_values_win() -> None:
+    given = Distils(prototypes=300, teacher_temperature=0.05, freeze_last_layer=0.5)
+    schedule = {"schedule": "linear", "start": 0.9, "end": 1}
+    config, chosen, reasons, notes = settled(
+        600, 64, 20, {"dino": given}, optimizer={"warmup": "10 epochs"}, teacher={"momentum": schedule}
+    )
+    assert asdict(chosen["dino"]) == asdict(Distils(1.0, 300, 0.05, 0.5))
+    assert (config.optimizer.warmup, config.teacher.momentum) == (0.5, schedule)
+    assert not reasons and not notes
+
+
+def test_half_life_in_images() -> None:
+    config, _, reasons, _ = settled(600, 64, teacher={"half_life": 177_000.0})
+    assert config.teacher.momentum == {"schedule": "cosine", "start": 0.5 ** (64 / 177_000), "end": 1.0}
+    assert config.teacher.half_life is None
+    assert reasons["teacher.momentum"] == ("starts with a half-life of 177,000 images at batch 64 (teacher.half_life)")
+
+
+def test_times_are_settled_and_repaired() -> None:
+    rising = {"schedule": "linear", "start": 0.04, "end": 0.07, "over": "30 epochs"}
+    decay = {"schedule": "cosine", "start": 0.04, "end": 0.4, "over": "2 epochs"}
+    given = Distils(teacher_temperature=rising, freeze_last_layer="9 epochs")
+    config, chosen, _, notes = settled(
+        640, 64, 5, {"dino": given}, optimizer={"warmup": "10 epochs", "weight_decay": decay}
+    )
+    assert config.optimizer.warmup == 0.3
+    assert config.optimizer.weight_decay == decay | {"over": 0.4}
+    assert chosen["dino"].teacher_temperature == rising | {"over": 0.3}
+    assert rising["over"] == "30 epochs"  # the recipe's own is left alone
+    assert chosen["dino"].freeze_last_layer == 0.1
+    assert notes == [
+        "optimizer.warmup=10 epochs is longer than the training (5 epochs): 30 % of it, 1.5 epochs, is used instead",
+        "objectives.dino.teacher_temperature.over=30 epochs is longer than the training (5 epochs): 30 % of it, "
+        "1.5 epochs, is used instead",
+        "objectives.dino.freeze_last_layer=9 epochs is longer than the training (5 epochs): 10 % of it, 0.5 epochs, is "
+        "used instead",
+    ]
+
+
+def test_more_prototypes_than_images() -> None:
+    assert settled(9_000, 64, chosen={"dino": Distils(prototypes=65_536)})[3] == [
+        "objectives.dino.prototypes=65536 is more than one prototype per image (9,000 images): most will stay empty; "
+        "about 512 would make sense"
+    ]
+    assert not settled(40, 8, chosen={"dino": Distils(prototypes=64)})[3]  # what was chosen automatically before
+
+
+def test_a_shared_head_is_dinos() -> None:
+    chosen = {"ibot": Distils(shared_head=True), "dino": Distils(prototypes=300, freeze_last_layer="2 epochs")}
+    _, chosen, reasons, notes = settled(9_000, 64, chosen=chosen)
+    assert (chosen["ibot"].prototypes, chosen["ibot"].freeze_last_layer) == (300, 0.02)
+    assert reasons["objectives.ibot.prototypes"] == reasons["objectives.ibot.freeze_last_layer"]
+    assert reasons["objectives.ibot.prototypes"] == "dino's, whose head it shares"
+    assert chosen["ibot"].teacher_temperature == 0.02
+    assert not notes
+
+
+def test_a_shared_head_without_its_owner_is_the_objectives_own_matter() -> None:
+    assert settled(9_000, 64, chosen={"ibot": Distils(shared_head=True)})[1]["ibot"].prototypes == 512
+
+
+def test_without_a_teacher_nothing_is_said_of_it() -> None:
+    config, _, reasons, _ = settled(chosen={"koleo": Spreads()})
+    assert list(reasons) == ["optimizer.warmup"]
+    assert config.teacher.momentum != "auto"
+
+
+def test_what_was_settled_is_plain_and_stays() -> None:
+    """A resumed run settles its stored options again."""
+    config, chosen, _, _ = settled(54_000, 64, 50, {"dino": Distils(), "ibot": Distils()})
+    config.objectives = {name: asdict(options) for name, options in chosen.items()}
+    stored = OmegaConf.to_yaml(OmegaConf.structured(config))
+    assert "auto" not in json.dumps([asdict(config.optimizer), asdict(config.teacher), config.objectives])
+    assert OmegaConf.create(stored).teacher.momentum == config.teacher.momentum
+    reasons: dict[str, str] = {}
+    assert settle(config, chosen, 54_000, 90_000, 843, 1, reasons) == [] and reasons == {}
+    config.objectives = {name: asdict(options) for name, options in chosen.items()}
+    assert OmegaConf.to_yaml(OmegaConf.structured(config)) == stored
+
+
+def test_the_callers_options_are_left_alone() -> None:
+    given = PretrainConfig(batch=64)
+    copy = PretrainConfig(**vars(given))
+    settle(copy, {}, 640, 100, 10, 1, {})
+    assert (given.optimizer.warmup, given.teacher.momentum) == ("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prototypes": 1}, r"objectives\.dino\.prototypes=1: expected auto or a whole number of at least 2"),
+        ({"prototypes": True}, "prototypes=True: expected auto or a whole number"),
+        ({"prototypes": 64.0}, "prototypes=64.0: expected auto or a whole number"),
+        ({"prototypes": None}, "prototypes=None: expected auto or a whole number"),
+        ({"prototypes": "atuo"}, "prototypes='atuo': expected auto or a whole number .*; did you mean 'auto'"),
+        ({"teacher_temperature": 0}, r"teacher_temperature=0: expected a number above 0"),
+        ({"teacher_temperature": -0.1}, r"teacher_temperature=-0\.1: expected a number above 0"),
+        (
+            {"teacher_temperature": {"schedule": "linear", "start": 0.04, "end": 0}},
+            r"linear 0.04 -> 0: expected numbers",
+        ),
+        ({"teacher_temperature": "autp"}, "did you mean 'auto'"),
+        (
+            {"teacher_temperature": {"schedule": "step", "start": 1, "end": 2}},
+            "expected one of constant, linear, cosine",
+        ),
+        ({"freeze_last_layer": "one epoch"}, r"objectives\.dino\.freeze_last_layer='one epoch': expected a share"),
+        ({"freeze_last_layer": 2}, r"freeze_last_layer=2: expected a share"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(Refusal, match=told):
+        settled(chosen={"dino": Distils(**options)})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"optimizer": {"schedule": "cosin"}}, r"optimizer\.schedule='cosin': expected one of .*did you mean 'cosine'"),
+        ({"optimizer": {"warmup": "aut"}}, r"optimizer\.warmup='aut': expected auto or a time .*did you mean 'auto'"),
+        ({"optimizer": {"weight_decay": -1}}, r"optimizer\.weight_decay=-1: expected a number of at least 0"),
+        ({"teacher": {"momentum": 1.1}}, r"teacher\.momentum=1\.1: expected a number in \[0, 1\]"),
+        ({"teacher": {"momentum": {"schedule": "cosine", "start": 0.9, "end": -1}}}, r"numbers in \[0, 1\]"),
+        ({"teacher": {"momentum": None}}, r"teacher\.momentum=None: expected a number or"),
+        ({"teacher": {"momentum": 0.99, "half_life": 100.0}}, r"half_life=100 and teacher\.momentum say the same"),
+        ({"teacher": {"half_life": 0.0}}, r"teacher\.half_life=0: expected a number of images above 0"),
+        ({"teacher": {"half_life": math.nan}}, r"teacher\.half_life=nan: expected a number of images"),
+    ],
+)
+def test_bad_config(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(Refusal, match=told):
+        settled(**given)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "processes", "options", "refused"),
+    [
+        (1, 1, 1, Spreads(), True),
+        (2, 1, 1, Spreads(), False),
+        (8, 8, 1, Spreads(), True),
+        (8, 4, 4, Spreads(), False),  # neighbours are looked for among all processes
+        (8, 2, 4, Spreads(local=True), True),
+        (16, 2, 4, Spreads(local=True), False),
+        (1, 1, 1, Spreads(weight=0.0), False),
+    ],
+)
+def test_koleo_needs_two(batch: int, accumulate: int, processes: int, options: Any, refused: bool) -> None:
+    def run() -> Any:
+        return settled(600, batch, chosen={"koleo": options}, processes=processes, accumulate=accumulate)
+
+    if not refused:
+        run()
+        return
+    parts = accumulate * (processes if options.local else 1)
+    with pytest.raises(Refusal, match=rf"objectives\.koleo needs at least two images .*batch={batch} .*{2 * parts}"):
+        run()
