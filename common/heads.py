@@ -1,14 +1,19 @@
-"""Heads that turn tokens into answers about position.
+"""Heads that turn tokens into answers about position, and class tokens into prototype logits.
 
 Letters: B images, K tokens of each, D width, Q pairs of tokens, P prefix tokens.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .errors import Refusal
+from .errors import Refusal, nearest
+
+LAST_LAYERS = ("normed", "weight_norm", "linear")
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -154,3 +159,93 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Prefix and patch tokens together, (B, P+K, D) -> (B, P+K, decoder_width)."""
         return self.norm(self.blocks(self.embed(tokens)))
+
+
+class ProjectionHead(nn.Module):
+    """DINO's head (arXiv 2104.14294): an MLP with GELU to a narrow bottleneck, which is brought to length 1, then a
+    last layer without bias that compares it with every prototype: D -> hidden -> hidden -> bottleneck -> prototypes.
+
+    The rows of the last layer have length 1 (`last` normed: logits are cosines, DINO's norm_last_layer), a trainable
+    length (weight_norm: DINOv2), or are as they are (linear: DINOv3).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        prototypes: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        last: str = "normed",
+    ) -> None:
+        super().__init__()
+        for name, size in (("prototypes", prototypes), ("hidden", hidden), ("bottleneck", bottleneck)):
+            if size < 1:
+                raise Refusal(f"{name}={size}: a projection head needs 1 or more")
+        if layers < 1:
+            raise Refusal(f"layers={layers}: a projection head has 1 or more before its last layer")
+        if last not in LAST_LAYERS:
+            raise Refusal(f"last_layer={last!r}: expected one of {', '.join(LAST_LAYERS)}{nearest(last, LAST_LAYERS)}")
+        widths = [width, *[hidden] * (layers - 1), bottleneck]
+        made: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            made += [nn.GELU(), _linear(inputs, outputs)]
+        self.mlp = nn.Sequential(*made[1:])
+        self.last = PrototypeLayer(bottleneck, prototypes, last)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Class or patch tokens (N, D) -> logits (N, prototypes), float32 or wider."""
+        return self.last(nn.functional.normalize(wide(self.mlp(rows)), dim=-1, eps=1e-12))
+
+
+class PrototypeLayer(nn.Module):
+    """Linear without bias, whose weight is an ordinary parameter: nothing is hung on it, so that it can be copied, and
+    its name in a checkpoint is the same however it is normalised."""
+
+    def __init__(self, width: int, prototypes: int, kind: str) -> None:
+        super().__init__()
+        layer = nn.Linear(width, prototypes, bias=False)  # drawn as torch does, like DINO's
+        self.weight = layer.weight
+        self.kind = kind
+        if kind == "linear":
+            nn.init.trunc_normal_(self.weight, std=0.02)  # DINOv3: lengths matter
+        self.gain = nn.Parameter(torch.ones(prototypes, 1)) if kind == "weight_norm" else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(N, width) -> (N, prototypes), float32 or wider."""
+        if self.kind == "linear":
+            return wide(nn.functional.linear(rows, self.weight))
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        with torch.autocast(device, enabled=False):
+            logits: Tensor = _Cosines.apply(rows, self.weight, dtype)  # type: ignore[assignment]
+        return logits if self.gain is None else logits * self.gain[:, 0]
+
+
+class _Cosines(torch.autograd.Function):
+    """rows (N, C) times weight (K, C) with every row of weight brought to length 1, products in `dtype`: (N, K).
+
+    The lengths divide the logits and not the weight, and the gradient along a row of weight is read off the logits.
+    Forward and backward take the time of a plain linear layer, 130 ms for 80 rows and 65,536 prototypes of 256 on one
+    thread; torch's weight_norm takes 177, lengths that divide the logits under autograd 225, F.normalize 371.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        inverse_K = 1 / torch.linalg.vector_norm(weight, dim=1).clamp(min=1e-12)
+        low_rows, low_weight = rows.to(dtype), weight.to(dtype)
+        logits_NK = wide(low_rows @ low_weight.t()).mul_(inverse_K)
+        ctx.save_for_backward(low_rows, low_weight, weight, inverse_K, logits_NK)
+        return logits_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low_weight, weight, inverse_K, logits_NK = ctx.saved_tensors
+        scaled_NK = (gradient_NK * inverse_K).to(rows.dtype)
+        of_rows = (scaled_NK @ low_weight).to(logits_NK.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_rows, None, None
+        along_K = (gradient_NK * logits_NK).sum(0) * inverse_K.square()  # what would only change the length
+        of_weight = (scaled_NK.t() @ rows).to(weight.dtype).addcmul_(weight, along_K[:, None], value=-1)
+        return of_rows, of_weight, None

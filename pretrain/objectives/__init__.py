@@ -8,7 +8,7 @@ subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` i
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +22,21 @@ from common.errors import Refusal, nearest
 from common.models import Backbone, Features
 from common.plan import PlanSpec
 from common.sampling import Batch
+from common.transforms import View
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the backbone that an objective asks for; equal passes of several objectives are run once."""
+    """One run of the backbone that an objective asks for; equal passes of several objectives are run once, and crops of
+    one size that are run in the same way are run together."""
 
     view: str = "global"
     plan: PlanSpec = field(default_factory=PlanSpec)
     grad: bool = True
     hidden: str | None = None  # with position "partial": the objective whose `hidden_position` is shown instead
+    crops: int | None = 1  # the first so many crops of the view; None: all of them, crop after crop
+    who: str = "student"  # or "teacher": the one EMA backbone of the run, which takes no gradient
+    masked: str | None = None  # the objective whose patch mask, and whose `mask_token`, the images are run with
 
     @property
     def purpose(self) -> str:
@@ -40,13 +45,45 @@ class Pass:
         return f"plan {self.view} keep {plan.keep} {plan.position} {plan.position_keep} context {plan.context}"
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """How an objective is doing, in a word or two, and what to try if it is not well."""
+
+    name: str
+    advice: str = ""  # empty: nothing to do
+
+
 class Objective(nn.Module):
     """One training signal: its passes, its heads, its statistics."""
 
     Options: Any  # a dataclass; filled strictly from the recipe
     passes: Mapping[str, Pass]  # the names under which it will find its features
     draw: Callable[[np.random.Generator], Mapping[str, np.ndarray]] | None = None  # per sample; picklable
-    progress: float = 0.0  # share of the training that is done; set before every step
+    collate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # of its stacked draws, more; picklable
+    progress: float = 0.0  # share of the training that is done
+    measured: bool = True  # whether this step's statistics are logged; else only the loss is wanted
+    pooled: str = "mean"  # what of the backbone it trains to stand for an image: "mean" (of the patches) or "class"
+
+    def meet(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
+        """Called once, when every objective of the recipe is there: complete `passes`, share a pass or a head."""
+
+    def begin_step(self, progress: float, measured: bool) -> None:
+        """Called before every step; what one that was not taken left behind is to be forgotten."""
+        self.progress, self.measured = progress, measured
+
+    def before_update(self) -> None:
+        """Called between backward and clipping: gradients may be withheld."""
+
+    def after_step(self, momentum: float) -> None:
+        """Called after a step that was taken, and only then: commit centres and counts."""
+
+    def teachers(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """(teacher, student) pairs of modules; after a step that was taken, the task moves the teacher."""
+        return ()
+
+    def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
+        """What its statistics, averaged over a logged step, say of its health."""
+        return None
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": scalar that is trained on, and statistics: scalars without gradient}."""
@@ -133,4 +170,4 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
         raise Refusal(told if told.startswith("objectives.") else f"objectives.{name}: {told}") from None
 
 
-__all__ = ["Answers", "Batch", "Objective", "Pass", "Positional", "build", "find", "names", "options"]
+__all__ = ["Answers", "Batch", "Objective", "Pass", "Positional", "Verdict", "build", "find", "names", "options"]

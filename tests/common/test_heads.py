@@ -1,11 +1,13 @@
 """Heads: the papers' sizes, and what is computed once instead of for every pair."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.errors import Refusal
-from common.heads import Decoder, HalfHead, LinearHead, MlpHead, PairHead
+from common.heads import LAST_LAYERS, Decoder, HalfHead, LinearHead, MlpHead, PairHead, ProjectionHead
 
 
 def size(head: nn.Module) -> int:
@@ -141,3 +143,86 @@ def test_widths_that_cannot_be_halved_are_refused() -> None:
         PairHead(31, 9)
     with pytest.raises(Refusal, match="cannot be shared by 3 heads"):
         Decoder(12, 16, 2, 3)
+
+
+def by_definition(head: ProjectionHead, rows: Tensor) -> Tensor:
+    """DINO's head as it is written: the rows of the last layer are normalised first."""
+    normalize = nn.functional.normalize
+    weight = head.last.weight if head.last.kind == "linear" else normalize(head.last.weight, dim=1)
+    if head.last.kind == "weight_norm":
+        weight = weight * head.last.gain
+    return normalize(head.mlp(rows), dim=-1) @ weight.T
+
+
+def projection(last: str) -> ProjectionHead:
+    torch.manual_seed(0)
+    head = ProjectionHead(12, 30, hidden=16, bottleneck=8, last=last)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3)
+    return head
+
+
+def test_projection_head_has_the_sizes_of_dino() -> None:
+    mlp = 384 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 256 + 256  # ViT-S
+    with torch.device("meta"):
+        assert size(ProjectionHead(384, 65536)) == mlp + 65536 * 256
+        assert size(ProjectionHead(384, 65536, last="weight_norm")) == mlp + 65536 * 256 + 65536
+        assert size(ProjectionHead(384, 65536, last="linear")) == mlp + 65536 * 256
+        assert size(ProjectionHead(384, 100, layers=1)) == 384 * 256 + 256 + 256 * 100
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("last", LAST_LAYERS)
+def test_projection_head_is_the_definition(last: str, dtype: torch.dtype, within: float) -> None:
+    head, rows = projection(last).to(dtype), torch.randn(5, 12, dtype=dtype, requires_grad=True)
+    ours, theirs = head(rows), by_definition(head, rows)
+    torch.testing.assert_close(ours, theirs, atol=within, rtol=within)
+    weights, of = torch.randn_like(ours), [rows, *head.parameters()]
+    for mine, plain in zip(
+        torch.autograd.grad((ours * weights).sum(), of), torch.autograd.grad((theirs * weights).sum(), of), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, atol=10 * within, rtol=10 * within)
+
+
+def test_a_normed_layer_gives_cosines_from_the_start() -> None:
+    head = ProjectionHead(12, 500, hidden=16, bottleneck=8)
+    logits = head(torch.randn(40, 12))
+    assert logits.abs().max() <= 1 + 1e-6 and logits.abs().max() > 0.7
+    with torch.no_grad():
+        head.last.weight.mul_(7)
+    torch.testing.assert_close(head(torch.zeros(1, 12)), torch.zeros(1, 500))  # eps, where the bottleneck is 0
+
+
+@pytest.mark.parametrize("last", LAST_LAYERS)
+def test_a_projection_head_can_be_copied_and_frozen(last: str) -> None:
+    head, rows = projection(last), torch.randn(5, 12, requires_grad=True)
+    twin = copy.deepcopy(head).requires_grad_(False)
+    assert torch.equal(twin(rows), head(rows))
+    assert list(twin.state_dict()) == list(head.state_dict())
+    with torch.no_grad():
+        head.last.weight.add_(1)
+    assert not torch.allclose(twin(rows), head(rows))
+    twin(rows).sum().backward()
+    assert rows.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("last", LAST_LAYERS)
+def test_a_projection_head_in_bf16_answers_in_float32(last: str) -> None:
+    head, rows = projection(last), torch.randn(5, 12)
+    exact = head(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = head(rows.bfloat16())
+    assert low.dtype == torch.float32
+    assert 0 < (low - exact).abs().max() < 0.02 * exact.abs().max()
+    low.square().sum().backward()
+    assert {parameter.grad.dtype for parameter in head.parameters()} == {torch.float32}
+
+
+def test_projection_heads_that_cannot_be_are_refused() -> None:
+    with pytest.raises(Refusal, match="did you mean 'normed'"):
+        ProjectionHead(8, 10, last="norm")
+    with pytest.raises(Refusal, match="layers=0"):
+        ProjectionHead(8, 10, layers=0)
+    with pytest.raises(Refusal, match="bottleneck=0"):
+        ProjectionHead(8, 10, bottleneck=0)
