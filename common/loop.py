@@ -3,8 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +12,35 @@ from torch import Tensor, nn
 
 from .errors import Refusal
 from .launch import StopSignal
+from .optim import clip_gradients
 from .tracking import Progress
 
-MOST_SKIPPED = 50  # non-finite gradients in a row (fp16's loss scale needs a dozen to settle) before a run gives up
+MOST_SKIPPED = 50  # steps in a row that are not finite, before a run gives up; fp16's scale needs a dozen
 
 Report = tuple[int, Callable[[int], dict[str, float | str]]]  # (every so many steps, what to measure then)
+
+
+class Observer(Protocol):
+    """Who is told of every optimizer step."""
+
+    def begin_step(self, progress: float, measured: bool) -> None:
+        """Before it: the share of the training that is done, and whether the step's statistics will be logged."""
+
+    def before_update(self) -> None:
+        """Its gradients are there, reduced over all processes, and not clipped yet."""
+
+    def after_step(self, taken: bool) -> None:
+        """After it; `taken` is False where the gradient was not finite and nothing changed."""
+
+
+class Recorder(Protocol):
+    """Who keeps what a step began with, in case it goes wrong."""
+
+    def begin(self) -> None:
+        """Before a step."""
+
+    def keep(self, step: int, results: Sequence[Mapping[str, Tensor]], norm: float, batches: Sequence[Any]) -> None:
+        """After a step that was not finite; nothing has changed yet. Every process calls it."""
 
 
 def fit(
@@ -30,6 +54,10 @@ def fit(
     start: int = 0,
     accumulate: int = 1,
     clip: float = 0.0,
+    clip_by: str = "global",
+    weight_decay: Callable[[int], float] | None = None,
+    most_skipped: int = MOST_SKIPPED,
+    skipped: int = 0,
     log_every: int = 10,
     images_per_step: int,
     reports: Sequence[Report] = (),
@@ -38,17 +66,22 @@ def fit(
     save_due: Callable[[int], bool],
     stop: StopSignal,
     progress: Progress,
-    before_step: Callable[[float], None] | None = None,
+    observer: Observer | None = None,
+    recorder: Recorder | None = None,
+    read: Callable[[int, Mapping[str, Any]], Mapping[str, str]] | None = None,
 ) -> int:
     """Train from step `start` (already done) to `steps`; returns the last step done, earlier if `stop` was signalled.
 
     task(batch) -> {"loss", statistics}; schedule(step) -> learning rate of the 0-based optimizer step, which each
-    group multiplies by its lr_scale; before_step(share of the training that is done), if given; a report's numbers join
-    the record that `track` gets. A step whose gradient norm is not finite changes nothing and is counted. Raises
-    Refusal after MOST_SKIPPED of those in a row.
+    group multiplies by its lr_scale; weight_decay(step), if given, for the groups that decay; `clip_by`: see
+    `clip_gradients`; read(step, a logged record) -> words that join it; a report's numbers join the record that
+    `track` gets.
+
+    A step whose loss on any process, or whose gradient, is not finite changes nothing, is counted from `skipped` on,
+    and is given to the recorder. Raises Refusal after `most_skipped` of those in a row.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    skipped = skipped_in_a_row = 0
+    skipped_in_a_row = 0
     seconds = waited = 0.0
     since = start
     task.train()
@@ -57,9 +90,14 @@ def fit(
         begun = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = schedule(step - 1) * group["lr_scale"]
-        if before_step is not None:
-            before_step((step - 1) / steps)
+            if weight_decay is not None and group["decays"]:
+                group["weight_decay"] = weight_decay(step - 1)
+        if observer is not None:
+            observer.begin_step((step - 1) / steps, logged)
+        if recorder is not None:
+            recorder.begin()
         results: list[dict[str, Tensor]] = []
+        used: list[Any] = []
         for part in range(accumulate):
             before = time.perf_counter()
             batch = next(batches)
@@ -67,18 +105,26 @@ def fit(
             last = part == accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(task):
                 result = task(batch.to(accelerator.device))
-                accelerator.backward(result["loss"] / accumulate)
+                accelerator.backward(_spread(result["loss"]) / accumulate)
             results.append({name: value.detach() for name, value in result.items()})
-        norm = float(accelerator.clip_grad_norm_(parameters, clip or math.inf))  # type: ignore[arg-type]
+            used.append(batch)
+        if observer is not None:
+            observer.before_update()
+        norm = float(clip_gradients(accelerator, parameters, clip, clip_by))
         taken = math.isfinite(norm)  # of the all-reduced gradient: every process decides alike
+        if not taken and recorder is not None:
+            recorder.keep(step, results, norm, used)
         if taken or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and must hear of it
             optimizer.step()
         optimizer.zero_grad()
+        if observer is not None:
+            observer.after_step(taken)
         skipped, skipped_in_a_row = skipped + (not taken), 0 if taken else skipped_in_a_row + 1
-        if skipped_in_a_row >= MOST_SKIPPED:
+        if skipped_in_a_row >= most_skipped:
             raise Refusal(
-                f"the gradient was not finite in {MOST_SKIPPED} steps in a row up to step {step}: lower optimizer.lr, "
-                "clip gradients, or use precision=bf16 or fp32; the last checkpoint is intact"
+                f"the loss or its gradient was not finite in {skipped_in_a_row} steps in a row up to step {step}: "
+                "lower optimizer.lr, clip gradients, or use precision=bf16 or fp32; none of them was taken, and the last "
+                "checkpoint is intact"
             )
         seconds += time.perf_counter() - begun
 
@@ -86,6 +132,10 @@ def fit(
         if logged:
             record = _mean(accelerator, results)
             record |= {"lr": schedule(step - 1), "gradient_norm": norm, "skipped": skipped}
+            if weight_decay is not None:
+                record["weight_decay"] = weight_decay(step - 1)
+            if read is not None:
+                record |= read(step, record)
             record["images_per_second"] = (step - since) * images_per_step / seconds
             record["data_wait"] = waited / seconds
             seconds, waited, since = 0.0, 0.0, step
@@ -103,6 +153,11 @@ def fit(
         if stopping:
             return step
     return max(start, steps)
+
+
+def _spread(loss: Tensor) -> Tensor:
+    """The same loss; one that is not finite makes every gradient so, and by their sum every process hears of it."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def _mean(accelerator: Accelerator, results: Sequence[dict[str, Tensor]]) -> dict[str, Any]:

@@ -1,22 +1,28 @@
-"""Parameter groups, and the one schedule: linear warm-up, then cosine, per optimizer step."""
+"""Parameter groups and the clipping of gradients."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 
 NO_DECAY = {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token", "relative_position_bias_table"}
+CLIP_BY = ("global", "per_tensor")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """AdamW groups of the trained parameters: {"params", "weight_decay", "lr_scale"}.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float | None = None, patch_embed: float = 1.0
+) -> list[dict[str, Any]]:
+    """AdamW groups of the trained parameters: {"params", "weight_decay", "decays", "lr_scale"}.
 
     No decay on biases, norms and other 1-D parameters, position embeddings and tokens (timm's own `no_weight_decay`
     misses NesT's). With `layer_decay`, a layer's rate is scaled by layer_decay ** (layers above it) (BEiT, arXiv
-    2106.08254).
+    2106.08254); the rate of the patch embedding also by `patch_embed` (DINOv2: 0.2).
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
     layers = layer_ids(module) if layer_decay is not None else {}
     top = max(layers.values(), default=0)
     for name, parameter in module.named_parameters():
@@ -24,8 +30,11 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
             continue
         kept = parameter.ndim <= 1 or not NO_DECAY.isdisjoint(name.split("."))
         scale = 1.0 if layer_decay is None else layer_decay ** (top - layers[name])
-        key = (0.0 if kept else weight_decay, scale)
-        group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_scale": scale})
+        scale *= patch_embed if "patch_embed" in name.split(".") else 1.0
+        decay = 0.0 if kept else weight_decay
+        group = groups.setdefault(
+            (kept, scale), {"params": [], "weight_decay": decay, "decays": not kept, "lr_scale": scale}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -47,10 +56,18 @@ def layer_ids(module: nn.Module) -> dict[str, int]:
     }
 
 
-def cosine(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """The value at optimizer step `step` (0-based) of `steps`: linear to `peak` over `warmup` steps, cosine to
-    `floor`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], most: float, by: str) -> Tensor:
+    """Scale gradients down in place; returns the norm of them all as it was, (), without waiting for the device.
+
+    `by` "global": all alike, so that their common norm is at most `most`; "per_tensor": each parameter on its own, as
+    DINO's released code does (arXiv 2104.14294). The two are different algorithms. 0 as `most` does not clip.
+    """
+    if by == "global":
+        return accelerator.clip_grad_norm_(parameters, most or math.inf)  # type: ignore[arg-type, return-value]
+    accelerator.unscale_gradients()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if most:
+        shares = (most / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(shares.unbind()))
+    return torch.linalg.vector_norm(norms)

@@ -37,6 +37,7 @@ class Tracker:
 
     def __init__(self, run: Path, start: int, tensorboard: bool, active: bool = True) -> None:
         self.run, self.active, self.writer = run, active, None
+        self.words: dict[str, str] = {}  # as last told
         if not active:
             return
         again = (run / METRICS).exists()  # resumed, be it from the beginning: a run may end before its first checkpoint
@@ -48,7 +49,8 @@ class Tracker:
             self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if again else None)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """One JSON line, floats in full precision, and one TensorBoard scalar for each number."""
+        """One JSON line, floats in full precision; in TensorBoard a scalar for each number, and words when they
+        change."""
         if not self.active:
             return
         self.file.write(json.dumps({"step": step, **record}) + "\n")
@@ -57,6 +59,9 @@ class Tracker:
             for name, value in record.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                elif self.words.get(name) != value:
+                    self.words[name] = value
+                    self.writer.add_text(name, value, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """An RGB picture, uint8 (H, W, 3): run/pictures/<name>-<step>.png and TensorBoard."""
@@ -140,13 +145,15 @@ class Progress:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The few numbers of a record that one watches: loss, accuracy against chance, images/s, share of time spent
+    """The little of a record that one watches: loss, accuracy against chance, health, images/s, share of time spent
     waiting."""
     words = [f"loss {record['loss']:.4f}"]
     for name, value in record.items():
         task, _, what = name.rpartition("/")
         if what == "accuracy" and "/" not in task:
             words.append(f"{task} {value:.1%} (chance {record[f'{task}/chance']:.1%})")
+        elif what == "verdict":
+            words.append(f"{task} {value}")
     words += [f"{record['images_per_second']:,.0f} img/s", f"data_wait {record['data_wait']:.1%}"]
     return "  ".join(words)
 

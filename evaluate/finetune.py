@@ -30,11 +30,12 @@ from common.errors import Refusal
 from common.features import shown
 from common.loop import fit
 from common.models import Backbone
-from common.optim import cosine, parameter_groups
+from common.optim import parameter_groups
 from common.probe import probe
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
 from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.sampling import Batch, Samples, StepSampler, loader
+from common.schedules import rate
 from common.subjects import Subject
 from common.tracking import Progress
 from common.transforms import View
@@ -238,7 +239,7 @@ def train(
             prepared,
             iter(loader(samples, sampler, arguments.workers, pin=job.device.type == "cuda")),
             optimizer,
-            lambda step: cosine(
+            lambda step: rate(
                 step, steps, round(arguments.warmup * steps), arguments.lr * scale, arguments.min_lr * scale
             ),
             steps=steps,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from common import precision
+from common import collectives, precision, schedules, subjects
 from common.data import Images, open_data
+from common.errors import Refusal
 from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
-from common.optim import cosine, parameter_groups
+from common.optim import parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
 from pretrain.audit import Verdict, cached_audit
 from pretrain.config import PretrainConfig, num_steps
+from pretrain.sizes import settle
 from pretrain.task import Pretraining, build, resolve
 
 
@@ -38,6 +41,8 @@ class Parts:
     steps: int
     per_epoch: int
     reasons: dict[str, str] = field(default_factory=dict)  # automatic value -> where it came from
+    notes: list[str] = field(default_factory=list)  # what was repaired, and what looks unwise
+    init: str = ""  # what the backbone begins from, if not from scratch
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -62,28 +67,23 @@ class Parts:
 
     def held_out_samples(self) -> Samples:
         """The held-out images, cropped and drawn for as the training images are."""
-        return Samples(self.held_out, self.samples.views, 0, self.samples.channels, self.task.draws)
+        return Samples(self.held_out, self.samples.views, 0, self.samples.channels, self.task.draws, self.task.collates)
 
 
-def assemble(config: PretrainConfig, process: PartialState) -> Parts:
-    """Build the parts of a run and settle every automatic value. Writes nothing. Raises Refusal for what cannot be."""
+def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) -> Parts:
+    """Build the parts of a run and settle every automatic value. Writes nothing. Raises Refusal for what cannot be.
+
+    Not `fresh`: the weights will come from a checkpoint, and those of model.init are not asked for.
+    """
     config = dataclasses.replace(config)
     reasons: dict[str, str] = {}
     config.threads, reasons["threads"] = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
     chosen = resolve(config.objectives)
-    config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     images = open_data(config.data, "train", config.data_root)
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
-
-    torch.manual_seed(config.seed)
-    backbone = create(config.model, config.views["global"].size)
-    task = build(backbone, chosen, config.views)
-    verdict = _audit(config, task, process)
-    samples = Samples(train, config.views, config.seed, backbone.channels, task.draws)
-
     sampler = StepSampler(
         len(train), config.batch, config.seed, 1, 0, process.process_index, process.num_processes, config.accumulate
     )
@@ -94,6 +94,21 @@ def assemble(config: PretrainConfig, process: PartialState) -> Parts:
     elif config.epochs is not None:
         reasons["epochs"] = f"steps={config.steps} goes before epochs={config.epochs:g}"
         config.epochs = None
+    notes = settle(config, chosen, len(train), steps, sampler.per_epoch, process.num_processes, reasons)
+    config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
+
+    torch.manual_seed(config.seed)
+    backbone = create(config.model, config.views["global"].size)
+    init = ""
+    if config.model.init is not None and fresh:
+        init = subjects.begin_from(backbone, config.model.init, config.model.weights)
+    task = build(backbone, chosen, config.views)
+    task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
+    _settle_export(config, task, reasons)
+    verdict = _audit(config, task, process)
+    views = {name: view for name, view in config.views.items() if name in task.views}
+    samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates)
+
     if config.loader.workers is None:
         cores = usable_cores() // max(1, process.num_processes)
         config.loader.workers = max(1, min(8, cores - 1))
@@ -104,7 +119,21 @@ def assemble(config: PretrainConfig, process: PartialState) -> Parts:
     _settle_precision(config, task, samples, process, reasons)
     if Path(config.data).exists():
         config.data = str(Path(config.data).resolve())
-    return Parts(config, process, images, train, aside, task, verdict, samples, steps, sampler.per_epoch, reasons)
+    return Parts(
+        config, process, images, train, aside, task, verdict, samples, steps, sampler.per_epoch, reasons, notes, init
+    )
+
+
+def _settle_export(config: PretrainConfig, task: Pretraining, reasons: dict[str, str]) -> None:
+    """Replace export=auto by "teacher" or "student". Raises Refusal for a teacher that is not there."""
+    if config.export == "auto":
+        config.export = "student" if task.teacher is None else "teacher"
+        reasons["export"] = "no objective has a teacher" if task.teacher is None else "its features are the better ones"
+    elif config.export != "student" and task.teacher is None:
+        raise Refusal(
+            f"export={config.export}: this run has no teacher, as none of its objectives "
+            f"({', '.join(task.objectives)}) compares with one; use export=student, or add dino or ibot"
+        )
 
 
 def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> Verdict:
@@ -129,21 +158,23 @@ def _settle_precision(
     if process.is_main_process:
         batch = samples.__getitems__([(HELD_OUT_EPOCH, i % len(samples)) for i in range(min(config.batch, 32))])
         task.to(process.device).train()
-        chosen = [
-            precision.choose(
-                config.precision,
-                config.model.attention,
-                task,
-                lambda: task(batch.to(process.device))["loss"],
-                process.device,
-            )
-        ]
+        with collectives.alone():  # the other processes wait for what this one finds
+            chosen = [
+                precision.choose(
+                    config.precision,
+                    config.model.attention,
+                    task,
+                    lambda: task(batch.to(process.device))["loss"],
+                    process.device,
+                )
+            ]
+        task.begin_step(0.0, True)  # what objectives counted is forgotten
         task.to("cpu")
     if process.num_processes > 1:
         broadcast_object_list(chosen)
     was = config.precision, config.model.attention
     config.precision, config.model.attention, why = chosen[0]
-    precision.set_attention(task.backbone, config.model.attention)
+    precision.set_attention(task, config.model.attention)
     for name, before in zip(("precision", "model.attention"), was, strict=True):
         if before == "auto":
             reasons[name] = why
@@ -151,16 +182,25 @@ def _settle_precision(
 
 def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Optimizer:
     """AdamW over the trained parameters."""
-    groups = parameter_groups(task, config.optimizer.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.optimizer.betas), fused=True)  # type: ignore[arg-type]
+    options = config.optimizer
+    decay = schedules.parse(options.weight_decay, "optimizer.weight_decay")
+    groups = parameter_groups(task, decay.at(0.0), options.layer_decay, options.patch_embed_lr)
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(options.betas), fused=True)  # type: ignore[arg-type]
 
 
-def schedule_for(config: PretrainConfig, steps: int) -> Any:
-    """Learning rate of a 0-based step: lr * batch / 256, warmed up, then cosine."""
-    scale = config.batch / 256
-    warmup = round(config.optimizer.warmup * steps)
-    peak, floor = config.optimizer.lr * scale, config.optimizer.min_lr * scale
-    return lambda step: cosine(step, steps, warmup, peak, floor)
+def schedule_for(config: PretrainConfig, steps: int) -> Callable[[int], float]:
+    """Learning rate of a 0-based step: scaled with the batch, warmed up, then as optimizer.schedule says."""
+    options = config.optimizer
+    scale = config.batch / 256 if options.scaling == "linear" else math.sqrt(config.batch / 256)
+    warmup = round(options.warmup * steps)
+    peak, floor = options.lr * scale, options.min_lr * scale
+    return lambda step: schedules.rate(step, steps, warmup, peak, floor, options.schedule)
+
+
+def decay_for(config: PretrainConfig, steps: int) -> Callable[[int], float] | None:
+    """Weight decay of a 0-based step; None if it stays what it is."""
+    decay = schedules.parse(config.optimizer.weight_decay, "optimizer.weight_decay")
+    return None if decay.schedule == "constant" else lambda step: decay.at(step / steps)
 
 
 def commit() -> str | None:

@@ -45,9 +45,9 @@ from common.checkpoint import find, load_backbone, load_exactly, write_atomicall
 from common.errors import Refusal
 from common.models import Backbone, Features, create
 from common.run_folder import CONFIG
-from pretrain import input_cues
+from pretrain import input_cues, objectives
 from pretrain.command import Parser
-from pretrain.config import PretrainConfig, check
+from pretrain.config import PretrainConfig, load
 from pretrain.objectives import Answers, Positional
 from pretrain.objectives.absolute import Absolute, AbsoluteOptions
 from pretrain.objectives.relative import Relative
@@ -395,11 +395,17 @@ def cached_audit(
     return verdict
 
 
+def positional(config: PretrainConfig) -> dict[str, Any]:
+    """The options of the objectives that ask where patches are, and count. Raises Refusal as `resolve` does."""
+    chosen = resolve(config.objectives).items()
+    return {name: each for name, each in chosen if issubclass(objectives.find(name), Positional) and each.weight > 0}
+
+
 def _key(config: PretrainConfig, task: Pretraining) -> str:
     model = dataclasses.asdict(config.model)
     for name in ("attention", "checkpointing", "compile"):  # how it is computed, not what
         del model[name]
-    options = {name: dataclasses.asdict(each) for name, each in resolve(config.objectives).items() if each.weight > 0}
+    options = {name: dataclasses.asdict(each) for name, each in positional(config).items()}
     for each in options.values():
         del each["weight"]
     decides = [model, list(task.backbone.size), options, torch.__version__, timm.__version__]
@@ -450,19 +456,22 @@ def main(argv: list[str]) -> int:
                 f"--ckpt {given.ckpt}: no {CONFIG} beside it says how it was trained; name its recipe: "
                 f"pretrain/audit.py RECIPE --ckpt {given.ckpt}"
             )
-    config = configuration.load(PretrainConfig, recipe, [word for word in given.words if "=" in word])
-    check(config)
+    config = load(recipe, [word for word in given.words if "=" in word])
     set_threads(config.threads)
     torch.manual_seed(config.seed)
-    task = build(create(config.model, config.views["global"].size), resolve(config.objectives), config.views)
+    asked = positional(config)
+    if not asked:
+        print(f"no objective of this recipe asks where patches are ({', '.join(config.objectives)})")
+        return 0
+    looked_at = {each.view for each in asked.values()}
+    views = {name: view for name, view in config.views.items() if name in looked_at}
+    task = build(create(config.model, config.views["global"].size), asked, views)
     if given.ckpt is not None:
         trained, _, _ = load_backbone(given.ckpt)
         load_exactly(task.backbone.model, trained.model.state_dict(), str(given.ckpt))
     images = input_cues.open_images(config, given.data) if given.input else None
     began = time.perf_counter()
     verdict = audit(task.backbone, task.positional, given.ckpt is not None, lambda line: print(line, flush=True))
-    if not verdict.objectives:
-        print(f"no objective of this recipe asks where patches are ({', '.join(task.objectives)})")
     print(f"{verdict}, in {time.perf_counter() - began:.0f} s", flush=True)
     result = dataclasses.asdict(verdict)
     if images is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,32 +10,64 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
+from common import schedules
 from common.checkpoint import write_atomically
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
+from common.optim import CLIP_BY
 from common.run_folder import CONFIG
-from common.transforms import View
+from common.transforms import View, presets
 from pretrain.task import resolve
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCALINGS = ("linear", "sqrt")
+EXPORTS = ("auto", "teacher", "student", "both")
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, linear warm-up, cosine."""
+    """AdamW with linear warm-up. Whatever changes over the training does so with every optimizer step."""
 
     lr: float = 5e-4
-    """Peak learning rate for 256 images per step; the rate used is lr * batch / 256."""
+    """Peak learning rate for 256 images per step; the rate used grows with the batch, see scaling."""
+    scaling: str = "linear"
+    """linear: the rate used is lr * batch / 256. sqrt: lr * sqrt(batch / 256), as in DINOv2."""
     min_lr: float = 1e-6
     """Learning rate at the end, scaled alike."""
-    warmup: float = 0.05
-    """Share of the training over which the rate rises linearly."""
-    weight_decay: float = 0.05
-    """Decay of matrices; biases, norms, position embeddings and tokens have none."""
+    schedule: str = "cosine"
+    """How the rate goes from lr to min_lr after the warm-up: constant, linear or cosine."""
+    warmup: Any = "auto"
+    """How long the rate rises linearly: a share of the training, "10 epochs", "500 steps", or auto (10 epochs, at most
+    a tenth of the training)."""
+    weight_decay: Any = 0.05
+    """Decay of matrices; biases, norms, position embeddings and tokens have none. A number, or {schedule: cosine,
+    start: 0.04, end: 0.4}."""
+    layer_decay: float | None = None
+    """The rate of each block is this times that of the block above it (DINOv2's short schedule: 0.9); null: all
+    alike."""
+    patch_embed_lr: float = 1.0
+    """The rate of the patch embedding is this times that of its layer (DINOv2: 0.2)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's decay rates of the two moments."""
     clip: float = 3.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest gradient norm; 0 does not clip."""
+    clip_by: str = "global"
+    """global: the norm of all gradients together. per_tensor: of each parameter's on its own, as DINO does: a different
+    algorithm, in which every matrix may have this norm."""
+    most_skipped: int = 50
+    """A step whose loss or gradient is not finite is not taken; after so many in a row the run stops."""
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher that objectives such as dino and ibot compare with: a moving average of the backbone's weights."""
+
+    momentum: Any = "auto"
+    """teacher = momentum * teacher + (1 - momentum) * student after every step: a number, {schedule: cosine, start:
+    0.996, end: 1.0}, or auto: from the number of images and the batch."""
+    half_life: float | None = None
+    """The same said in images, after which a weight counts half: DINO's 0.996 at batch 1024 is 177,000. It sets where
+    the momentum starts; it ends at 1."""
 
 
 @dataclass
@@ -58,7 +91,9 @@ class MonitorConfig:
     most: int = 1000
     """At most so many are held out."""
     bank: int = 2000
-    """Training images whose labels the k-NN monitor votes with, where there are labels."""
+    """Training images whose labels the k-NN and ridge monitors learn from, where there are labels."""
+    shots: int = 10
+    """Images of each class that the ridge monitor learns from."""
 
 
 @dataclass
@@ -97,7 +132,11 @@ class PretrainConfig:
     """Checkpoints at multiples of so many steps are kept for good."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
+    export: str = "auto"
+    """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), or auto:
+    the teacher where there is one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     allow_leak: bool = False
     """Train although the audit found that the answer is in the question; the checkpoint and every table say so."""
@@ -119,7 +158,9 @@ MAY_CHANGE = (
     "milestone_every",
     "monitor.every",
     "monitor.control_every",
+    "optimizer.most_skipped",
     "tensorboard",
+    "export",
     "allow_leak",
     "data",
     "data_root",
@@ -128,13 +169,28 @@ MAY_CHANGE = (
 MAY_GROW = ("steps", "epochs")
 
 
+def load(recipe: Path | None, words: Sequence[str]) -> PretrainConfig:
+    """The options of a recipe and `key=value` words, over the presets of the views it names, checked. Raises
+    Refusal."""
+    config = configuration.load(
+        PretrainConfig, recipe, words, lambda given: {"views": presets(given.get("views") or {})}
+    )
+    check(config)
+    return config
+
+
 def check(config: PretrainConfig) -> None:
     """Raises Refusal for a value outside its range."""
-    if config.precision not in PRECISIONS:
-        raise Refusal(
-            f"precision={config.precision!r}: expected one of "
-            f"{', '.join(PRECISIONS)}{nearest(config.precision, PRECISIONS)}"
-        )
+    optimizer = config.optimizer
+    for name, given, known in (
+        ("precision", config.precision, PRECISIONS),
+        ("export", config.export, EXPORTS),
+        ("optimizer.scaling", optimizer.scaling, SCALINGS),
+        ("optimizer.schedule", optimizer.schedule, schedules.KINDS),
+        ("optimizer.clip_by", optimizer.clip_by, CLIP_BY),
+    ):
+        if given not in known:
+            raise Refusal(f"{name}={given!r}: expected one of {', '.join(known)}{nearest(given, known)}")
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:
@@ -159,9 +215,11 @@ def check(config: PretrainConfig) -> None:
         "monitor.bank": (config.monitor.bank, 1),
         "optimizer.lr": (config.optimizer.lr, 0),
         "optimizer.min_lr": (config.optimizer.min_lr, 0),
-        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
         "optimizer.clip": (config.optimizer.clip, 0),
-        "optimizer.warmup": (config.optimizer.warmup, 0),
+        "optimizer.layer_decay": (config.optimizer.layer_decay, 0),
+        "optimizer.patch_embed_lr": (config.optimizer.patch_embed_lr, 0),
+        "optimizer.most_skipped": (config.optimizer.most_skipped, 1),
+        "monitor.shots": (config.monitor.shots, 1),
         "seed": (config.seed, 0),
     }
     for name, (value, least) in at_least.items():
@@ -169,7 +227,7 @@ def check(config: PretrainConfig) -> None:
             raise Refusal(f"{name}={value}: expected a number of at least {least:g}")
     for name, value, most in (
         ("monitor.held_out", config.monitor.held_out, 0.9),
-        ("optimizer.warmup", config.optimizer.warmup, 1.0),
+        ("optimizer.layer_decay", config.optimizer.layer_decay or 0.0, 1.0),
         ("seed", config.seed, 2**32 - 1),  # what every generator takes
     ):
         if value > most:

@@ -35,10 +35,11 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
     """How well linear probes find places of patches of real images, cropped as the recipe says, from what they get to
     see: {"chance": ..., "images": ..., "pixels": [accuracy, half-width of its 99.9 % interval], ...}."""
     count = min(IMAGES, len(images)) // 2
-    samples = Samples(images, config.views, config.seed, task.backbone.channels)
-    chosen = torch.linspace(0, len(images) - 1, 2 * count).long()[torch.randperm(2 * count)].tolist()
     view = next(objective.passes["tokens"].view for objective in task.positional.values())
-    pixels = samples.__getitems__([(HELD_OUT_EPOCH, index) for index in chosen]).views[view].float() / 255
+    samples = Samples(images, {view: config.views[view]}, config.seed, task.backbone.channels)
+    chosen = torch.linspace(0, len(images) - 1, 2 * count).long()[torch.randperm(2 * count)].tolist()
+    crops = samples.__getitems__([(HELD_OUT_EPOCH, index) for index in chosen]).views[view]
+    pixels = crops[: 2 * count].float() / 255  # the first crop of each image
     grid = task.backbone.grid
     found: dict[str, Any] = {"chance": 1 / math.prod(grid), "images": count}
     for name, cue in cues(pixels).items():

@@ -23,7 +23,7 @@ from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
 from common.tracking import Progress, Tracker, check_tensorboard
 from pretrain import monitors
-from pretrain.assemble import assemble, optimizer_for, schedule_for
+from pretrain.assemble import assemble, decay_for, optimizer_for, schedule_for
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
 from pretrain.resume import Checkpoints, seed_process, watch
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         refuse_existing(run, arguments.overwrite)
     if config.tensorboard:
         check_tensorboard()
-    parts = assemble(config, process)
+    parts = assemble(config, process, fresh=arguments.resume is None)
     if arguments.dry_run:
         return dry_run(parts)
 
@@ -81,6 +81,10 @@ def main(argv: list[str]) -> int:
             start=start,
             accumulate=config.accumulate,
             clip=config.optimizer.clip,
+            clip_by=config.optimizer.clip_by,
+            weight_decay=decay_for(config, parts.steps),
+            most_skipped=config.optimizer.most_skipped,
+            skipped=int(parts.task.skipped),
             log_every=config.log_every,
             images_per_step=config.batch,
             reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker, progress.say),
@@ -89,7 +93,8 @@ def main(argv: list[str]) -> int:
             save_due=checkpoints.due,
             stop=stop,
             progress=progress,
-            before_step=parts.task.begin_step,
+            observer=parts.task,
+            read=monitors.light(parts.task, progress.say),
         )
     accelerator.print(ended(run, done, parts.steps))
     return stop.status if done < parts.steps else 0

@@ -1,12 +1,15 @@
 """What a run says of itself before its first step and after its last."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 
+from common import schedules
 from common.models.backbone import count_parameters
 from pretrain.assemble import Parts
+from pretrain.config import OptimizerConfig
 
 
 def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
@@ -26,6 +29,9 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
+        *([f"begins     {parts.init}"] if parts.init else []),
+        *([f"teacher    momentum {parts.task.momentum}; {config.export} exported"] if parts.task.teacher else []),
+        f"optimizer  AdamW, {_clipping(config.optimizer)}",
         *(f"audit      {name}: {found.verdict}: {found.reason}" for name, found in parts.audit.objectives.items()),
         *(
             []
@@ -38,6 +44,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"versions   torch {torch.__version__}, timm {timm.__version__}, {pil}",
     ]
     lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
+    lines += [f"warning    {note}" for note in parts.notes]
     return "\n".join(lines)
 
 
@@ -47,10 +54,17 @@ def _objective(name: str, weight: float, parts: Parts) -> str:
     return f"objective  {weight:g} x {name}, {'; '.join(plans)}"
 
 
-def _value(config: object, name: str) -> object:
+def _clipping(options: OptimizerConfig) -> str:
+    if not options.clip:
+        return "gradients are not clipped"
+    whose = "all gradients together (global)" if options.clip_by == "global" else "each tensor's gradient (per_tensor)"
+    return f"clipped to a norm of {options.clip:g} of {whose}"
+
+
+def _value(config: Any, name: str) -> Any:
     for part in name.split("."):
-        config = getattr(config, part)
-    return config
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return str(schedules.parse(config, name)) if isinstance(config, dict) else config
 
 
 def ended(run: Path, done: int, steps: int) -> str:

@@ -1,17 +1,20 @@
-"""What is trained: a backbone and the weighted sum of its objectives."""
+"""What is trained: a backbone and the weighted sum of its objectives, and the teacher that follows it."""
 
 import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common import ema
 from common.errors import Refusal
 from common.models import Backbone, Features
-from common.sampling import Batch, Draw
+from common.sampling import Batch, Collate, Draw
+from common.schedules import Schedule
 from common.transforms import View, height_width
 from pretrain import objectives
 from pretrain.objectives import Objective, Pass, Positional
@@ -20,6 +23,8 @@ from pretrain.objectives import Objective, Pass, Positional
 class Pretraining(nn.Module):
     """The only trainable module of a run: runs each distinct pass once and hands the features to every objective."""
 
+    skipped: Tensor
+
     def __init__(self, backbone: Backbone, signals: Mapping[str, tuple[float, Objective]]) -> None:
         super().__init__()
         self.backbone = backbone
@@ -27,10 +32,21 @@ class Pretraining(nn.Module):
         self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in signals.items()})
         wanted = (want for _, objective in signals.values() for want in objective.passes.values())
         self.passes = list(dict.fromkeys(wanted))
+        self.teacher: Backbone | None = None
+        if any(want.who == "teacher" for want in self.passes):
+            self.teacher = ema.copy_of(backbone)  # type: ignore[assignment]
+        self.momentum = Schedule("constant", 1.0, 1.0)  # of the teachers: who makes the task says which
+        self.progress = 0.0
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps that were not taken
 
     def signals(self) -> Iterable[tuple[str, Objective]]:
         """(name, objective) of every objective."""
         return self.objectives.items()  # type: ignore[return-value]
+
+    @property
+    def views(self) -> set[str]:
+        """Names of the views that are looked at."""
+        return {want.view for want in self.passes}
 
     @property
     def positional(self) -> dict[str, Positional]:
@@ -48,25 +64,99 @@ class Pretraining(nn.Module):
         return drawn | {name: objective.draw for name, objective in self.signals() if objective.draw is not None}
 
     @property
+    def collates(self) -> dict[str, Collate]:
+        """What objectives compute of their draws before a batch leaves the loader."""
+        return {name: objective.collate for name, objective in self.signals() if objective.collate is not None}
+
+    @property
     def position(self) -> str:
         """The position mode that evaluation should use: "full" if any pass trained with embeddings, were it a part."""
         return "none" if all(want.plan.position == "none" for want in self.passes) else "full"
 
-    def begin_step(self, progress: float) -> None:
-        """Tell every objective which share of the training is done: a function of the step alone, so that a resumed run
-        hears the same."""
-        for _, objective in self.signals():
-            objective.progress = progress
+    @property
+    def pooling(self) -> str:
+        """What stands for an image: the class token if an objective trains it, else the mean of the patches."""
+        return "class" if any(objective.pooled == "class" for _, objective in self.signals()) else "mean"
 
-    def features(self, batch: Batch) -> dict[Pass, Features]:
-        """Features of every distinct pass."""
-        found = {}
-        for want in self.passes:
-            plan = want.plan.plan(_of(batch.draws, want.purpose))
-            hidden: Any = None if want.hidden is None else self.objectives[want.hidden].hidden_position
-            with contextlib.nullcontext() if want.grad else torch.no_grad():
-                found[want] = self.backbone(batch.views[want.view], plan, hidden)
+    def train(self, mode: bool = True) -> "Pretraining":
+        """Teachers stay in eval mode: no drop path."""
+        super().train(mode)
+        for teacher, _ in self.teachers():
+            teacher.eval()
+        return self
+
+    def teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(teacher, student) of everything that follows by an exponential moving average."""
+        if self.teacher is not None:
+            yield self.teacher, self.backbone
+        for _, objective in self.signals():
+            yield from objective.teachers()
+
+    def begin_step(self, progress: float, measured: bool = True) -> None:
+        """Tell every objective which share of the training is done, and whether its statistics are looked at: functions
+        of the step alone, so that a resumed run hears the same."""
+        self.progress = progress
+        for _, objective in self.signals():
+            objective.begin_step(progress, measured)
+
+    def before_update(self) -> None:
+        """Between backward and clipping."""
+        for _, objective in self.signals():
+            objective.before_update()
+
+    def after_step(self, taken: bool) -> None:
+        """Move the teachers and commit what the objectives counted; a step that was not taken changes nothing."""
+        if not taken:
+            self.skipped += 1
+            return
+        momentum = self.momentum.at(self.progress)
+        for teacher, student in self.teachers():
+            ema.follow(teacher, student, momentum)
+        for _, objective in self.signals():
+            objective.after_step(momentum)
+
+    def features(self, batch: Batch, names: Collection[str] | None = None) -> dict[Pass, Features]:
+        """Features of every distinct pass, or of those that the objectives `names` ask for.
+
+        Crops of one size that are run in the same way go through the backbone together.
+        """
+        passes = self.passes
+        if names is not None:
+            passes = list(dict.fromkeys(want for name in names for want in self.objectives[name].passes.values()))  # type: ignore[union-attr, operator]
+        groups: dict[Any, list[Pass]] = {}
+        for want in passes:
+            alone = want.view if want.masked or not want.plan.whole else None  # what is drawn belongs to one view
+            size = batch.views[want.view].shape[-2:]
+            key = (size, want.plan, want.grad, want.hidden, want.who, want.masked, alone)
+            groups.setdefault(key, []).append(want)
+        found: dict[Pass, Features] = {}
+        for members in groups.values():
+            found |= self._run(batch, members)
         return found
+
+    def _run(self, batch: Batch, members: list[Pass]) -> dict[Pass, Features]:
+        """Features of passes that differ in their crops alone, from one run of the backbone."""
+        B, like = len(batch.index), members[0]
+        rows: dict[str, int] = {}  # of each view: as many as the pass with most crops of it
+        for want in members:
+            there = len(batch.views[want.view])
+            rows[want.view] = max(rows.get(want.view, 0), there if want.crops is None else want.crops * B)
+        parts = [batch.views[view][:count] for view, count in rows.items()]
+        images = parts[0] if len(parts) == 1 else torch.cat(parts)
+        plan = like.plan.plan(_of(batch.draws, like.purpose))
+        hidden: Any = None if like.hidden is None else self.objectives[like.hidden].hidden_position
+        masked: Any = None
+        if like.masked is not None:
+            where = batch.draws[f"{like.masked}/masked"].transpose(0, 1).flatten(0, 1)  # (B, crops, N): crop-major
+            masked = where[: len(images)], self.objectives[like.masked].mask_token
+        backbone: Any = self.teacher if like.who == "teacher" else self.backbone
+        with contextlib.nullcontext() if like.grad else torch.no_grad():
+            features = backbone(images, plan, hidden, masked)
+        firsts = dict(zip(rows, _starts(rows.values()), strict=True))
+        return {
+            want: _rows(features, firsts[want.view], rows[want.view] if want.crops is None else want.crops * B)
+            for want in members
+        }
 
     def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
         """What objective `name` is called with: its features and its draws."""
@@ -94,36 +184,88 @@ def _of(draws: Mapping[str, Tensor], purpose: str) -> dict[str, Tensor]:
     return {name[len(start) :]: value for name, value in draws.items() if name.startswith(start)}
 
 
+def _starts(counts: Iterable[int]) -> list[int]:
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return starts[:-1]
+
+
+def _rows(features: Features, first: int, count: int) -> Features:
+    """Those of `count` images from `first` on; the very same if that is all."""
+    if first == 0 and count == len(features.tokens):
+        return features
+    return dataclasses.replace(
+        features, tokens=features.tokens[first : first + count], prefix=features.prefix[first : first + count]
+    )
+
+
 def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
     """The task of a recipe, from the options of each objective (see `resolve`).
 
     Raises Refusal if none has a weight above 0, one asks for a view that is not there, or nobody asks for one, and
-    where the backbone cannot run under an objective's plan.
+    where the backbone cannot run under an objective's plan or on images of a view's size.
     """
     signals: dict[str, tuple[float, Objective]] = {}
+    left_out: dict[str, Objective] = {}
     for name, options in chosen.items():
         if not 0 <= options.weight < math.inf:
             raise Refusal(f"objectives.{name}.weight={options.weight}: expected a finite number, 0 or more")
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
+        else:
+            with torch.random.fork_rng():  # only to know its views: the others start as if it were not there
+                left_out[name] = objectives.build(name, options, backbone)
     if not signals:
         there = ", ".join(objectives.names())
         raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
-    task = Pretraining(backbone, signals)
-    asked = {want.view for want in task.passes}
-    if missing := asked - views.keys():
+    built = {name: objective for name, (_, objective) in signals.items()}
+    for objective in built.values():
+        objective.meet(built, views)
+    asked = {want.view: want for objective in built.values() for want in objective.passes.values()}
+    if missing := asked.keys() - views.keys():
         raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
-    if idle := views.keys() - asked:
+    for objective in left_out.values():
+        objective.meet(built | left_out, views)
+    spared = {want.view for objective in left_out.values() for want in objective.passes.values()}
+    if idle := views.keys() - asked.keys() - spared - {"global"}:  # which sets the backbone's size
         raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
-    for name, objective in task.positional.items():
+    _check_passes(backbone, built, views)
+    backbone.prepare({want.plan for objective in built.values() for want in objective.passes.values()})
+    return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone
+
+
+def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Mapping[str, View]) -> None:
+    """Raises Refusal for a pass that cannot be run."""
+    for name, objective in built.items():
         for want in objective.passes.values():
-            if (size := height_width(views[want.view].size)) != backbone.size:
+            size = height_width(views[want.view].size)
+            if isinstance(objective, Positional) and size != backbone.size:
                 raise Refusal(
                     f"objectives.{name}.view={want.view} is {size[0]}x{size[1]}, and labels are places in the grid of "
                     f"views.global, {backbone.size[0]}x{backbone.size[1]}: give both one size"
                 )
-    backbone.prepare({want.plan for want in task.passes})
-    return task
+            if want.crops is not None and want.crops > views[want.view].count:
+                raise Refusal(
+                    f"objectives.{name} looks at {want.crops} crops of view {want.view}, which has "
+                    f"{views[want.view].count}: set views.{want.view}.count"
+                )
+            if want.crops != 1 and not want.plan.whole:
+                raise ValueError(f"{name}: plans are drawn for one crop of an image, and {want} has several")
+            if size != backbone.size and (reason := backbone.takes(size)):
+                raise Refusal(
+                    f"objectives.{name} looks at view {want.view}, {size[0]}x{size[1]}, and model "
+                    f"{backbone.config.name!r}, built for {backbone.size[0]}x{backbone.size[1]}, refuses that size "
+                    f"({reason}): {_remedy(backbone)}, choose views.{want.view}.size, or remove the view"
+                )
+
+
+def _remedy(backbone: Backbone) -> str:
+    if backbone.plain and not backbone.config.kwargs.get("dynamic_img_size"):
+        return "set model.kwargs.dynamic_img_size=true"
+    if "swin" in backbone.config.name and backbone.config.kwargs.get("strict_img_size", True):
+        return "set model.kwargs.strict_img_size=false"
+    return "use a plain ViT with model.kwargs.dynamic_img_size=true"
 
 
 def resolve(wanted: Mapping[str, Any]) -> dict[str, Any]:

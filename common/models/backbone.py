@@ -49,6 +49,11 @@ class ModelConfig:
     measured."""
     position_embedding: str = "learned"
     """Of plain ViTs: learned, or sincos (fixed 2-D sine-cosine, never trained, as in MAE and DropPos)."""
+    init: str | None = None
+    """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors; heads are
+    fresh. null: from scratch."""
+    weights: str | None = None
+    """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -101,15 +106,27 @@ class Backbone(nn.Module):
         """Input channels."""
         return len(self.config.mean)
 
-    def forward(self, images: Tensor, plan: TokenPlan | None = None, hidden: Tensor | None = None) -> Features:
+    def forward(
+        self,
+        images: Tensor,
+        plan: TokenPlan | None = None,
+        hidden: Tensor | None = None,
+        masked: plain.Masked | None = None,
+    ) -> Features:
         """Final-norm features. `plan=None`: every patch, with position encoding unless `prepare` removed it.
 
-        `hidden` (D,): stands for the position embeddings that a plan with position "partial" hides.
+        `hidden` (D,): stands for the position embeddings that a plan with position "partial" hides. `masked`: (B, N)
+        bool and (D,): patches that are not shown, and the mask token in their place; plain ViTs only.
         """
-        return self.layers(images, 1, plan, hidden)[0]
+        return self.layers(images, 1, plan, hidden, masked)[0]
 
     def layers(
-        self, images: Tensor, last: int, plan: TokenPlan | None = None, hidden: Tensor | None = None
+        self,
+        images: Tensor,
+        last: int,
+        plan: TokenPlan | None = None,
+        hidden: Tensor | None = None,
+        masked: plain.Masked | None = None,
     ) -> list[Features]:
         """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
         to each of a plain ViT's and, elsewhere, where timm applies it. Raises ValueError if there are fewer blocks."""
@@ -121,8 +138,10 @@ class Backbone(nn.Module):
             if last > len(self.model.blocks):
                 raise ValueError(f"{self.config.name} has {len(self.model.blocks)} blocks; {last} were asked for")
             P = self.model.num_prefix_tokens
-            outputs = plain.run(self.model, images, last, plan, hidden)
+            outputs = plain.run(self.model, images, last, plan, hidden, masked)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
+        if masked is not None:
+            raise ValueError(f"{self.config.name} takes no mask token")
         if (plan.position == "none") != self.without_position or not plan.whole:
             raise ValueError(
                 f"{self.config.name} was prepared for whole grids "
@@ -170,6 +189,18 @@ class Backbone(nn.Module):
             rope.requires_grad_(False)
             rope.get_embed = lambda *_, **__: None
         self.without_position = True
+
+    @torch.no_grad()
+    def takes(self, size: tuple[int, int]) -> str | None:
+        """Why this architecture cannot run on images of `size`, height and width in pixels; None if it can."""
+        was_training = self.training
+        try:
+            self.eval()(torch.zeros(1, self.channels, *size, device=self.mean.device))
+        except Exception as error:  # timm asserts and raises in many ways
+            return " ".join(str(error).split())[:200] or type(error).__name__
+        finally:
+            self.train(was_training)
+        return None
 
     def _check(self, plan: PlanSpec) -> None:
         """Raises Refusal if this architecture, on this grid, cannot run under `plan`."""

@@ -20,14 +20,23 @@ from ..plan import TokenPlan
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
 
 
+Masked = tuple[Tensor, Tensor]  # which patches are masked, (B, N) bool, and the mask token that stands for them, (D,)
+
+
 def run(
-    model: Any, images: Tensor, last: int, plan: TokenPlan, hidden: Tensor | None = None
+    model: Any,
+    images: Tensor,
+    last: int,
+    plan: TokenPlan,
+    hidden: Tensor | None = None,
+    masked: Masked | None = None,
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """(final-norm tokens (B, T, D), grid) of each of the `last` blocks; prefix tokens are always kept and always keys.
 
     `hidden` (D,): what stands for a hidden position embedding, with position "partial" (DropPos, arXiv 2309.03576).
+    `masked`: patches that are not shown (iBOT, arXiv 2111.07832); their position embeddings are.
     """
-    tokens, grid = embed(model, images, plan, hidden)
+    tokens, grid = embed(model, images, plan, hidden, masked)
     tokens = model.norm_pre(model.pos_drop(tokens))
     keys = None
     if plan.context is not None:
@@ -43,11 +52,16 @@ def run(
             yield model.norm(tokens), grid
 
 
-def embed(model: Any, images: Tensor, plan: TokenPlan, hidden: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+def embed(
+    model: Any, images: Tensor, plan: TokenPlan, hidden: Tensor | None, masked: Masked | None = None
+) -> tuple[Tensor, tuple[int, int]]:
     """(prefix and kept patches with their position embeddings (B, T, D), grid)."""
     tokens = model.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
     grid = tuple(tokens.shape[1:3]) if tokens.ndim == 4 else tuple(model.patch_embed.grid_size)
     tokens = tokens.flatten(1, -2)
+    if masked is not None:
+        where_BN, token = masked
+        tokens = torch.where(where_BN[..., None], token.to(tokens.dtype), tokens)
     prefix = [getattr(model, name).expand(len(tokens), -1, -1) for name in PREFIX if _has(model, name)]
     if plan.kept is not None:
         tokens = gather(
