@@ -34,13 +34,14 @@ HEADER = """# Results
 
 Every row was written by the command in its last column (`benchmarks/results.py`); no number here was typed in. Accuracies
 are in percent on the test split, mean ± standard deviation over seeds; each seed has its own weights, order, crops, its own
-untrained backbone of the same architecture, and its own probe. Features: the mean patch token of the last block, frozen.
-k-NN: k = 20, cosine, temperature 0.07. Linear: the learning rate chosen on a tenth of the training images.
-Time is that of one pretraining, without evaluation. Published figures are other people's, on other models and data: they stand
+untrained backbone of the same architecture, and its own probe. Features: of the last block, frozen: the mean patch token, or
+the class token where an objective trains it. k-NN: k = 20, cosine, temperature 0.07. Linear: the learning rate chosen on a
+tenth of the training images. Cost: milliseconds of an optimizer step, data included, in the fastest of the logged intervals
+(the machine is shared); a dash where it was not noted. Time is that of one pretraining, without evaluation. Published figures are other people's, on other models and data: they stand
 in a column of their own, and there is none for these small settings.
 
-| recipe | data | images seen | commit | seeds | k-NN: random | k-NN: pixels | k-NN: **pretrained** | linear: random | linear: pixels | linear: **pretrained** | position, held out | published | hardware | time | command |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| recipe | data | images seen | commit | seeds | features | k-NN: random | k-NN: pixels | k-NN: **pretrained** | linear: random | linear: pixels | linear: **pretrained** | position, held out | cost | published | hardware | time | command |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """  # noqa: E501
 
 
@@ -49,10 +50,21 @@ def run(script: str, *words: str) -> None:
     subprocess.run([sys.executable, str(ROOT / script), *words], check=True)
 
 
-def held_out_accuracy(path: Path) -> float:
-    """The last position accuracy on held-out images in a metrics.jsonl: of `absolute`, else of `relative`."""
-    line = [json.loads(line) for line in path.read_text().splitlines() if '"val/loss"' in line][-1]
+def records(path: Path, key: str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that have `key`."""
+    return [record for record in map(json.loads, path.read_text().splitlines()) if key in record]
+
+
+def held_out_accuracy(path: Path) -> float | None:
+    """The last position accuracy on held-out images in a metrics.jsonl: of `absolute`, else of `relative`; None where
+    neither was trained."""
+    line = records(path, "val/loss")[-1]
     return line.get("val/absolute/accuracy", line.get("val/relative/accuracy"))
+
+
+def step_cost(path: Path, batch: int) -> float:
+    """Milliseconds of an optimizer step in the fastest logged interval of a metrics.jsonl."""
+    return 1000 * batch / max(record["images_per_second"] for record in records(path, "images_per_second"))
 
 
 def objectives_of(recipe: str) -> list[str]:
@@ -87,6 +99,7 @@ def main() -> None:
     judged = ["--data", arguments.judge] if arguments.judge else []
     found: dict[str, list[float]] = {}
     minutes: list[float] = []
+    costs: list[float] = []
     about: dict[str, Any] = {}
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "results" / f"{stem}-s{seed}"
@@ -100,10 +113,15 @@ def main() -> None:
         for name in ("knn", "linear"):
             report = json.loads((folder / "evaluate" / f"{name}.json").read_text())
             values = report["values"]
-            for row, kind in (("random", "mean"), ("pixels", "pixels"), ("subject", "mean")):
-                found.setdefault(f"{name} {row}", []).append(values[row][kind]["accuracy"])
-        found.setdefault("position", []).append(held_out_accuracy(folder / "metrics.jsonl"))
-        about = {"report": report, "training": json.loads((folder / "backbone.json").read_text())["training"]}
+            description = json.loads((folder / "backbone.json").read_text())
+            kind = description["pooling"]
+            for row in ("random", "pixels", "subject"):
+                of_row = "pixels" if row == "pixels" else kind
+                found.setdefault(f"{name} {row}", []).append(values[row][of_row]["accuracy"])
+        position = held_out_accuracy(folder / "metrics.jsonl")
+        found.setdefault("position", []).extend([] if position is None else [position])
+        costs.append(step_cost(folder / "metrics.jsonl", description["training"]["batch"]))
+        about = {"report": report, "training": description["training"], "kind": kind}
     machine, training = about["report"]["hardware"], about["training"]
     hidden = [word if not word.startswith("data_root=") else "data_root=PATH" for word in arguments.words]
     options = ["--objectives-of", arguments.objectives_of] if arguments.objectives_of else []
@@ -117,8 +135,10 @@ def main() -> None:
         f"{training['images_seen']:,}",
         str(training["commit"]),
         ", ".join(map(str, arguments.seeds)),
+        {"mean": "mean patch", "class": "class token"}[about["kind"]],
         *(spread(found[f"{name} {row}"]) for name in ("knn", "linear") for row in ("random", "pixels", "subject")),
-        spread(found["position"]),
+        spread(found["position"]) if found["position"] else "–",
+        f"{min(costs):.0f} ms",
         "none",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {training['precision']}",
         f"{statistics.fmean(minutes):.1f} min",
