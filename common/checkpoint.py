@@ -5,6 +5,7 @@ A run folder holds
     config.yaml                       every option as it was resolved
     metrics.jsonl, tb/, pictures/     what was measured
     backbone.safetensors, .json       the newest backbone: the public contract, all that evaluation needs
+    student.safetensors, .json        with export=both: the student's, where the backbone above is the teacher's
     state/step_00000100/              one checkpoint: state.pt, its backbone, and manifest.json with checksums
 
 A checkpoint is written aside, flushed to the disk and renamed, so that a folder named step_* is either whole or
@@ -32,6 +33,8 @@ from .plan import PlanSpec, TokenPlan
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
+STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, where both are exported
+PUBLIC = (WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
 MILESTONE = "milestone"  # an empty file that keeps its checkpoint for good
 
 
@@ -96,12 +99,13 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
     }
 
 
-def export(folder: Path, backbone: Backbone, description: dict[str, Any]) -> None:
-    """Write backbone.safetensors and backbone.json into `folder`, each atomically, tied together by the weights'
+def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: str = WEIGHTS) -> None:
+    """Write the weights `name` and the .json of that name into `folder`, each atomically, tied together by the weights'
     hash."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    _write_json(folder / DESCRIPTION, description | {"weights_sha256": sha256(folder / WEIGHTS)})
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in backbone.model.state_dict().items()}
+    file = folder / name
+    write_atomically(file, lambda path: save_file(weights, path))
+    _write_json(file.with_suffix(".json"), description | {"weights_sha256": sha256(file)})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -225,15 +229,16 @@ def save_state(
 ) -> None:
     """Write the checkpoint of `step` under run/state, then drop the oldest beyond the last `keep`; milestones stay.
 
-    `state`: tensors, numbers, strings and containers of them; `export_to(folder)` writes the backbone there, which is
-    then copied to the run folder. Raises OSError (a full disk, say) with every earlier checkpoint intact.
+    `state`: tensors, numbers, strings and containers of them; `export_to(folder)` writes one backbone there, or two,
+    which are then copied to the run folder. Raises OSError (a full disk, say) with every earlier checkpoint intact.
     """
     parent = run / "state"
     parent.mkdir(exist_ok=True)
     for left in parent.glob(".writing-*"):  # an earlier attempt was cut short
         shutil.rmtree(left, ignore_errors=True)
-    for left in (*run.glob(f".{WEIGHTS}.*"), *run.glob(f".{DESCRIPTION}.*")):
-        left.unlink(missing_ok=True)
+    for name in PUBLIC:
+        for left in run.glob(f".{name}.*"):
+            left.unlink(missing_ok=True)
     aside, final = parent / f".writing-{step:08d}", parent / f"step_{step:08d}"
     try:
         aside.mkdir()
@@ -257,8 +262,11 @@ def save_state(
             f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} "
             "from the checkpoint before"
         ) from error
-    for name in (WEIGHTS, DESCRIPTION):
-        write_atomically(run / name, partial(shutil.copyfile, final / name))
+    for name in PUBLIC:
+        if (final / name).exists():
+            write_atomically(run / name, partial(shutil.copyfile, final / name))
+        else:  # exported before, and no longer: it would be of an earlier step than what lies beside it
+            (run / name).unlink(missing_ok=True)
     checkpoints = _checkpoints(run)
     newer = [path for path in checkpoints if int(path.name[5:]) > step]  # damaged, or this run had gone on from there
     for old in (*newer, *checkpoints[len(newer) :][keep:]):

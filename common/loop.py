@@ -123,8 +123,8 @@ def fit(
         if skipped_in_a_row >= most_skipped:
             raise Refusal(
                 f"the loss or its gradient was not finite in {skipped_in_a_row} steps in a row up to step {step}: "
-                "lower optimizer.lr, clip gradients, or use precision=bf16 or fp32; none of them was taken, and the last "
-                "checkpoint is intact"
+                "lower optimizer.lr, clip gradients, or use precision=bf16 or fp32; none of them was taken, and the "
+                "last checkpoint is intact"
             )
         seconds += time.perf_counter() - begun
 
@@ -147,7 +147,8 @@ def fit(
         if record:
             track(step, record)
         progress.step()
-        stopping, saving = _agree(accelerator, stop.received is not None, save_due(step))
+        due = taken and save_due(step)  # copies of a skipped step would drive out what was before
+        stopping, saving = _agree(accelerator, stop.received is not None, due)
         if stopping or saving or step == steps:
             save(step)
         if stopping:

@@ -1,7 +1,9 @@
-"""What a prediction is worth: accuracy, and how far chance alone could have moved it."""
+"""What a prediction is worth: accuracy, and how far chance alone could have moved it. What features are worth without
+labels: how many dimensions they use."""
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +20,18 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+@torch.no_grad()
+def rankme(features: Tensor) -> float:
+    """Effective rank of features (M, D): RankMe (arXiv 2210.02885), from 1 (one direction) to min(M, D).
+
+    exp of the entropy of the singular values, which are brought to sum 1 and not centred. 0 if all features are zero,
+    NaN if one is not finite.
+    """
+    if not torch.isfinite(features).all():
+        return math.nan
+    values = torch.linalg.svdvals(features.double())
+    if values[0] == 0:
+        return 0.0
+    return math.exp(torch.special.entr(values / values.sum() + 1e-7).sum().item())  # 1e-7: the paper's

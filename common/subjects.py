@@ -1,4 +1,5 @@
-"""What an evaluation judges: a checkpoint, weights that timm publishes, or an untrained backbone."""
+"""What an evaluation judges, and what a pretraining may begin from: a checkpoint, weights that timm publishes, or an
+untrained backbone."""
 
 import socket
 import urllib.parse
@@ -6,22 +7,26 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
 from huggingface_hub import constants as hub
 from omegaconf import OmegaConf
-from torch import Tensor
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 from . import checkpoint
 from . import config as configuration
 from .checkpoint import build, describe, load_exactly
-from .errors import Refusal
+from .errors import Refusal, nearest
 from .models import Backbone, ModelConfig, create
 from .plan import TokenPlan
-from .transforms import View
+from .transforms import PRESETS, View
 
 RANDOM, TIMM = "random", "timm:"
+POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
+OF_CLASS_TOKENS = ("dino", "koleo")  # objectives that train a class token, where there is one, to stand for an image
 POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT and NesT; Swin
 
 
@@ -92,8 +97,11 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subj
         return _published(ckpt.removeprefix(TIMM), weights)
     backbone, _, description = checkpoint.load_backbone(ckpt)
     file = checkpoint.find(ckpt)
-    name = file.parent.resolve().name if file.name == checkpoint.WEIGHTS else file.stem
-    return Subject(name, description, backbone.model.state_dict(), file.parent / "evaluate")
+    run, folder = file.parent.resolve().name, file.parent / "evaluate"
+    name = run if file.name == checkpoint.WEIGHTS else file.stem
+    if file.name == checkpoint.STUDENT:  # what is found of the teacher stays
+        name, folder = f"{run} student", folder / "student"
+    return Subject(name, description, backbone.model.state_dict(), folder)
 
 
 def _like(word: str) -> dict[str, Any]:
@@ -107,34 +115,29 @@ def _like(word: str) -> dict[str, Any]:
         OmegaConf.structured(ModelConfig), recipe.get("model") or {}, f"{path} (model)", ModelConfig
     )
     try:
-        size = (recipe.get("views") or {}).get("global", {}).get("size", View().size)
-        objectives = [options or {} for options in (recipe.get("objectives") or {}).values()]
-        positions = {options.get("position", "none") for options in objectives}
-    except AttributeError:
+        view = (recipe.get("views") or {}).get("global", {})
+        preset = PRESETS.get(view.get("preset"), {}).get("global", {})
+        size = view.get("size", preset.get("size", View().size))
+        given = {name: options or {} for name, options in (recipe.get("objectives") or {}).items()}
+        trained = {name: options for name, options in given.items() if options.get("weight", 1.0) > 0}
+        positions = {
+            options.get("position", "none" if name in POSITIONAL else "full") for name, options in trained.items()
+        }
+    except (AttributeError, TypeError):
         raise Refusal(f"{path} is no pretraining recipe: expected mappings under views, global, objectives") from None
     # as pretraining has it: evaluated with position encoding if any objective was trained with it, were it in part
     position = "none" if positions == {"none"} else "full"
     backbone = create(configuration.to_object(model, ModelConfig), size)
+    pooling = "class" if backbone.num_prefix_tokens and trained.keys() & set(OF_CLASS_TOKENS) else "mean"
     training = {"data": recipe.get("data", "builtin"), "data_root": recipe.get("data_root")}
-    return describe(backbone, position, "mean", training)
+    return describe(backbone, position, pooling, training)
 
 
 def _published(name: str, weights: str | None) -> Subject:
     """timm's own weights: from the file `weights`, timm's cache, or the hub."""
-    if weights is not None and not Path(weights).is_file():
-        raise Refusal(f"--weights {weights}: no such file; expected weights of {name} as published for timm")
     if not timm.is_model(name):
         create(ModelConfig(name), 224)  # refuses, with the nearest names
-    overlay = {"file": weights} if weights is not None else None
-    _notice_missing_network()
-    try:  # timm unpickles with weights_only=True
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # no network, no such tag, no weights, other shapes: each in its own words
-        source = weights or "timm's cache or the Hugging Face hub"
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Refusal(
-            f"--ckpt timm:{name}: cannot load weights from {source} ({reason}); give a local file with --weights FILE"
-        ) from error
+    model = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
     config: dict[str, Any] = model.pretrained_cfg
     crop = config.get("crop_pct") or 0.875
     backbone = create(
@@ -149,6 +152,37 @@ def _published(name: str, weights: str | None) -> Subject:
     return Subject(f"timm:{name}", description, state, Path("runs", f"timm-{name}", "evaluate"))
 
 
+def _timm(name: str, weights: str | None, asked: str, option: str, **kwargs: Any) -> Any:
+    """timm's model `name` with its published weights, all of them, and no classifier. Raises Refusal, which names what
+    `asked` for it and the `option` that names a file."""
+    if weights is not None and not Path(weights).is_file():
+        raise Refusal(f"{option}{weights}: no such file; expected weights of {name} as published for timm")
+    missing: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def noted(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = load(module, *arguments, **options)
+        missing.extend(result.missing_keys)
+        return result
+
+    _notice_missing_network()
+    source = weights or "timm's cache or the Hugging Face hub"
+    overlay = {"file": weights} if weights is not None else None
+    try:  # timm unpickles with weights_only=True; without classifier it would load part of a model, and say nothing
+        with mock.patch.object(nn.Module, "load_state_dict", noted):
+            model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
+    except Exception as error:  # no network, no such tag, no weights, other shapes: each in its own words
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Refusal(
+            f"{asked}: cannot load weights from {source} ({reason}); give a local file with {option}FILE"
+        ) from error
+    if missing:
+        raise Refusal(
+            f"{asked}: {source} holds the weights of another model: {len(missing)} missing (such as {missing[0]})"
+        )
+    return model
+
+
 def _notice_missing_network() -> None:
     """Without a network the hub's client would try for a minute, line after line, before it looks into its cache."""
     address = urllib.parse.urlparse(hub.ENDPOINT)
@@ -158,3 +192,112 @@ def _notice_missing_network() -> None:
         socket.getaddrinfo(address.hostname, address.port or 443)
     except OSError:
         hub.HF_HUB_OFFLINE = True
+
+
+# ------------------------------------------------------------------------------------------- to train further from
+
+
+def begin_from(backbone: Backbone, init: str | None, weights: str | None = None) -> str:
+    """Give a fresh `backbone` the weights of model.init: `timm:NAME` (from the file `weights`, if given), a run folder
+    or a backbone's file. Returns what was done, in a line; nothing without `init`.
+
+    Every weight comes from there, except that an absolute position embedding is resized to another grid, and that it
+    stays as it was made where the weights were trained without one, or where `backbone` has a fixed one. Call it before
+    the backbone is prepared. Raises Refusal that names model.init.
+    """
+    if init is None or not init.startswith(TIMM):
+        if weights is not None:
+            raise Refusal(f"model.weights={weights} goes with model.init=timm:NAME, and model.init is {init}")
+        if init is None:
+            return ""
+    with torch.random.fork_rng(devices=[]):  # the heads are those of a run from scratch
+        source = _source(backbone, init, weights)
+    config, own, notes = backbone.config, backbone.model.state_dict(), []
+    state = dict(source.state)
+    kept = [name for name in own if name.endswith(POSITION_TENSORS)] if source.position == "none" else []
+    if kept:
+        notes.append("it was trained without position embedding, which is fresh")
+    elif config.position_embedding == "sincos" and "pos_embed" in own:
+        kept = ["pos_embed"]
+        notes.append("position embedding stays sine-cosine")
+    state |= {name: own[name] for name in kept}
+    if "pos_embed" not in kept and _resized(state, own, source.grid, backbone.grid):
+        (h, w), (new_h, new_w) = source.grid, backbone.grid
+        notes.append(f"position embedding resized from {h}x{w} to {new_h}x{new_w}")
+    this = f"model.name={config.name} with model.kwargs={dict(config.kwargs)} at {backbone.size[0]}x{backbone.size[1]}"
+    try:
+        load_exactly(backbone.model, state, f"model.init={init}")
+    except Refusal as refusal:
+        raise Refusal(f"{refusal}; it is {source.name}, and this is {this}") from None
+    if source.heads != _heads(backbone.model):  # the one thing that no shape tells
+        raise Refusal(
+            f"model.init={init} has {_listed(source.heads)} attention heads a block, and {this} has "
+            f"{_listed(_heads(backbone.model))}: set model.kwargs.num_heads alike"
+        )
+    if source.mean != list(config.mean) or source.std != list(config.std):
+        notes.append(f"its images were normalised otherwise (model.mean={source.mean} model.std={source.std})")
+    return "; ".join([f"weights of {init}", *notes, "the objectives' heads are fresh"])
+
+
+@dataclass
+class _Source:
+    """Weights to begin from, and what has to be known of them."""
+
+    name: str  # of the architecture, and how it differs from timm's
+    state: dict[str, Tensor]
+    grid: tuple[int, int]
+    position: str
+    heads: list[int]
+    mean: list[float]
+    std: list[float]
+
+
+def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
+    asked = f"model.init={init}"
+    if not init.startswith(TIMM):
+        if not Path(init).exists():
+            raise Refusal(
+                f"{asked}: no such run folder or file; expected timm:NAME, a run folder or a {checkpoint.WEIGHTS}"
+            )
+        try:
+            trained, _, about = checkpoint.load_backbone(init)
+        except Refusal as refusal:
+            raise Refusal(f"{asked}: {refusal}") from None
+        name = f"{about['name']} with model.kwargs={about['kwargs']} at {trained.size[0]}x{trained.size[1]}"
+        state, heads = trained.model.state_dict(), _heads(trained.model)
+        return _Source(name, state, trained.grid, about["position"], heads, list(about["mean"]), list(about["std"]))
+    name = init.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise Refusal(f"{asked}: no architecture of timm {timm.__version__}{nearest(name, timm.list_models())}")
+    # one channel where the backbone has one: timm adds up the kernels of the three
+    model = _timm(name, weights, asked, "model.weights=", in_chans=backbone.channels)
+    own, published = backbone.model.state_dict(), model.pretrained_cfg
+    state = {key: value for key, value in model.state_dict().items() if key in own or not key.startswith("attn_pool.")}
+    mean, std = (
+        [sum(published[which]) / 3] if backbone.channels == 1 else list(published[which]) for which in ("mean", "std")
+    )
+    stem = getattr(model, "patch_embed", None)
+    grid = tuple(getattr(stem, "grid_size", None) or backbone.grid)
+    return _Source(name, state, grid, "full", _heads(model), mean, std)  # type: ignore[arg-type]
+
+
+def _heads(model: nn.Module) -> list[int]:
+    """Attention heads of every module that has some."""
+    return [module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)]  # type: ignore[misc]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in dict.fromkeys(numbers))
+
+
+def _resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Bring the position embedding in `state` (1, P + N, D), whose first P rows are of prefix tokens, to the new grid;
+    whether that was needed and possible."""
+    there, wanted = state.get("pos_embed"), own.get("pos_embed")
+    if there is None or wanted is None or there.ndim != 3 or wanted.ndim != 3 or old == new:
+        return False
+    prefix = there.shape[1] - old[0] * old[1]
+    if prefix != wanted.shape[1] - new[0] * new[1]:
+        return False
+    state["pos_embed"] = resample_abs_pos_embed(there, list(new), list(old), prefix)
+    return True

@@ -5,6 +5,7 @@ forget what came after it.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -21,8 +22,10 @@ from .errors import Refusal
 METRICS = "metrics.jsonl"
 
 
-def check_tensorboard() -> None:
-    """Raises Refusal if TensorBoard's writer cannot be had."""
+def check_tensorboard(wanted: bool) -> None:
+    """Raises Refusal if TensorBoard's writer is `wanted` and cannot be had."""
+    if not wanted:
+        return
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -49,11 +52,13 @@ class Tracker:
             self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if again else None)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """One JSON line, floats in full precision; in TensorBoard a scalar for each number, and words when they
-        change."""
+        """One JSON line, floats in full precision, null for one that is not finite; in TensorBoard a scalar for each
+        number, and words when they change."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in record.items()}  # fmt: skip  # JSON has no word for NaN
+        self.file.write(json.dumps({"step": step, **line}) + "\n")
         self.file.flush()
         if self.writer is not None:
             for name, value in record.items():

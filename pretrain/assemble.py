@@ -197,6 +197,21 @@ def schedule_for(config: PretrainConfig, steps: int) -> Callable[[int], float]:
     return lambda step: schedules.rate(step, steps, warmup, peak, floor, options.schedule)
 
 
+def fit_options(parts: Parts) -> dict[str, Any]:
+    """What `fit` is told of a recipe's steps, in training and in a replay."""
+    config = parts.config
+    return {
+        "steps": parts.steps,
+        "accumulate": config.accumulate,
+        "clip": config.optimizer.clip,
+        "clip_by": config.optimizer.clip_by,
+        "weight_decay": decay_for(config, parts.steps),
+        "log_every": config.log_every,
+        "images_per_step": config.batch,
+        "observer": parts.task,
+    }
+
+
 def decay_for(config: PretrainConfig, steps: int) -> Callable[[int], float] | None:
     """Weight decay of a 0-based step; None if it stays what it is."""
     decay = schedules.parse(config.optimizer.weight_decay, "optimizer.weight_decay")

@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from common import config as configuration
 from common.errors import Refusal, nearest
 from common.run_folder import CONFIG
-from pretrain import objectives
-from pretrain.config import PretrainConfig, check, resumed
+from pretrain import flight, objectives
+from pretrain.config import PretrainConfig, check, load, resumed
 
 FLAGS = ("--debug", "--help")  # beside those of a parser
+MOVED = ("data", "data_root")  # options that a replayed step may differ in
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Arguments:
     recipe: Path | None = None
     words: list[str] = field(default_factory=list)  # key=value
     resume: Path | None = None
+    replay: Path | None = None  # the record of a step
     dry_run: bool = False
     overwrite: bool = False
 
@@ -47,6 +49,7 @@ def parse(argv: list[str], usage: str) -> Arguments:
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--replay", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     given = parser.parse_intermixed_args(argv)
@@ -54,6 +57,8 @@ def parse(argv: list[str], usage: str) -> Arguments:
     words = [word for word in given.words if "=" in word]
     if len(recipes) > 1:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
+    if given.replay is not None:
+        return _replayed(given, recipes, words)
     if given.resume is not None:
         if recipes or given.overwrite:
             raise Refusal(
@@ -62,19 +67,33 @@ def parse(argv: list[str], usage: str) -> Arguments:
             )
         if not (given.resume / CONFIG).is_file():
             raise Refusal(f"--resume {given.resume}: no run there (expected a folder with {CONFIG})")
-        return Arguments(given.resume.name, None, words, given.resume.resolve(), given.dry_run)
+        return Arguments(given.resume.name, None, words, given.resume.resolve(), dry_run=given.dry_run)
     recipe = configuration.find_recipe(recipes[0] if recipes else "quickstart", "pretrain")
-    return Arguments(recipe.stem, recipe, words, None, given.dry_run, given.overwrite)
+    return Arguments(recipe.stem, recipe, words, dry_run=given.dry_run, overwrite=given.overwrite)
+
+
+def _replayed(given: argparse.Namespace, recipes: list[str], words: list[str]) -> Arguments:
+    """What `--replay RECORD` stands for. Raises Refusal for anything beside it but where the images are."""
+    flags = {"--resume": given.resume is not None, "--overwrite": given.overwrite, "--dry-run": given.dry_run}
+    others = [flag for flag, there in flags.items() if there] + recipes
+    others += [word for word in words if word.partition("=")[0] not in MOVED]
+    if others:
+        raise Refusal(
+            f"--replay {given.replay} repeats a step as it was: leave out {others[0]} (only "
+            f"{' and '.join(f'{name}=' for name in MOVED)} may be given, where the images were moved)"
+        )
+    flight.read(given.replay)
+    return Arguments(given.replay.name, None, words, replay=given.replay.resolve())
 
 
 def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
     """The options, and the run folder that was named (None: it numbers itself). Raises Refusal."""
-    if arguments.resume is not None:
-        config = resumed(arguments.resume, arguments.words)
+    stored = arguments.resume or arguments.replay
+    if stored is not None:
+        config = resumed(stored, arguments.words)
         check(config)
         return config, arguments.resume
-    config = configuration.load(PretrainConfig, arguments.recipe, arguments.words)
-    check(config)
+    config = load(arguments.recipe, arguments.words)
     return config, Path(config.run).resolve() if config.run else None
 
 
@@ -90,6 +109,9 @@ def help_text(usage: str) -> str:
         usage.strip(),
         "",
         "  --resume RUN   continue an interrupted run",
+        "  --replay RECORD",
+        "                 repeat a step that was not finite (RUN/flight/step_*) and tell what in it was not; status 0",
+        "                 if every number is as recorded, 1 if not",
         "  --dry-run      print the resolved options, cost and speed; write nothing",
     ]
     parts += [

@@ -16,6 +16,8 @@ from common.sampling import Batch
 from common.tracking import Tracker
 from pretrain.assemble import Parts, commit
 from pretrain.config import store
+from pretrain.flight import random_state
+from pretrain.task import Pretraining
 
 UNREADABLE = "unreadable.txt"
 WORST = 0.01  # share of the images that may be unreadable
@@ -39,39 +41,76 @@ class Checkpoints:
         return config.checkpoint_minutes > 0 and time.monotonic() - self.saved > 60 * config.checkpoint_minutes
 
     def save(self, step: int, task: torch.nn.Module, optimizer: Any, tracker: Tracker) -> None:
-        """Store everything that step + 1 depends on, with the backbone for evaluation. Every process calls it."""
+        """Store everything that step + 1 depends on, with the backbone for evaluation. Every process calls it. Raises
+        Refusal, in all of them, for weights that are not finite."""
         process, config, accelerator = self.parts.process, self.parts.config, self.accelerator
-        random = [_random_state()]
+        self._refuse_broken(step, accelerator.unwrap_model(task))
+        random = [random_state()]
         if process.num_processes > 1:
             random = gather_object(random)
         if process.is_main_process:
-            plain = accelerator.unwrap_model(task)
-            state = {
-                "step": step,
-                "recipe": self.recipe,
-                "fingerprint": self.parts.fingerprint,
-                "task": plain.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "random": random,
-            }
             tracker.sync()
-            description = checkpoint.describe(plain.backbone, plain.position, "mean", self._training(step))
             checkpoint.save_state(
                 self.run,
                 step,
-                state,
-                lambda to: checkpoint.export(to, plain.backbone, description),
+                self.state(step, task, optimizer, random),
+                lambda to: self._export(to, step, accelerator.unwrap_model(task)),
                 config.keep,
                 milestone=config.milestone_every is not None and step % config.milestone_every == 0,
             )
         self.saved = time.monotonic()
         accelerator.wait_for_everyone()
 
+    def state(self, step: int, task: torch.nn.Module, optimizer: Any, random: list[dict[str, Any]]) -> dict[str, Any]:
+        """All that step + 1 depends on; `random`: `random_state()` of every process."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "recipe": self.recipe,
+            "fingerprint": self.parts.fingerprint,
+            "task": self.accelerator.unwrap_model(task).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random,
+        }
+
+    def _export(self, folder: Path, step: int, task: Pretraining) -> None:
+        """Write the backbone to be evaluated, the teacher's or the student's; with export=both the student's beside the
+        teacher's."""
+        wanted = self.parts.config.export
+        first, second = {"both": ("teacher", "student")}.get(wanted, (wanted, None))
+        for who, name in ((first, checkpoint.WEIGHTS), (second, checkpoint.STUDENT)):
+            if who is None:
+                continue
+            backbone = task.teacher if who == "teacher" else task.backbone
+            assert backbone is not None  # `assemble` has refused a teacher that is not there
+            training = self._training(step) | {"exported": who}
+            description = checkpoint.describe(backbone, task.position, task.pooling, training)
+            checkpoint.export(folder, backbone, description, name)
+
+    def _refuse_broken(self, step: int, task: Pretraining) -> None:
+        """Raises Refusal if a weight is not finite: whoever continues from it would find out much later. Processes hold
+        equal weights, so that all judge alike."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in task.parameters()])
+        if finite.all():
+            return
+        broken = next(name for (name, _), fine in zip(task.named_parameters(), finite, strict=True) if not fine)
+        last = max((self.run / "state").glob("step_*"), default=None)
+        raise Refusal(
+            f"the weights are not finite after step {step} (such as {broken}): nothing was written; "
+            + (
+                "there is no earlier checkpoint: begin again with a lower optimizer.lr"
+                if last is None
+                else f"the last checkpoint, {last}, is intact: begin again with a lower optimizer.lr, perhaps from its "
+                f"backbone (model.init={self.run}), or continue from it with --resume {self.run}"
+            )
+        )
+
     def _training(self, step: int) -> dict[str, Any]:
         config = self.parts.config
         return {
             "recipe": self.recipe,
+            "init": config.model.init,
             "data": config.data,
             "data_root": config.data_root,
             "data_fingerprint": self.parts.fingerprint,
@@ -106,6 +145,11 @@ class Checkpoints:
             store(self.run, self.parts.config)
         return state
 
+    def resume(self, task: torch.nn.Module, optimizer: Any) -> int:
+        """Go on from the newest whole checkpoint; returns its step, 0 if there is none."""
+        state = self.load()
+        return 0 if state is None else self.restore(state, task, optimizer)
+
     def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:
         """Put `state` into the prepared task and optimizer, and the random generators; returns its step."""
         process, accelerator = self.parts.process, self.accelerator
@@ -127,11 +171,6 @@ class Checkpoints:
 def seed_process(seed: int, process_index: int) -> None:
     """Dropout's generator: one stream per process."""
     torch.manual_seed(seed * 1_000_003 + process_index)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -23,9 +23,11 @@ from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
 from common.tracking import Progress, Tracker, check_tensorboard
 from pretrain import monitors
-from pretrain.assemble import assemble, decay_for, optimizer_for, schedule_for
+from pretrain.assemble import assemble, fit_options, optimizer_for, schedule_for
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
+from pretrain.flight import FlightRecorder
+from pretrain.replay import replay
 from pretrain.resume import Checkpoints, seed_process, watch
 from pretrain.summary import begun, ended
 
@@ -36,19 +38,19 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__ or "")
     config, run = read(arguments)
     process = processes.join()
+    if arguments.replay is not None:
+        return replay(arguments.replay, config, process)
     lock = None  # keeps other processes from writing this run, for as long as it is referred to
     if arguments.resume is not None:
         lock = RunLock(arguments.resume, WAIT) if process.is_main_process else None
     elif run is not None and process.is_main_process:
         refuse_existing(run, arguments.overwrite)
-    if config.tensorboard:
-        check_tensorboard()
+    check_tensorboard(config.tensorboard)
     parts = assemble(config, process, fresh=arguments.resume is None)
     if arguments.dry_run:
         return dry_run(parts)
 
-    # From here on the run folder is written.
-    config = parts.config
+    config = parts.config  # from here on the run folder is written
     if arguments.resume is None:
         if process.is_main_process:
             run = create(run, arguments.stem, written(config, parts.reasons), arguments.overwrite)
@@ -59,11 +61,10 @@ def main(argv: list[str]) -> int:
     accelerator = processes.accelerator(config.precision)
     seed_process(config.seed, process.process_index)
     if config.model.compile:
-        parts.task.backbone.compile()
+        parts.task.compile_backbones()
     task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
     checkpoints = Checkpoints(run, parts, accelerator, arguments.stem)
-    state = checkpoints.load()
-    start = checkpoints.restore(state, task, optimizer) if state is not None else 0
+    start = checkpoints.resume(task, optimizer)
     tracker = Tracker(run, start, config.tensorboard, process.is_main_process)
     progress = Progress(parts.steps, start, process.is_main_process)
     accelerator.print(begun(parts, run, start, active_pil()))
@@ -77,23 +78,17 @@ def main(argv: list[str]) -> int:
             batches,
             optimizer,
             schedule_for(config, parts.steps),
-            steps=parts.steps,
+            **fit_options(parts),
             start=start,
-            accumulate=config.accumulate,
-            clip=config.optimizer.clip,
-            clip_by=config.optimizer.clip_by,
-            weight_decay=decay_for(config, parts.steps),
             most_skipped=config.optimizer.most_skipped,
             skipped=int(parts.task.skipped),
-            log_every=config.log_every,
-            images_per_step=config.batch,
             reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker, progress.say),
             track=tracker.write,
             save=lambda step: checkpoints.save(step, task, optimizer, tracker),
             save_due=checkpoints.due,
             stop=stop,
             progress=progress,
-            observer=parts.task,
+            recorder=FlightRecorder(checkpoints, task, optimizer, progress.say),
             read=monitors.light(parts.task, progress.say),
         )
     accelerator.print(ended(run, done, parts.steps))

@@ -78,6 +78,12 @@ class Pretraining(nn.Module):
         """What stands for an image: the class token if an objective trains it, else the mean of the patches."""
         return "class" if any(objective.pooled == "class" for _, objective in self.signals()) else "mean"
 
+    def compile_backbones(self) -> None:
+        """torch.compile of the backbone and its teacher."""
+        self.backbone.compile()
+        if self.teacher is not None:
+            self.teacher.compile()
+
     def train(self, mode: bool = True) -> "Pretraining":
         """Teachers stay in eval mode: no drop path."""
         super().train(mode)

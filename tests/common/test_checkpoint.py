@@ -18,6 +18,7 @@ from common import checkpoint
 from common.errors import Refusal
 from common.models import ModelConfig, create
 
+BOTH = (checkpoint.WEIGHTS, checkpoint.STUDENT)
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -34,11 +35,16 @@ def model():
     return backbone()
 
 
-def save(run: Path, step: int, model, keep: int = 2, milestone: bool = False) -> None:
+def save(run: Path, step: int, model, keep: int = 2, milestone: bool = False, names=(checkpoint.WEIGHTS,)) -> None:
     model.model.cls_token.data.fill_(step)
     description = checkpoint.describe(model, "none", "mean", {"step": step})
     state = {"step": step, "task": {"weight": torch.full((1000,), float(step))}, "random": [{"cuda": None}]}
-    checkpoint.save_state(run, step, state, lambda to: checkpoint.export(to, model, description), keep, milestone)
+
+    def export(to: Path) -> None:
+        for name in names:
+            checkpoint.export(to, model, description, name)
+
+    checkpoint.save_state(run, step, state, export, keep, milestone)
 
 
 def load(run: Path) -> tuple[int, list[str]]:
@@ -157,16 +163,18 @@ def die_at(count: int, below: Path) -> None:
     sys.addaudithook(hook)  # cannot be taken back: only in a child
 
 
-def test_killed_anywhere_inside_a_save(run, model, tmp_path_factory):
-    """Before each single file operation of a save in turn: the run resumes, evaluation reads it, and it saves again."""
+@pytest.mark.parametrize(("names", "every"), [(BOTH[:1], 1), (BOTH, 3)], ids=["backbone", "teacher and student"])
+def test_killed_anywhere_inside_a_save(run, model, names, every, tmp_path_factory):
+    """Before each single file operation of a save in turn (of two backbones: each third): the run resumes, evaluation
+    reads it, and it saves again."""
     found = set()
-    for count in range(200):
+    for count in range(0, 200, every):
         copy = tmp_path_factory.mktemp("killed") / "run"
         shutil.copytree(run, copy)
 
         def interrupted(copy: Path = copy, count: int = count) -> None:
             die_at(count, copy)
-            save(copy, 30, model)
+            save(copy, 30, model, names=names)
 
         status = in_a_child(interrupted)
         step, warnings = load(copy)
@@ -177,8 +185,8 @@ def test_killed_anywhere_inside_a_save(run, model, tmp_path_factory):
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        save(copy, 40, model)
-        assert load(copy) == (40, []) and exported(copy) == 40
+        save(copy, 40, model, names=names)
+        assert load(copy) == (40, []) and {exported(copy / name) for name in names} == {exported(copy)} == {40}
         assert steps(copy) == [f"step_{step:08d}", "step_00000040"]
         assert not list(copy.rglob(".*")), count
     assert status == 0 and count > 25

@@ -100,10 +100,10 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_without_tensorboard_the_run_is_refused_before_it_begins(monkeypatch):
-    check_tensorboard()
+    check_tensorboard(True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Refusal, match=r"pip install tensorboard, or set tensorboard=false"):
-        check_tensorboard()
+        check_tensorboard(True)
 
 
 # ---------------------------------------------------------------------------- showing

@@ -97,7 +97,7 @@ NUMBERS = "expected a number of at least"
         ("optimizer.lr=inf", ["optimizer.lr=inf"]),
         ("optimizer.lr=-0.1", ["optimizer.lr=-0.1"]),
         ("optimizer.clip=-1", ["optimizer.clip=-1.0"]),
-        ("optimizer.weight_decay=nan", ["optimizer.weight_decay=nan"]),
+        ("optimizer.weight_decay=nan", ["optimizer.weight_decay='nan': expected a number or {schedule: cosine"]),
         ("optimizer.warmup=1.5", ["optimizer.warmup=1.5: expected at most 1"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]", "two numbers in [0, 1)"]),
         ("optimizer.betas=[0.9,1.0]", ["optimizer.betas=[0.9, 1.0]"]),
@@ -309,7 +309,7 @@ def test_unreadable_images_leave_the_labels_of_the_others_in_place(inside, train
         files[i].write_bytes(b"cut")
     words = ("steps=2", "monitor.every=2", "loader.workers=0", "optimizer.lr=0")
     assert inside(TINY, f"data={tmp_path / 'photos'}", "run=run", *words) == 0
-    assert Run(Path("run")).metrics[-1]["knn/accuracy"] == 1.0
+    assert Run(Path("run")).metrics[-1]["knn/student"] == 1.0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -446,7 +446,7 @@ def test_64_workers(train, images, tmp_path):
 
 
 def test_losses_do_not_depend_on_labels(inside, monkeypatch):
-    """The same images with right labels, random ones and none: the same losses; only the k-NN monitor notices."""
+    """The same images with right labels, random ones and none: the same losses; only monitors of labels notice."""
     rng = np.random.default_rng(0)
     right = np.arange(64) % 2
     pixels = (rng.integers(0, 60, (64, 24, 24, 3)) + 180 * right[:, None, None, None]).astype(np.uint8)
@@ -458,7 +458,9 @@ def test_losses_do_not_depend_on_labels(inside, monkeypatch):
         assert inside(TINY, *words) == 0
         run = Run(Path(f"run{number}"))
         losses.append(run.losses)
-        neighbours.append([record["knn/accuracy"] for record in run.metrics if "knn/accuracy" in record])
+        assert [record["step"] for record in run.metrics if "rankme/student" in record] == [4, 8]
+        assert all(("knn/student" in record) == ("ridge/student" in record) for record in run.metrics)
+        neighbours.append([record["knn/student"] for record in run.metrics if "knn/student" in record])
     assert losses[0] == losses[1] == losses[2]
     assert neighbours[0] == [1.0, 1.0] and neighbours[1] != neighbours[0] and neighbours[2] == []
 
