@@ -7,6 +7,7 @@ import timm
 import torch
 
 from common import schedules
+from common.ema import half_life
 from common.models.backbone import count_parameters
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
@@ -30,7 +31,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
         *([f"begins     {parts.init}"] if parts.init else []),
-        *([f"teacher    momentum {parts.task.momentum}; {config.export} exported"] if parts.task.teacher else []),
+        *([f"teacher    {_momentum(parts)}; export {config.export}"] if parts.task.teacher else []),
         f"optimizer  AdamW, {_clipping(config.optimizer)}",
         *(f"audit      {name}: {found.verdict}: {found.reason}" for name, found in parts.audit.objectives.items()),
         *(
@@ -52,6 +53,12 @@ def _objective(name: str, weight: float, parts: Parts) -> str:
     passes = parts.task.objectives[name].passes.values()  # type: ignore[union-attr, operator]
     plans = dict.fromkeys(str(want.plan) for want in passes if want.grad)
     return f"objective  {weight:g} x {name}, {'; '.join(plans)}"
+
+
+def _momentum(parts: Parts) -> str:
+    momentum = parts.task.momentum
+    images = half_life(momentum.at(0.0), parts.config.batch)
+    return f"momentum {momentum}: at first a half-life of {images:,.0f} images"
 
 
 def _clipping(options: OptimizerConfig) -> str:

@@ -56,13 +56,13 @@ def settled(
 @pytest.mark.parametrize(
     ("images", "prototypes", "temperature"),
     [
-        (40, 64, 0.02),
-        (600, 64, 0.02),  # 37.5
-        (2_000, 128, 0.02),  # 125
-        (9_000, 512, 0.02),  # 562
-        (20_000, 1024, 0.02),  # 1,250: LightlyTrain's 1,024
-        (54_000, 4096, 0.035),  # 3,375; 0.02 + 0.05 * ln(2.7) / ln(25)
-        (100_000, 8192, 0.045),  # 6,250 lies nearer to 8,192 in ratio; the middle of the logarithms
+        (40, 64, 0.04),
+        (600, 64, 0.04),  # 37.5
+        (2_000, 128, 0.04),  # 125
+        (9_000, 512, 0.04),  # 562
+        (20_000, 1024, 0.04),  # 1,250: LightlyTrain's 1,024
+        (54_000, 4096, 0.049),  # 3,375; 0.04 + 0.03 * ln(2.7) / ln(25)
+        (100_000, 8192, 0.055),  # 6,250 lies nearer to 8,192 in ratio; the middle of the logarithms
         (500_000, 32_768, 0.07),
         (1_281_167, 65_536, 0.07),  # ImageNet: DINO's
         (10**9, 65_536, 0.07),
@@ -114,7 +114,7 @@ def test_imagenet_gives_dinos_values() -> None:
 def test_a_short_run_on_few_images() -> None:
     config, chosen, _, notes = settled(600, 64, epochs=5)
     dino = chosen["dino"]
-    assert (dino.prototypes, dino.teacher_temperature) == (64, 0.02)
+    assert (dino.prototypes, dino.teacher_temperature) == (64, 0.04)
     assert (config.optimizer.warmup, dino.freeze_last_layer) == (0.1, 0.1)
     assert config.teacher.momentum == {"schedule": "cosine", "start": 0.99, "end": 1.0}
     assert not notes
@@ -133,12 +133,12 @@ def test_every_reason_has_its_numbers() -> None:
         "optimizer.warmup": "5 epochs of 50 epochs: 10 epochs, at most 10 % of the training",
         "teacher.momentum": "starts with a half-life of 7,714 images at batch 64 (a seventh of an epoch, 7,714)",
         "objectives.dino.prototypes": "the power of two nearest to 54,000 images / 16, from 64 to 65,536",
-        "objectives.dino.teacher_temperature": "0.035 for 54,000 images: 0.02 up to 20,000, 0.07 from 500,000, between "
-        "linear in the logarithm",
+        "objectives.dino.teacher_temperature": "ends at 0.049 for 54,000 images: 0.04 up to 20,000, 0.07 from 500,000, "
+        "between linear in the logarithm; over 30 epochs, at most 30 % of the training",
         "objectives.dino.freeze_last_layer": "1 epoch of 50 epochs: 1 epoch, at most 10 % of the training",
     }
     assert settled()[2]["objectives.dino.teacher_temperature"] == (
-        "ends at 0.07 for 1,280,000 images: 0.02 up to 20,000, 0.07 from 500,000, between linear in the logarithm; "
+        "ends at 0.07 for 1,280,000 images: 0.04 up to 20,000, 0.07 from 500,000, between linear in the logarithm; "
         "over 30 epochs, at most 30 % of the training"
     )
     _, _, reasons, _ = settled(600, 64)
@@ -201,7 +201,7 @@ def test_a_shared_head_is_dinos() -> None:
     assert (chosen["ibot"].prototypes, chosen["ibot"].freeze_last_layer) == (300, 0.02)
     assert reasons["objectives.ibot.prototypes"] == reasons["objectives.ibot.freeze_last_layer"]
     assert reasons["objectives.ibot.prototypes"] == "dino's, whose head it shares"
-    assert chosen["ibot"].teacher_temperature == 0.02
+    assert chosen["ibot"].teacher_temperature == 0.04
     assert not notes
 
 
