@@ -78,7 +78,7 @@ def fit(
     `track` gets.
 
     A step whose loss on any process, or whose gradient, is not finite changes nothing, is counted from `skipped` on,
-    and is given to the recorder. Raises Refusal after `most_skipped` of those in a row.
+    and is given to the recorder. Raises Refusal after `most_skipped` of those in a row, or where the last ones are.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     skipped_in_a_row = 0
@@ -114,13 +114,15 @@ def fit(
         taken = math.isfinite(norm)  # of the all-reduced gradient: every process decides alike
         if not taken and recorder is not None:
             recorder.keep(step, results, norm, used)
-        if taken or accelerator.scaler is not None:  # the fp16 scaler skips by itself, and must hear of it
+        if taken:
             optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # it has seen the gradient, and lowers the scale
         optimizer.zero_grad()
         if observer is not None:
             observer.after_step(taken)
         skipped, skipped_in_a_row = skipped + (not taken), 0 if taken else skipped_in_a_row + 1
-        if skipped_in_a_row >= most_skipped:
+        if skipped_in_a_row >= most_skipped or (step == steps and skipped_in_a_row > 1):
             raise Refusal(
                 f"the loss or its gradient was not finite in {skipped_in_a_row} steps in a row up to step {step}: "
                 "lower optimizer.lr, clip gradients, or use precision=bf16 or fp32; none of them was taken, and the "

@@ -99,9 +99,7 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
 
     torch.manual_seed(config.seed)
     backbone = create(config.model, config.views["global"].size)
-    init = ""
-    if config.model.init is not None and fresh:
-        init = subjects.begin_from(backbone, config.model.init, config.model.weights)
+    init = subjects.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
     task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     _settle_export(config, task, reasons)
@@ -158,6 +156,7 @@ def _settle_precision(
     if process.is_main_process:
         batch = samples.__getitems__([(HELD_OUT_EPOCH, i % len(samples)) for i in range(min(config.batch, 32))])
         task.to(process.device).train()
+        task.begin_step(0.0, measured=False)
         with collectives.alone():  # the other processes wait for what this one finds
             chosen = [
                 precision.choose(

@@ -26,7 +26,8 @@ DIMENSIONAL = Verdict(
 )
 
 # Nats. A healthy run may pass ln K with its loss, but then teacher and student disagree about something: a small ViT
-# had a teacher 0.4 below ln K; with a teacher temperature of 1 the same fell below this after 40 steps, and stayed.
+# had a teacher 0.4 below ln K; with a teacher temperature of 1 the same fell below this after 40 steps, and stayed. A
+# teacher this close says nothing, whatever the loss; nor does a student, if the loss is pinned too.
 PINNED = 1e-3
 # Prototypes that the images of a batch share evenly. The same ViT used 900 of 1,024, 2.9 without centring, and with a
 # teacher temperature of 0.02 it passed through 4.8 before its centre had moved, and recovered.
@@ -42,9 +43,9 @@ BEFORE, BEFORE_FEATURES = 0.02, 0.1
 
 def judge(numbers: Mapping[str, float], images: int, progress: float) -> Verdict | None:
     """What the statistics of a self-distillation say, measured over `images` images when `progress` of the training was
-    done. `numbers`: loss, uniform, teacher_entropy, marginal_entropy (nats) and, where features are judged too,
-    feature_std and rankme, as `dino` names them. None where it is too early, or one of the first four is missing or
-    not finite.
+    done. `numbers`: loss, uniform, teacher_entropy, marginal_entropy (nats) and, where they are judged too,
+    feature_std, rankme and student_entropy, as `dino` names them. None where it is too early, or one of the first four
+    is missing or not finite.
 
     The fewer the images, the less is a few prototypes or dimensions a sign of anything: limits fall with them.
     """
@@ -52,7 +53,8 @@ def judge(numbers: Mapping[str, float], images: int, progress: float) -> Verdict
     if progress < BEFORE or not all(map(math.isfinite, needed)):
         return None
     ceiling = numbers["uniform"]
-    if abs(numbers["loss"] - ceiling) < PINNED and ceiling - numbers["teacher_entropy"] < PINNED:
+    given_up = abs(numbers["loss"] - ceiling) < PINNED and ceiling - numbers.get("student_entropy", 0.0) < PINNED
+    if ceiling - numbers["teacher_entropy"] < PINNED or given_up:
         return UNIFORM
     few = min(FEW_PROTOTYPES, images**0.5 / 2, math.exp(ceiling) / 4)
     if math.exp(min(numbers["marginal_entropy"], ceiling)) < few:

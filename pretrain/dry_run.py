@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import processes
 from common.launch import active_pil
 from common.models.backbone import count_parameters, set_attention
+from common.optim import clip_gradients
 from common.precision import DTYPES
 from common.sampling import HELD_OUT_EPOCH, loader
 from common.tracking import clock
@@ -101,17 +102,21 @@ def _calibrate(parts: Parts, accelerator: Any) -> tuple[float, float]:
         loader(parts.samples, parts.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")
     )
     parts.steps = steps
+    parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     begun = waited = 0.0
     for step in range(CALIBRATION):
         if step == CALIBRATION // 4:
             begun, waited = time.perf_counter(), 0.0
+        parts.task.begin_step(0.0, measured=False)
         before = time.perf_counter()
         parts_of_step = list(islice(batches, config.accumulate))
         waited += time.perf_counter() - before
         for batch in parts_of_step:
             accelerator.backward(task(batch.to(accelerator.device))["loss"] / config.accumulate)
-        float(accelerator.clip_grad_norm_(task.parameters(), config.optimizer.clip or 1e9))
+        parts.task.before_update()
+        float(clip_gradients(accelerator, parameters, config.optimizer.clip, config.optimizer.clip_by))
         optimizer.step()
         optimizer.zero_grad()
+        parts.task.after_step(taken=True)
     seconds = time.perf_counter() - begun
     return (CALIBRATION - CALIBRATION // 4) * config.batch / seconds, waited / seconds

@@ -46,7 +46,9 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
     if not process.is_main_process:
         return [probing]
     samples, batch = parts.held_out_samples(), min(256, max(1, config.batch // config.accumulate))
-    own: list[Report] = [(every, validation(task, samples, batch, process.device, tracker))]
+    own: list[Report] = []
+    if len(samples) > 1 or "koleo" not in task.objectives:  # whose single image has no neighbour
+        own.append((every, validation(task, samples, batch, process.device, tracker)))
     places = _seen(task, samples)
     if "absolute" in task.objectives:
         own.append((every, boards(task, places, process.device, tracker)))
@@ -97,9 +99,10 @@ def light(task: Pretraining, say: Callable[[str], None]) -> Callable[[int, Mappi
 
 
 def _batches(samples: Samples, size: int) -> list[list[tuple[int, int]]]:
-    """Keys of all samples in batches of nearly equal size, at most `size`: none of one image, in which KoLeo finds no
-    neighbour."""
-    parts = np.array_split(np.arange(len(samples)), math.ceil(len(samples) / size))
+    """Keys of all samples in batches of nearly equal size, about `size` at most: none of one image, in which KoLeo
+    finds no neighbour, unless there is but one."""
+    count = min(math.ceil(len(samples) / size), max(1, len(samples) // 2))
+    parts = np.array_split(np.arange(len(samples)), count)
     return [[(HELD_OUT_EPOCH, index) for index in part.tolist()] for part in parts]
 
 

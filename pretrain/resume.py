@@ -153,6 +153,7 @@ class Checkpoints:
     def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:
         """Put `state` into the prepared task and optimizer, and the random generators; returns its step."""
         process, accelerator = self.parts.process, self.accelerator
+        state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))  # of runs from before it was counted
         checkpoint.load_exactly(accelerator.unwrap_model(task), state["task"], str(self.run / "state"))
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:

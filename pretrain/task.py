@@ -36,7 +36,7 @@ class Pretraining(nn.Module):
         if any(want.who == "teacher" for want in self.passes):
             self.teacher = ema.copy_of(backbone)  # type: ignore[assignment]
         self.momentum = Schedule("constant", 1.0, 1.0)  # of the teachers: who makes the task says which
-        self.progress = 0.0
+        self.progress, self.measured = 0.0, True
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps that were not taken
 
     def signals(self) -> Iterable[tuple[str, Objective]]:
@@ -80,6 +80,8 @@ class Pretraining(nn.Module):
 
     def compile_backbones(self) -> None:
         """torch.compile of the backbone and its teacher."""
+        # a graph for each resolution, plan and mask, in training and in evaluation: more than the default of 8
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         self.backbone.compile()
         if self.teacher is not None:
             self.teacher.compile()
@@ -101,7 +103,7 @@ class Pretraining(nn.Module):
     def begin_step(self, progress: float, measured: bool = True) -> None:
         """Tell every objective which share of the training is done, and whether its statistics are looked at: functions
         of the step alone, so that a resumed run hears the same."""
-        self.progress = progress
+        self.progress, self.measured = progress, measured
         for _, objective in self.signals():
             objective.begin_step(progress, measured)
 
@@ -178,6 +180,8 @@ class Pretraining(nn.Module):
         """What `forward` returns, of features that are there already."""
         report: dict[str, Tensor] = {}
         total: Any = 0.0
+        if self.teacher is not None and self.measured:
+            report["teacher_momentum"] = torch.tensor(self.momentum.at(self.progress))
         for name, objective in self.signals():
             result = objective(*self.inputs(name, batch, features))
             total = total + self.weights[name] * result["loss"]
@@ -213,15 +217,14 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     where the backbone cannot run under an objective's plan or on images of a view's size.
     """
     signals: dict[str, tuple[float, Objective]] = {}
-    left_out: dict[str, Objective] = {}
+    spared = {"global"}  # it sets the backbone's size, looked at or not
     for name, options in chosen.items():
         if not 0 <= options.weight < math.inf:
             raise Refusal(f"objectives.{name}.weight={options.weight}: expected a finite number, 0 or more")
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
         else:
-            with torch.random.fork_rng():  # only to know its views: the others start as if it were not there
-                left_out[name] = objectives.build(name, options, backbone)
+            spared |= _named(options)
     if not signals:
         there = ", ".join(objectives.names())
         raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
@@ -231,14 +234,17 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     asked = {want.view: want for objective in built.values() for want in objective.passes.values()}
     if missing := asked.keys() - views.keys():
         raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
-    for objective in left_out.values():
-        objective.meet(built | left_out, views)
-    spared = {want.view for objective in left_out.values() for want in objective.passes.values()}
-    if idle := views.keys() - asked.keys() - spared - {"global"}:  # which sets the backbone's size
+    if idle := views.keys() - asked.keys() - spared:
         raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
     _check_passes(backbone, built, views)
     backbone.prepare({want.plan for objective in built.values() for want in objective.passes.values()})
     return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone
+
+
+def _named(options: Any) -> set[str]:
+    """The views that an objective would look at which is left out: they may stay in the recipe."""
+    local = getattr(options, "local", False)  # of koleo, a bool
+    return {options.view} | ({local or "local"} if local is None or isinstance(local, str) else set())
 
 
 def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Mapping[str, View]) -> None:

@@ -22,6 +22,7 @@ from pretrain.prototypes import sinkhorn
 
 IMAGES, WIDTH, CROPS = 6, 8, {"student": 2, "teacher": 2, "local": 3}
 SMALL = {"prototypes": 20, "hidden": 12, "bottleneck": 6, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
+MEANS = ("loss", "kl", "teacher_entropy", "student_entropy", "student_teacher_cosine")  # over processes
 
 
 def dino(**changed: Any) -> Dino:
@@ -64,7 +65,7 @@ def steps(centering: str, first: int, last: int) -> dict[str, list[float]]:
         made.after_step(0.9)
         keep(f"{step}/gradient", torch.cat([p.grad.flatten() for p in made.head.parameters()]), mean=True)
         for name, value in out.items():
-            keep(f"{step}/{name}", value, name in ("loss", "kl", "teacher_entropy", "student_teacher_cosine"))
+            keep(f"{step}/{name}", value, name in MEANS)
         if made.centre is not None:
             keep(f"{step}/centre", made.centre.centre)
         keep(f"{step}/used", made.used)

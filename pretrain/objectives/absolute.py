@@ -184,5 +184,5 @@ class Absolute(Positional):
             "loss": loss,
             "accuracy": answers.accuracy(),
             "distance": answers.mean(answers.distances),
-            "chance": loss.new_tensor(self.chance),
+            "chance": loss.new_full((), self.chance),
         }

@@ -129,7 +129,8 @@ class Dino(Objective):
         """See Objective."""
         if self.centre is not None:
             self.centre.commit()
-        self.used = torch.zeros_like(self.used) if self.measured else self._used()
+        before = torch.zeros_like(self.used) if self.measured else self.used
+        self.used = self._marked(before)
         self.winners.clear()
 
     def teachers(self) -> Iterable[tuple[nn.Module, nn.Module]]:
@@ -143,8 +144,9 @@ class Dino(Objective):
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, mean over images and pairs of crops), and on measured steps the health of the training:
 
-        teacher_entropy, kl (of teacher and student), marginal_entropy (of all images together), uniform (ln K), in
-        nats; prototypes_used (that won a crop since the last measured step), centre_norm, teacher_temperature;
+        teacher_entropy, student_entropy (global crops), kl (of teacher and student), marginal_entropy (of all images
+        together), uniform (ln K), in nats; prototypes_used (that won a crop from the last measured step on, this one
+        not yet), centre_norm, teacher_temperature;
         feature_std (of class tokens of length 1, per channel, times sqrt(D): 1 when spread evenly), rankme (dimensions
         that they fill), student_teacher_cosine.
         """
@@ -159,7 +161,8 @@ class Dino(Objective):
         loss = crops_cross_entropy(logits, targets, B, self.options.student_temperature)
         if not self.measured:
             return {"loss": loss}
-        return {"loss": loss} | self._statistics(loss, targets, student, teacher)
+        flat = entropy((logits.detach()[: len(student)] / self.options.student_temperature).softmax(1)).mean()
+        return {"loss": loss, "student_entropy": flat} | self._statistics(loss, targets, student, teacher)
 
     def targets(self, logits: Tensor) -> Tensor:
         """The teacher's probabilities (G*B, K) from its logits, which the centre takes note of."""
@@ -177,9 +180,9 @@ class Dino(Objective):
             "teacher_entropy": teacher_entropy,
             "kl": loss - teacher_entropy,  # every teacher crop is in equally many pairs
             "marginal_entropy": marginal_entropy(targets),
-            "uniform": loss.new_tensor(math.log(self.prototypes)),
-            "prototypes_used": self._used().sum().to(loss.dtype),
-            "teacher_temperature": loss.new_tensor(self.temperature.at(self.progress)),
+            "uniform": loss.new_full((), math.log(self.prototypes)),
+            "prototypes_used": self.used.sum().to(loss.dtype),
+            "teacher_temperature": loss.new_full((), self.temperature.at(self.progress)),
             "feature_std": unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5,
             "rankme": loss.new_tensor(rankme(unit[:: math.ceil(len(unit) / RANKED)])),
             "student_teacher_cosine": F.cosine_similarity(wide(student), wide(teacher), dim=1).mean(),
@@ -188,12 +191,12 @@ class Dino(Objective):
             found["centre_norm"] = self.centre.centre.norm()
         return found
 
-    def _used(self) -> Tensor:
-        """Which prototypes won since statistics were last logged, this step included, on any process: (K,) bool."""
-        used = self.used.clone()
+    def _marked(self, used: Tensor) -> Tensor:
+        """`used` (K,) with the winners of this step, on any process."""
+        marked = used.clone()
         if self.winners:
-            used[collectives.gathered(torch.cat(self.winners))] = True
-        return used
+            marked[collectives.gathered(torch.cat(self.winners))] = True
+        return marked
 
 
 def summary(features: Features) -> Tensor:

@@ -172,7 +172,7 @@ class Ibot(Objective):
 
     def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
         """See Objective; `numbers` without the objective's name before them. None where nothing was measured."""
-        if "kl" not in numbers:
+        if not numbers.get("masked"):  # not measured, or nothing was masked
             return None
         # The loss counts crops of which nothing is masked; judged is the cross-entropy of the others.
         judged = {**numbers, "loss": numbers["teacher_entropy"] + numbers["kl"]}

@@ -27,7 +27,8 @@ class KoleoOptions:
     """Options of `koleo`."""
 
     weight: float = 0.1
-    """Share of this objective in the summed loss; 0 leaves it out. 0.1 in DINOv2."""
+    """Share of this objective in the summed loss; 0 leaves it out. DINOv2 adds 0.1 for each of its two crops: 0.2 here,
+    where crops are averaged."""
     view: str = "global"
     """The view whose class tokens are spread, each of its crops by itself."""
     local: bool = False

@@ -201,7 +201,7 @@ class Relative(Positional):
             "accuracy": right,
             "distance": away,
             "gain": self.reading.blind - loss.detach(),
-            "chance": loss.new_tensor(self.chance),
+            "chance": loss.new_full((), self.chance),
         }
 
     @torch.no_grad()

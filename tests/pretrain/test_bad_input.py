@@ -104,7 +104,6 @@ NUMBERS = "expected a number of at least"
         ("optimizer.betas=[0.9,nan]", ["optimizer.betas=[0.9, nan]"]),
         ("objectives.absolute.weight=-1", ["objectives.absolute.weight=-1.0", "expected a"]),
         ("objectives.absolute.weight=nan", ["objectives.absolute.weight=nan"]),
-        ("objectives.absolute.weight=inf", ["objectives.absolute.weight=inf"]),
         ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, dino"]),
         ("objectives.relative.pairs=0", ["objectives.relative.pairs=0", "a number from 1 to 36"]),
         ("objectives.relative.pairs=37", ["objectives.relative.pairs=37", "6 patches"]),
