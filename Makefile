@@ -33,7 +33,7 @@ quickstart: install  ## pretrain on the built-in images, then k-NN, linear probe
 	echo "next        source $(BIN)/activate && accelerate launch pretrain/run.py data=PATH   # your own images"
 
 test: lint  ## lint, types and the default tests, in under five minutes; what .ci/run calls
-	$(BIN)/pytest -q --durations=5
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=5
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,20 +1,12 @@
-"""Under torchrun: two steps of `dino` on each rank's share of the images; the first prints what they found together."""
+"""Two steps of `dino` on each rank's share of the images."""
 
-import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/ is there already
-
-import common.launch  # noqa: F401  (before torch)
-
-# isort: split
 import torch
 from torch import Tensor
 
-from common import collectives, processes
+from common import collectives
 from common.models import Features
 from common.transforms import View
 from pretrain.objectives.dino import Dino, DinoOptions
@@ -77,10 +69,7 @@ def steps(centering: str, first: int, last: int) -> dict[str, list[float]]:
     return found
 
 
-if __name__ == "__main__":
-    process = processes.join()
-    share = IMAGES // process.num_processes
-    mine = process.process_index * share
-    both = {centering: steps(centering, mine, mine + share) for centering in ("centre", "sinkhorn")}
-    if process.is_main_process:
-        print(json.dumps([collectives.processes(), both]))
+def together(rank: int, ranks: int) -> dict[str, dict[str, list[float]]]:
+    """`steps` of one rank, in float64 through JSON, with either centering."""
+    share = IMAGES // ranks
+    return {centering: steps(centering, rank * share, (rank + 1) * share) for centering in ("centre", "sinkhorn")}

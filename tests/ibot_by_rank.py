@@ -1,23 +1,12 @@
-"""Under torchrun: every rank calls the collectives, and trains `ibot` and `koleo` on its part of a batch; the first
-prints what all of them found, as JSON. `two()` is that, started from a test; `measured` is the same work in one
-process."""
+"""Every rank calls the collectives, and trains `ibot` and `koleo` on its part of a batch; `measured` is the same work
+in one process."""
 
-import functools
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/ is there already
-
-import common.launch  # noqa: F401  (before torch)
-
-# isort: split
 import torch
 from small import backbone
 
-from common import collectives, processes
+from common import collectives
 from common.models import Features
 from common.transforms import View
 from pretrain.objectives import ibot, koleo
@@ -144,22 +133,3 @@ def everything(rank: int, ranks: int) -> dict[str, Any]:
         "ibot": {name: measured(name, options, rank, ranks) for name, options in IBOT.items()},
         "koleo": {name: spread(options, rank, ranks) for name, options in KOLEO.items()},
     }
-
-
-@functools.cache
-def two() -> list[dict[str, Any]]:
-    """`everything` of two real processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, __file__], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-if __name__ == "__main__":
-    from accelerate.utils import gather_object
-
-    process = processes.join(cpu=True)
-    assert process.num_processes == 2
-    everybody = gather_object([everything(process.process_index, process.num_processes)])
-    if process.is_main_process:
-        print(json.dumps(everybody))

@@ -1,21 +1,11 @@
-"""Under torchrun: every rank asks the monitor of frozen features; the first prints what each was told, as JSON."""
+"""Every rank asks the monitor of frozen features."""
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/ is there already
-
-import common.launch  # noqa: F401  (before torch)
-
-# isort: split
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from small import backbone
 
-from common import processes
 from common.data import Images
 from common.data.images import Unreadable
 from common.transforms import View
@@ -60,17 +50,10 @@ def made() -> tuple[Pretraining, Images, Images]:
     return task, images.subset(np.arange(36)), images.subset(np.arange(36, 47))
 
 
-def measured() -> dict[str, Any]:
+def measured(rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """What one rank is told, and which images the extraction of 35 of them returned."""
     task, train, held_out = made()
     told = frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), torch.device("cpu"))(7)
     found = _extracted(task, train, np.arange(35)[::-1].copy(), torch.device("cpu"))
     sums = {who: features.double().sum(1).tolist() for who, (features, _) in found.items()}
     return {"told": told, "index": found["teacher"][1].tolist(), "sums": sums}
-
-
-if __name__ == "__main__":
-    process = processes.join()
-    everybody = gather_object([measured()])
-    if process.is_main_process:
-        print(json.dumps(everybody))

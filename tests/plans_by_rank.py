@@ -1,19 +1,8 @@
-"""Under torchrun: every rank draws the plans of its part of two steps; the first prints who drew what, as JSON."""
+"""Every rank draws the plans of its part of two steps."""
 
-import json
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/ is there already
-
-import common.launch  # noqa: F401  (before torch)
-
-# isort: split
 import torch
-from accelerate.utils import gather_object
 from small import Noise, task
 
-from common import processes
 from common.data import Images
 from common.sampling import Samples, StepSampler
 from common.transforms import View
@@ -35,10 +24,3 @@ def plans(rank: int, ranks: int) -> list[tuple[int, str]]:
         for at, index in enumerate(batch.index.tolist()):
             found.append((index, str({name: draw[at].tolist() for name, draw in sorted(batch.draws.items())})))
     return found
-
-
-if __name__ == "__main__":
-    process = processes.join()
-    everybody = gather_object([(process.process_index, plans(process.process_index, process.num_processes))])
-    if process.is_main_process:
-        print(json.dumps(everybody))

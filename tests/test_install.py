@@ -113,6 +113,7 @@ def poslabel(installed: Path, cwd: Path, *words: object) -> str:
     return run(sys.executable, "-c", call, *words, cwd=cwd, PYTHONPATH=str(installed), CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 def test_the_command_trains_from_anywhere(installed: Path, tmp_path: Path) -> None:
     """With the built-in images that the wheel carries, into the folder where it is called."""
     told = poslabel(installed, tmp_path, "pretrain", TINY, "data=builtin", "steps=2", "run=runs/here")

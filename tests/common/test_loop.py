@@ -1,15 +1,8 @@
-"""What `fit` does with a step that is not finite, how it clips, and whom a schedule of the weight decay reaches.
+"""What `fit` does with a step that is not finite, how it clips, and whom a schedule of the weight decay reaches."""
 
-Run as a script under torchrun it trains in two processes, of which one meets a NaN.
-"""
-
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from ranks import ranks
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
-from common import ema  # noqa: E402
-from common.errors import Refusal  # noqa: E402
-from common.loop import fit  # noqa: E402
-from common.optim import clip_gradients  # noqa: E402
-from common.tracking import Progress  # noqa: E402
+from common import ema
+from common.errors import Refusal
+from common.loop import fit
+from common.optim import clip_gradients
+from common.tracking import Progress
 
 GOOD, NAN, INF, STEEP = "good", "nan loss", "inf loss, finite gradient", "finite loss, nan gradient"
 
@@ -231,10 +221,7 @@ def test_the_two_ways_to_clip_differ() -> None:
 
 
 def test_what_one_process_meets_both_skip() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(Path(__file__))], capture_output=True, text=True, timeout=120, check=True)
-    told_by = json.loads(done.stdout.splitlines()[-1])
-    assert [who["rank"] for who in told_by] == [0, 1]
+    told_by = ranks(one_meets_it)
     for kind in (NAN, INF, STEEP):
         first, second = (who[kind] for who in told_by)
         assert first["taken"] == second["taken"] == [True, False, True]
@@ -246,16 +233,11 @@ def test_what_one_process_meets_both_skip() -> None:
         assert "2 steps in a row" in first["refused"]
 
 
-def in_two_processes() -> None:
+def one_meets_it(rank: int, processes: int) -> dict[str, Any]:
     """Process 1 meets what is not finite; both tell what they did."""
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    process = PartialState(cpu=True)
-    assert process.num_processes == 2
-    mine: dict[str, Any] = {"rank": process.process_index}
+    mine = {}
     for kind in (NAN, INF, STEEP):
-        here = kind if process.process_index == 1 else GOOD
+        here = kind if rank == 1 else GOOD
         story = told([GOOD, here, GOOD])
         try:
             told([GOOD, here, here], most_skipped=2)
@@ -269,10 +251,4 @@ def in_two_processes() -> None:
             "skipped": story.tracked[-1]["skipped"],
             "refused": refused,
         }
-    everybody = gather_object([mine])
-    if process.is_main_process:
-        print(json.dumps(everybody))
-
-
-if __name__ == "__main__":
-    in_two_processes()
+    return mine

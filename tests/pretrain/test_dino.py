@@ -1,17 +1,15 @@
 """`dino`: the published loss, what a step commits, and that two processes do what one does."""
 
 import copy
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dino_by_rank import IMAGES, SMALL, dino, features, steps
+from dino_by_rank import IMAGES, SMALL, dino, features, steps, together
+from ranks import ranks
 from torch import Tensor
 
 from common.errors import Refusal
@@ -80,19 +78,15 @@ def test_gradient_is_that_of_the_published_loss() -> None:
 
 
 def test_two_processes_do_what_one_does() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(ROOT / "tests" / "dino_by_rank.py")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    count, both = json.loads(done.stdout.splitlines()[-1])
-    assert count == 2
+    both, other = ranks(together)
+    assert both == other
     # Sinkhorn's targets of a share are those of the whole batch; so are centre, gradient and statistics
-    for centering, together in both.items():
+    for centering, joint in both.items():
         alone = steps(centering, 0, IMAGES)
-        assert set(alone) == set(together) and "1/rankme" in alone
+        assert set(alone) == set(joint) and "1/rankme" in alone
         assert ("1/centre" in alone) == (centering == "centre")
         for name, values in alone.items():
-            np.testing.assert_allclose(together[name], values, atol=1e-10, err_msg=f"{centering} {name}")
+            np.testing.assert_allclose(joint[name], values, atol=1e-10, err_msg=f"{centering} {name}")
 
 
 def test_head_without_local_crops_and_without_a_class_token() -> None:

@@ -153,6 +153,7 @@ def test_a_gradient_alone_may_be_the_trouble(
     assert "too large for the type of their norm" in told
 
 
+@pytest.mark.slow
 def test_two_processes_record_together_and_repeat_together(train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = train(*tiny, *SHORT, *DINO, *BROKEN, f"run={run}", processes=2)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ibot_by_rank import IBOT, VIEWS, B, K, N, V, features, made_ibot, masks, measured, tokens, two
+from ibot_by_rank import IBOT, VIEWS, B, K, N, V, everything, features, made_ibot, masks, measured, tokens
+from ranks import ranks
 from small import Noise, backbone
 from torch import nn
 
@@ -267,7 +268,7 @@ def test_two_processes(name: str) -> None:
     """Loss, statistics, centre and gradients are those of one process with the joint batch, where one process has
     nothing masked too."""
     expected = measured(name, IBOT[name], 0, 1)
-    first, second = (process["ibot"][name] for process in two())
+    first, second = (process["ibot"][name] for process in ranks(everything))
     assert first == second
     for key, value in expected["numbers"].items():
         assert first["numbers"][key] == pytest.approx(value, abs=1e-7), key

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ibot_by_rank import KOLEO, VIEWS, B, D, V, made_ibot, made_koleo, spread, tokens, two
+from ibot_by_rank import KOLEO, VIEWS, B, D, V, everything, made_ibot, made_koleo, spread, tokens
+from ranks import ranks
 from small import NONE, backbone
 
 from common.errors import Refusal
@@ -102,7 +103,7 @@ def test_one_image_has_no_neighbour() -> None:
 def test_two_processes(name: str) -> None:
     """Neighbours among all images give one process's loss and gradient of the joint batch; `local` gives the mean of
     two losses that each know half of it."""
-    found = [process["koleo"][name] for process in two()]
+    found = [process["koleo"][name] for process in ranks(everything)]
     assert found[0] == found[1]
     if name == "all":
         expected = spread({}, 0, 1)

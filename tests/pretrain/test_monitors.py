@@ -1,8 +1,6 @@
 """What is measured on held-out images: the live control, the pictures, the worth of frozen features."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from children import Run, Train
 from monitors_by_rank import BROKEN, DINO, made, measured
 from PIL import Image
+from ranks import ranks
 from small import Noise
 
 from common.data import Images
@@ -168,15 +167,12 @@ def test_frozen_features_by_hand() -> None:
 
 def test_two_processes_share_the_work_and_find_the_same() -> None:
     """35 and 11 images do not divide by two, and each share has one that cannot be read."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(ROOT / "tests" / "monitors_by_rank.py")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    one, ranks = measured(), json.loads(done.stdout.splitlines()[-1])
-    assert len(ranks) == 2 and ranks[1]["told"] == {}  # the first speaks for both
-    assert ranks[0]["told"].keys() == one["told"].keys() and len(one["told"]) == 6
+    one, (first, second) = measured(), ranks(measured)
+    assert second["told"] == {}  # the first speaks for both
+    assert first["told"].keys() == one["told"].keys() and len(one["told"]) == 6
     for name, value in one["told"].items():
-        assert ranks[0]["told"][name] == pytest.approx(value, rel=1e-5), name
-    for found in (one, *ranks):
+        assert first["told"][name] == pytest.approx(value, rel=1e-5), name
+    for found in (one, first, second):
         assert found["index"] == [i for i in range(34, -1, -1) if i not in BROKEN]  # in the order they were asked for
         for who, sums in found["sums"].items():
             assert sums == pytest.approx(one["sums"][who], abs=1e-4)

@@ -1,29 +1,23 @@
 """Two real processes: what each draws, and that every objective trains in them."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from children import Run, Train
 from plans_by_rank import plans
+from ranks import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_each_process_draws_plans_of_its_own_and_a_sample_takes_its_plan_along() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(ROOT / "tests" / "plans_by_rank.py")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    everybody = json.loads(done.stdout.splitlines()[-1])
-    assert [rank for rank, _ in everybody] == [0, 1]
-    first, second = ([tuple(plan) for plan in drawn] for _, drawn in everybody)
+    first, second = ([tuple(plan) for plan in drawn] for drawn in ranks(plans))
     assert len(first) == len(second) == 8  # two steps, half of the batch each
     assert not {plan for _, plan in first} & {plan for _, plan in second}
     assert sorted(first + second) == sorted(plans(0, 1))
 
 
+@pytest.mark.slow
 def test_both_train_under_plans(train: Train, tiny: list[str], tmp_path: Path) -> None:
     """DDP stops at the second step if a parameter got no gradient at the first. Without dropout the first losses are
     those of one process: the same samples under the same plans."""
