@@ -90,6 +90,7 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
         "crop": config.crop,
         "attention": config.attention,
         "position_embedding": config.position_embedding,
+        "irpe": config.irpe,
         "position": position,
         "pooling": pooling,
         "width": backbone.width,
@@ -200,6 +201,7 @@ def build(description: dict[str, Any]) -> Backbone:
         crop=description.get("crop", 0.875),
         attention=description.get("attention", "auto"),
         position_embedding=description.get("position_embedding", "learned"),
+        irpe=description.get("irpe"),
     )
     backbone = create(config, list(description["size"]))
     backbone.prepare({PlanSpec(position=description["position"])})
@@ -214,9 +216,13 @@ def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> 
     if missing or extra or shapes:
         problems = [
             f"{len(names)} {what} (such as {names[0]})"
-            for names, what in ((missing, "missing"), (extra, "unexpected"), (sorted(shapes), "of another shape"))
+            for names, what in ((missing, "missing"), (extra, "unexpected"))
             if names
         ]
+        if shapes:
+            first = min(shapes)
+            found, expected = (tuple(tensors[first].shape) for tensors in (state, own))
+            problems.append(f"{len(shapes)} of another shape (such as {first}: {found}, expected {expected})")
         raise Refusal(f"{where} holds the weights of another model: {', '.join(problems)}")
     module.load_state_dict(state)
 

@@ -117,10 +117,10 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def find_recipe(word: str, stage: str) -> Path:
-    """The file a recipe argument means: a path, or the name of one of configs/<stage>."""
+    """The file a recipe argument means: a path, the name of one of configs/<stage>, or FOLDER/NAME of any other."""
     path = Path(word)
-    named = ROOT / "configs" / stage / f"{path.stem}.yaml"
-    return named if not path.exists() and path.parent == Path() and named.exists() else path
+    named = ROOT / "configs" / (path.parent if len(path.parts) == 2 else stage) / f"{path.stem}.yaml"
+    return named if not path.exists() and len(path.parts) <= 2 and named.exists() else path
 
 
 def _recipes_nearby(path: Path) -> str:

@@ -7,7 +7,7 @@ nor processes, nor an interruption change what the model sees, and resuming at s
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import Images, Unreadable
+from .data import UNLABELLED, Images, Unreadable
 from .errors import Refusal
 from .launch import ignore_signals
 from .transforms import View, augment
@@ -32,7 +32,7 @@ Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass
 class Batch:
-    """What a training step receives of B images. It holds no labels.
+    """What a training step receives of B images. It holds no labels, but among the draws of who is to read them.
 
     Crops are crop-major: with `count` crops per image, row c * B + i of a view is crop c of image i.
     """
@@ -125,6 +125,7 @@ class Samples(Dataset):
 
     `draws` (purpose -> function of a generator) is called for every image. `collate` (purpose -> function) is called
     once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.
+    Each purpose in `labelled` finds among its draws "label" (B,), the class of the image that is shown, or -1.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -137,9 +138,10 @@ class Samples(Dataset):
         channels: int,
         draws: Mapping[str, Draw] | None = None,
         collate: Mapping[str, Collate] | None = None,
+        labelled: Collection[str] = (),
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
-        self.draws, self.collate = dict(draws or {}), dict(collate or {})
+        self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -147,11 +149,13 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """One batch for a list of (epoch, index)."""
         crops: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(v.count)] for name, v in self.views.items()}
-        draws: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in self.draws}
+        draws: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in (*self.draws, *self.labelled)}
         unreadable: list[str] = []
         hopeless = False
         for epoch, index in keys:
-            image = self._read(index, unreadable)
+            image, shown = self._read(index, unreadable)
+            for name in self.labelled:
+                draws[name].setdefault("label", []).append(self._label(shown))
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
@@ -179,15 +183,22 @@ class Samples(Dataset):
             found |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
         return found
 
-    def _read(self, index: int, unreadable: list[str]) -> Tensor | None:
-        """Image `index` or, where it cannot be read, another one: always the same. None if no other can be read."""
+    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int]:
+        """Image `index` or, where it cannot be read, another one: always the same; and which it is. None if no other
+        can be read."""
         size = len(self.images)
         for attempt in range(self.ATTEMPTS):
+            at = (index + attempt * (size // 3 + 1)) % size
             try:  # layout is left to the decoder: augment copies what it crops
-                return self.images.read((index + attempt * (size // 3 + 1)) % size, self.channels, contiguous=False)
+                return self.images.read(at, self.channels, contiguous=False), at
             except Unreadable as error:
                 unreadable.append(str(error))
-        return None
+        return None, index
+
+    def _label(self, index: int) -> np.ndarray:
+        """The class of image `index`, int64 (), or -1."""
+        labels = self.images.labels
+        return np.asarray(UNLABELLED if labels is None else labels[index], np.int64)
 
 
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoader:

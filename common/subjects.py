@@ -26,7 +26,11 @@ from .transforms import PRESETS, View
 
 RANDOM, TIMM = "random", "timm:"
 POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
-OF_CLASS_TOKENS = ("dino", "koleo")  # objectives that train a class token, where there is one, to stand for an image
+OF_CLASS_TOKENS = (
+    "dino",
+    "koleo",
+    "classification",
+)  # objectives that train a class token, where there is one, to stand for an image
 POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT and NesT; Swin
 
 
@@ -224,7 +228,9 @@ def begin_from(backbone: Backbone, init: str | None, weights: str | None = None)
     if "pos_embed" not in kept and _resized(state, own, source.grid, backbone.grid):
         (h, w), (new_h, new_w) = source.grid, backbone.grid
         notes.append(f"position embedding resized from {h}x{w} to {new_h}x{new_w}")
-    this = f"model.name={config.name} with model.kwargs={dict(config.kwargs)} at {backbone.size[0]}x{backbone.size[1]}"
+    irpe = f", model.irpe={dict(config.irpe)}" if config.irpe is not None else ""
+    size = f"{backbone.size[0]}x{backbone.size[1]}"
+    this = f"model.name={config.name} with model.kwargs={dict(config.kwargs)}{irpe} at {size}"
     try:
         load_exactly(backbone.model, state, f"model.init={init}")
     except Refusal as refusal:
@@ -263,7 +269,8 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
             trained, _, about = checkpoint.load_backbone(init)
         except Refusal as refusal:
             raise Refusal(f"{asked}: {refusal}") from None
-        name = f"{about['name']} with model.kwargs={about['kwargs']} at {trained.size[0]}x{trained.size[1]}"
+        irpe = f", model.irpe={about['irpe']}" if about.get("irpe") is not None else ""
+        name = f"{about['name']} with model.kwargs={about['kwargs']}{irpe} at {trained.size[0]}x{trained.size[1]}"
         state, heads = trained.model.state_dict(), _heads(trained.model)
         return _Source(name, state, trained.grid, about["position"], heads, list(about["mean"]), list(about["std"]))
     name = init.removeprefix(TIMM)
@@ -299,5 +306,6 @@ def _resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, i
     prefix = there.shape[1] - old[0] * old[1]
     if prefix != wanted.shape[1] - new[0] * new[1]:
         return False
-    state["pos_embed"] = resample_abs_pos_embed(there, list(new), list(old), prefix)
+    # bicubic without antialiasing, as the authors of DeiT, iRPE, LV-ViT, SP-ViT, MAE and DINO do; not timm's default
+    state["pos_embed"] = resample_abs_pos_embed(there, list(new), list(old), prefix, antialias=False)
     return True

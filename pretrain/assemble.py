@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from pretrain import objectives
 from pretrain.audit import Verdict, cached_audit
 from pretrain.config import PretrainConfig, num_steps
 from pretrain.sizes import settle
@@ -67,7 +68,8 @@ class Parts:
 
     def held_out_samples(self) -> Samples:
         """The held-out images, cropped and drawn for as the training images are."""
-        return Samples(self.held_out, self.samples.views, 0, self.samples.channels, self.task.draws, self.task.collates)
+        task, samples = self.task, self.samples
+        return Samples(self.held_out, samples.views, 0, samples.channels, task.draws, task.collates, task.labelled)
 
 
 def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) -> Parts:
@@ -95,6 +97,7 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
         reasons["epochs"] = f"steps={config.steps} goes before epochs={config.epochs:g}"
         config.epochs = None
     notes = settle(config, chosen, len(train), steps, sampler.per_epoch, process.num_processes, reasons)
+    notes += _settle_classes(chosen, images, reasons)
     config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     torch.manual_seed(config.seed)
@@ -105,7 +108,7 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
     _settle_export(config, task, reasons)
     verdict = _audit(config, task, process)
     views = {name: view for name, view in config.views.items() if name in task.views}
-    samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates)
+    samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates, task.labelled)
 
     if config.loader.workers is None:
         cores = usable_cores() // max(1, process.num_processes)
@@ -120,6 +123,30 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
     return Parts(
         config, process, images, train, aside, task, verdict, samples, steps, sampler.per_epoch, reasons, notes, init
     )
+
+
+def _settle_classes(chosen: Mapping[str, Any], images: Images, reasons: dict[str, str]) -> list[str]:
+    """Replace classes=auto of the objectives that read labels by those of the data; returns a line if some images have
+    no label. Raises Refusal where none has."""
+    notes = []
+    for name, options in chosen.items():
+        where = f"objectives.{name}"
+        if not objectives.find(name).labelled or not options.weight > 0:
+            continue
+        labels = images.labels
+        if labels is None or images.classes is None or not (labels >= 0).any():
+            raise Refusal(
+                f"{where} reads labels, and {images.where} has none: expected one sub-folder per class (two or more, "
+                "and no images beside them), or a label column"
+            )
+        count = max(len(images.classes), int(labels.max()) + 1)
+        if options.classes == "auto":
+            options.classes, reasons[f"{where}.classes"] = count, f"the classes of {images.where}"
+        elif isinstance(options.classes, int) and options.classes < count:
+            raise Refusal(f"{where}.classes={options.classes}, and {images.where} has {count}: use classes=auto")
+        if unknown := int((labels < 0).sum()):
+            notes.append(f"{where}: {unknown:,} of {len(images):,} images have no label and take no part in it")
+    return notes
 
 
 def _settle_export(config: PretrainConfig, task: Pretraining, reasons: dict[str, str]) -> None:

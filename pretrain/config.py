@@ -80,7 +80,8 @@ class LoaderConfig:
 
 @dataclass
 class MonitorConfig:
-    """What is measured on images held out of the training data. Monitors may read labels; the loss never sees them."""
+    """What is measured on images held out of the training data. Monitors may read labels; of the losses only that of
+    the objective `classification` does."""
 
     every: int | None = None
     """Steps between measurements; null: ten times in a run."""

@@ -18,6 +18,8 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
     config, backbone, process = parts.config, parts.task.backbone, parts.process
     h, w = backbone.grid
     classes = "no labels read" if parts.images.labels is None else "labels for monitors only"
+    if readers := parts.task.labelled:
+        classes = f"labels read by {', '.join(readers)}"
     device = (
         torch.cuda.get_device_name(process.device)
         if process.device.type == "cuda"

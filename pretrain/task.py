@@ -64,6 +64,11 @@ class Pretraining(nn.Module):
         return drawn | {name: objective.draw for name, objective in self.signals() if objective.draw is not None}
 
     @property
+    def labelled(self) -> list[str]:
+        """The objectives that read labels."""
+        return [name for name, objective in self.signals() if objective.labelled]
+
+    @property
     def collates(self) -> dict[str, Collate]:
         """What objectives compute of their draws before a batch leaves the loader."""
         return {name: objective.collate for name, objective in self.signals() if objective.collate is not None}

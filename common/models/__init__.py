@@ -1,4 +1,5 @@
-"""Backbones: anything timm can create, behind one adapter."""
+"""Backbones: anything timm can create, behind one adapter. Importing this registers iRPE's, LV-ViT's and SP-ViT's
+models with timm."""
 
 from .backbone import Backbone, Features, ModelConfig, create
 

@@ -4,6 +4,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 """
 
 import inspect
+import re
 import warnings
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -21,12 +22,21 @@ from torch import Tensor, nn
 from ..errors import Refusal, nearest
 from ..plan import PlanSpec, TokenPlan
 from . import plain
+from .irpe import RelativeAttention, add_irpe
+from .lv_vit import LvVit
+from .sp_vit import SpVit
+from .swin import alter
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 ATTENTIONS = ("auto", "fused", "explicit")
 EMBEDDINGS = ("learned", "sincos")
+SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
 WHOLE = TokenPlan()
+CARRIERS = ("relative_position_bias_table", "pos_embed")  # of Swin and BEiT; of NesT, BEiT and EVA
+# What tells a token its place in a model that can leave it out from pass to pass, and is frozen where every pass does:
+# the position embedding; tables of iRPE; SP-ViT's prior and its convolutions.
+POSITIONAL = re.compile(r"pos_embed$|\.rpe_[qkv]\.|\.attn\.(w1\.|w2$|b2$)|\.pos_block\.")
 
 
 @dataclass
@@ -34,10 +44,13 @@ class ModelConfig:
     """The backbone: a timm architecture and how images are put into it. Its input size is that of the `global` view."""
 
     name: str = "vit_small_patch16_224"
-    """Any timm ViT, DeiT, Swin, NesT, BEiT or EVA by its timm name."""
+    """Any timm ViT, DeiT, Swin, NesT, BEiT or EVA by its timm name; or deit_*_ctx_* (iRPE), lvvit_*, spvit_*."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, drop_path_rate:
-    0.1}."""
+    0.1}. Of Swin also swin_conv, swin_bias and swin_merge_last: see common/models/swin.py."""
+    irpe: dict[str, Any] | None = None
+    """Give a plain ViT or DeiT the relative position encoding iRPE: {on: k|qk|qkv, method: product|euclidean|
+    quantization|cross, mode: ctx|bias, shared_head: true, ratio: 1.9}; {} is on qkv by product."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     """Channel means in [0, 1] that are subtracted from the images; one per input channel."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
@@ -88,10 +101,11 @@ class Backbone(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
-        self.plain = isinstance(model, VisionTransformer)
+        self.plain = isinstance(model, VisionTransformer) and not isinstance(model, LvVit)  # takes every token plan
         self.tells_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
         self.width: int = model.num_features  # type: ignore[assignment]
         self.without_position = False  # of Swin, NesT, BEiT and EVA: their encodings were removed for good
+        self.indifferent = False  # of those: there is no encoding, so that "full" and "none" are the same
         self.grid, self.num_prefix_tokens = self._probe()
 
     @torch.no_grad()
@@ -134,15 +148,18 @@ class Backbone(nn.Module):
         if images.dtype == torch.uint8:
             # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
             images = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
-        if self.plain:
-            if last > len(self.model.blocks):
-                raise ValueError(f"{self.config.name} has {len(self.model.blocks)} blocks; {last} were asked for")
+        if isinstance(self.model, VisionTransformer) and last > len(self.model.blocks):
+            raise ValueError(f"{self.config.name} has {len(self.model.blocks)} blocks; {last} were asked for")
+        if not self.plain and (masked is not None or not plan.whole):
+            raise ValueError(f"{self.config.name} runs whole grids only, and takes no mask token")
+        if isinstance(self.model, SpVit):
+            deep = self.model.run(images, last, position=plan.position == "full")
+            return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, P, grid in deep]
+        if isinstance(self.model, VisionTransformer):
             P = self.model.num_prefix_tokens
             outputs = plain.run(self.model, images, last, plan, hidden, masked)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
-        if masked is not None:
-            raise ValueError(f"{self.config.name} takes no mask token")
-        if (plan.position == "none") != self.without_position or not plan.whole:
+        if (plan.position == "none") != self.without_position and not self.indifferent:
             raise ValueError(
                 f"{self.config.name} was prepared for whole grids "
                 f"{'without' if self.without_position else 'with'} position"
@@ -156,7 +173,8 @@ class Backbone(nn.Module):
     def prepare(self, plans: Set[PlanSpec]) -> None:
         """Tell the backbone which plans its passes will use, before it is trained.
 
-        A position embedding that no pass adds is frozen, so that no parameter is left without a gradient. The relative
+        A position embedding that no pass adds is frozen, so that no parameter is left without a gradient; so are iRPE's
+        tables and SP-ViT's prior and convolutions, which a pass without position does without. The relative
         position bias of Swin and BEiT and the embeddings of NesT, BEiT and EVA are zeroed and frozen, which equals
         their absence; EVA's rotary embedding is withheld. Raises Refusal with the reason where a plan cannot be had.
         """
@@ -165,9 +183,11 @@ class Backbone(nn.Module):
             self._check(plan)
         if positions == {"full"}:
             return
-        if self.plain:
-            if positions == {"none"} and self.model.pos_embed is not None:
-                self.model.pos_embed.requires_grad_(False)
+        if isinstance(self.model, VisionTransformer):
+            if positions == {"none"}:
+                for name, parameter in self.model.named_parameters():
+                    if POSITIONAL.search(name):
+                        parameter.requires_grad_(False)
             return
         if not isinstance(self.model, (SwinTransformer, Nest, Beit, Eva)):
             raise Refusal(
@@ -175,16 +195,19 @@ class Backbone(nn.Module):
                 "how to remove position only from timm's VisionTransformer, DeiT, Swin, NesT, BEiT and EVA; choose "
                 "one, or position=full (where the objective may then read the answer off the encoding)"
             )
+        rope: Any = getattr(self.model, "rope", None)
+        carriers = [p for name, p in self.model.named_parameters() if name.endswith(CARRIERS)]
+        if not carriers and rope is None:  # a Swin without its bias
+            self.indifferent = True
+            return
         if positions != {"none"}:
             raise Refusal(
                 f"model {self.config.name!r} carries position inside its blocks, so it cannot run with position=none "
                 "in one pass and position=full in another: give all objectives the same position"
             )
-        for name, parameter in self.model.named_parameters():
-            if name.endswith(("relative_position_bias_table", "pos_embed")):
-                parameter.data.zero_()
-                parameter.requires_grad_(False)
-        rope: Any = getattr(self.model, "rope", None)
+        for parameter in carriers:
+            parameter.data.zero_()
+            parameter.requires_grad_(False)
         if rope is not None:  # EVA: a rotation that it is not given is one it does not do
             rope.requires_grad_(False)
             rope.get_embed = lambda *_, **__: None
@@ -221,6 +244,11 @@ class Backbone(nn.Module):
             raise Refusal(
                 f"{kind} cannot run with {what}: its windows, merging, encodings or stem need the whole grid; use a "
                 f"plain ViT or DeiT, or leave {what.split('=')[0]} out"
+            )
+        if plan.position == "partial" and any(isinstance(module, RelativeAttention) for module in self.model.modules()):
+            raise Refusal(
+                f"{kind} cannot run with {what}: iRPE tells every pair of patches how they lie; use position=none or "
+                "full, or a model without iRPE"
             )
         if plan.position == "partial" and self.model.pos_embed is None:
             raise Refusal(f"{kind} has no position embedding of which position=partial could show a part")
@@ -261,6 +289,7 @@ def create(config: ModelConfig, size: Any) -> Backbone:
             "positive std per mean"
         )
     kwargs = {"num_classes": 0, "img_size": (h, w), **config.kwargs}
+    swin = {key.removeprefix("swin_"): kwargs.pop(key) for key in SWIN if key in kwargs}
     if len(config.mean) != 3 or "in_chans" in kwargs:
         kwargs.setdefault("in_chans", len(config.mean))
         if kwargs["in_chans"] != len(config.mean):
@@ -275,12 +304,16 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         )  # nothing here pools inside the model, and without a class token timm could not
     if module in ("beit", "eva"):
         kwargs.setdefault("global_pool", "token")  # else, pooled, they normalise after pooling: no final norm on tokens
-    if module in ("vision_transformer", "deit"):
+    if module in ("vision_transformer", "deit", "irpe"):
         kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
             model = timm.create_model(config.name, **kwargs)
+        if swin:
+            alter(model, **swin)
+        if config.irpe is not None:
+            add_irpe(model, **config.irpe)
         if config.position_embedding == "sincos":
             _fix_sincos(model, config.name)
         if config.checkpointing:

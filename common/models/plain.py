@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..plan import TokenPlan
+from .irpe import RelativeAttention, Where
 
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
 
@@ -43,11 +44,12 @@ def run(
         P = model.num_prefix_tokens
         prefix = torch.arange(P, device=tokens.device).expand(len(tokens), P)
         keys = torch.cat([prefix, plan.context + P], 1)  # (B, S), the same in every layer (MP3, arXiv 2207.07611)
+    where = Where(grid, plan.kept, keys, off=plan.position == "none")
     for i, block in enumerate(model.blocks):
         if model.grad_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(_block, block, tokens, keys, use_reentrant=False)
+            tokens = checkpoint(_block, block, tokens, where, use_reentrant=False)
         else:
-            tokens = _block(block, tokens, keys)
+            tokens = _block(block, tokens, where)
         if i >= len(model.blocks) - last:
             yield model.norm(tokens), grid
 
@@ -100,11 +102,15 @@ def gather(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def _block(block: nn.Module, tokens: Tensor, keys: Tensor | None) -> Tensor:
-    if keys is None:
+def _block(block: nn.Module, tokens: Tensor, where: Where) -> Tensor:
+    part: Any = block
+    relative = isinstance(getattr(block, "attn", None), RelativeAttention)
+    if where.keys is None and not relative:
         return block(tokens)
-    part: Any = block  # timm's Block: `without_context` has seen to that
-    tokens = tokens + part.drop_path1(part.ls1(_attend(part.attn, part.norm1(tokens), keys)))
+    # timm's Block: `without_context` and `add_irpe` have seen to that
+    inner = part.norm1(tokens)
+    inner = part.attn(inner, where=where) if relative else _attend(part.attn, inner, where.keys)  # type: ignore[arg-type]
+    tokens = tokens + part.drop_path1(part.ls1(inner))
     return tokens + part.drop_path2(part.ls2(part.mlp(part.norm2(tokens))))
 
 
@@ -134,7 +140,11 @@ def without_context(model: Any) -> str | None:
     """Why `context` cannot be had on this model; None if it can."""
     for block in model.blocks:
         attention = getattr(block, "attn", None)
-        if type(block) is not Block or type(attention) is not Attention or getattr(attention, "gate", None) is not None:
+        if (
+            type(block) is not Block
+            or type(attention) not in (Attention, RelativeAttention)
+            or getattr(attention, "gate", None) is not None
+        ):
             return f"its blocks are {type(block).__name__} with {type(attention).__name__}, not timm's plain ones"
     return None
 

@@ -62,6 +62,7 @@ class Objective(nn.Module):
     collate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # of its stacked draws, more; picklable
     progress: float = 0.0  # share of the training that is done
     measured: bool = True  # whether this step's statistics are logged; else only the loss is wanted
+    labelled: bool = False  # whether it is told the class of each image: its draw "label" (B,), -1 where there is none
     pooled: str = "mean"  # what of the backbone it trains to stand for an image: "mean" (of the patches) or "class"
 
     def meet(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:

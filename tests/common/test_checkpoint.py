@@ -476,7 +476,7 @@ def test_loading_names_what_does_not_fit(model):
         checkpoint.load_exactly(model.model, state, "FILE")
     assert str(refusal.value) == (
         "FILE holds the weights of another model: 1 missing (such as norm.weight), 1 unexpected (such as extra), "
-        "1 of another shape (such as norm.bias)"
+        "1 of another shape (such as norm.bias: (3,), expected (16,))"
     )
 
 

@@ -1,0 +1,250 @@
+"""Attention whose scores depend on where the tokens are, and which keeps no B*H*T*S numbers until the backward pass.
+
+Letters: B images, H heads, T queries, S keys, d numbers a head, n buckets of a table, R tables read at once.
+
+    scores[t, s] = prior[t, s] * (scale * q[t] . k[s]) + sum_r lookup[t, ids[r, t, s]]
+                                                       + sum_r of_keys[s, ids_of_keys[r, s, t]]
+    out[t] = sum_s softmax(scores)[t, s] * (v[s] + sum_r values[ids_of_values[r, t, s]])
+
+`prior` is SP-ViT's (arXiv 2206.07662), lookups and values are iRPE's (arXiv 2107.14222) on keys, queries and values. A
+lookup is a small matrix product made beforehand, by which its table gets its gradient; the values of a bucket are
+multiplied once, by the sum of its probabilities: no score needs a vector of its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Part = tuple[slice, slice]  # images, heads
+
+CACHED = 2**18  # scores that stay in a core's second-level cache (one MiB of float32), from forward product to backward
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    prior: Tensor | None = None,
+    lookup: Tensor | None = None,
+    ids: Tensor | None = None,
+    of_keys: Tensor | None = None,
+    ids_of_keys: Tensor | None = None,
+    values: Tensor | None = None,
+    ids_of_values: Tensor | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """Attention of queries q (B, H, T, d) to keys k and values v (B, H, S, d): (B, H, T, d).
+
+    `prior` (H, T, S) multiplies the scaled products. `lookup` (B, H, T, n) is read at `ids` (R, 1 or B, T, S),
+    `of_keys` (B, H, S, n) at `ids_of_keys` (R, 1 or B, S, T), `values` (1 or H, n, d) at `ids_of_values` (R, 1 or B, T,
+    S). Ids are int64, for all images or for each. Softmax and sums are float32 (float64 of float64), products are in
+    autocast's type or else in v's. Every argument that is no id has its gradient; without any, this is torch's own.
+
+    In autograd's own steps unless `fused`, with `dropout` (a module or function that is given the probabilities
+    (B, H, T, S)), and while torch.compile looks on.
+    """
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
+    q, k, v = (q if scale == 1 else q * scale).to(dtype), k.to(dtype), v.to(dtype)
+    if fused and dropout is None and prior is None and lookup is None and of_keys is None and values is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    tensors = (q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values)
+    num_sums = 0 if values is None else values.shape[1]
+    if fused and dropout is None and not torch.compiler.is_compiling():
+        out, sums = _Fused.apply(*tensors, num_sums)
+    else:
+        with torch.autocast(kind, enabled=False):
+            out, sums = _explicit(*tensors, num_sums, dropout)
+    if values is None or sums is None:
+        return out
+    with torch.autocast(kind, enabled=False):  # a table for all heads is one large product
+        return out + sums.to(dtype) @ (values[0] if len(values) == 1 else values).to(dtype)
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prior: Tensor | None,
+    lookup: Tensor | None,
+    of_keys: Tensor | None,
+    ids: Tensor | None,
+    ids_of_keys: Tensor | None,
+    ids_of_values: Tensor | None,
+    num_sums: int,
+    dropout: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    scores = _wide(q @ k.mT)
+    if prior is not None:
+        scores = scores * prior
+    if lookup is not None and ids is not None:
+        for table in ids:
+            scores = scores + _read(_wide(lookup), table)
+    if of_keys is not None and ids_of_keys is not None:
+        for table in ids_of_keys:
+            scores = scores + _read(_wide(of_keys), table).mT
+    probabilities = scores.softmax(-1)
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    out = probabilities.to(v.dtype) @ v
+    return out, None if ids_of_values is None else _sums(probabilities, ids_of_values, num_sums)
+
+
+class _Fused(torch.autograd.Function):
+    """The same a slice of images and heads at a time: the scores of a slice never leave the cache, and are computed
+    again in the backward pass, where reading them from memory would take longer."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prior: Tensor | None,
+        lookup: Tensor | None,
+        of_keys: Tensor | None,
+        ids: Tensor | None,
+        ids_of_keys: Tensor | None,
+        ids_of_values: Tensor | None,
+        num_sums: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values)
+        B, H, T, d = q.shape
+        out = q.new_empty(B, T, H, d).transpose(1, 2)  # heads beside each other in memory: they are merged next
+        sums = None if ids_of_values is None else q.new_zeros((B, H, T, num_sums), dtype=_wide_type(q.dtype))
+        for part, P, products in _slices(q, k, 2):
+            _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+            out[part] = P.to(v.dtype) @ v[part]
+            if sums is not None and ids_of_values is not None:
+                _add_by_bucket(sums[part], _of(part, ids_of_values), P)
+        return out, sums
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        wide = _wide_type(q.dtype)
+        d_prior, d_lookup, d_of_keys = (
+            None if tensor is None else torch.zeros(tensor.shape, dtype=wide, device=q.device)
+            for tensor in (prior, lookup, of_keys)
+        )
+        for part, P, d_P, products in _slices(q, k, 3):
+            _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+            d_v[part] = P.to(v.dtype).mT @ d_out[part]
+            with_sums = d_sums is not None and ids_of_values is not None
+            if with_sums:
+                _fill(d_P, d_sums[part], _of(part, ids_of_values))
+            _add_product(d_P, d_out[part], v[part], fresh=not with_sums)
+            d_scores = torch._softmax_backward_data(d_P, P, -1, wide)
+            if d_lookup is not None:
+                _add_by_bucket(d_lookup[part], _of(part, ids), d_scores)
+            if d_of_keys is not None:
+                _add_by_bucket(d_of_keys[part], _of(part, ids_of_keys), d_scores.mT)
+            if d_prior is not None:
+                d_prior[part[1]] += products.mul_(d_scores).sum(0)
+                d_scores *= prior[part[1]]
+            d_scores = d_scores.to(q.dtype)
+            d_q[part] = d_scores @ k[part]
+            d_k[part] = d_scores.mT @ q[part]
+        given = ((d_prior, prior), (d_lookup, lookup), (d_of_keys, of_keys))
+        rest = (None if grad is None else grad.to(tensor.dtype) for grad, tensor in given)
+        return d_q, d_k, d_v, *rest, None, None, None, None
+
+
+def _probabilities(
+    scores: Tensor,
+    products: Tensor,
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    prior: Tensor | None,
+    lookup: Tensor | None,
+    of_keys: Tensor | None,
+    ids: Tensor | None,
+    ids_of_keys: Tensor | None,
+) -> None:
+    """Put the softmax of one part's scores into `scores`; with a prior, the products it is to multiply into
+    `products`."""
+    fresh = lookup is None or ids is None
+    if lookup is not None and ids is not None:
+        _fill(scores, lookup[part], _of(part, ids))
+    if prior is None:
+        _add_product(scores, q[part], k[part], fresh)
+    else:
+        _add_product(products, q[part], k[part], fresh=True)
+        heads = prior[part[1]]
+        torch.mul(products, heads, out=scores) if fresh else scores.addcmul_(products, heads)
+    if of_keys is not None and ids_of_keys is not None:
+        for table in _of(part, ids_of_keys):
+            scores += _read(_wide(of_keys[part]), table).mT
+    torch.softmax(scores, -1, out=scores)
+
+
+def _fill(scores: Tensor, lookup: Tensor, tables: Tensor) -> None:
+    """scores (B, H, T, S) = the sum of lookup (B, H, T, n) at tables (R, 1 or B, T, S)."""
+    lookup = _wide(lookup)
+    torch.gather(lookup, -1, tables[0][:, None].expand_as(scores), out=scores)
+    for table in tables[1:]:
+        scores += _read(lookup, table)
+
+
+def _add_product(scores: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """scores (B, H, T, S) += a (B, H, T, d) times b (B, H, S, d); if `fresh`, = that."""
+    if a.dtype == scores.dtype:  # one pass over the scores instead of two
+        flat = scores.flatten(0, 1)
+        torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1).mT, beta=0 if fresh else 1, out=flat)
+    elif fresh:
+        scores.copy_(a @ b.mT)
+    else:
+        scores += a @ b.mT
+
+
+def _slices(q: Tensor, k: Tensor, num_buffers: int) -> Iterator[tuple[Any, ...]]:
+    """(part, buffer, ...): images and heads to work on together, and room for their scores (B, H, T, S), used again and
+    again. As many as the caches of the cores hold; on a GPU all."""
+    B, H, T, S = *q.shape[:3], k.shape[2]
+    room = max(1, CACHED * torch.get_num_threads() // (T * S)) if q.device.type == "cpu" else B * H
+    heads, images = min(H, room), min(B, max(1, room // H))
+    buffers = [q.new_empty((images, heads, T, S), dtype=_wide_type(q.dtype)) for _ in range(num_buffers)]
+    for image in range(0, B, images):
+        for head in range(0, H, heads):
+            part = slice(image, min(image + images, B)), slice(head, min(head + heads, H))
+            shape = part[0].stop - image, part[1].stop - head, T, S
+            yield part, *(buffer.flatten()[: math.prod(shape)].view(shape) for buffer in buffers)
+
+
+def _of(part: Part, ids: Tensor) -> Tensor:
+    return ids if ids.shape[1] == 1 else ids[:, part[0]]
+
+
+def _read(lookup: Tensor, table: Tensor) -> Tensor:
+    """lookup (B, H, T, n) at table (1 or B, T, S): (B, H, T, S)."""
+    return lookup.gather(-1, table[:, None].expand(*lookup.shape[:3], table.shape[-1]))
+
+
+def _add_by_bucket(sums: Tensor, tables: Tensor, numbers: Tensor) -> None:
+    """Add numbers (B, H, T, S) to sums (B, H, T, n) of their buckets; tables (R, 1 or B, T, S)."""
+    for table in tables:
+        sums.scatter_add_(-1, table[:, None].expand_as(numbers), numbers)
+
+
+def _sums(probabilities: Tensor, tables: Tensor, num_sums: int) -> Tensor:
+    sums = probabilities.new_zeros(*probabilities.shape[:3], num_sums)
+    for table in tables:
+        sums = sums.scatter_add(-1, table[:, None].expand_as(probabilities), probabilities)
+    return sums
+
+
+def _wide_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_type(tensor.dtype))

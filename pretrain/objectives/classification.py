@@ -1,0 +1,112 @@
+"""`classification`: what is in the picture, from its label.
+
+Plain supervised training, alone or with another objective beside it: Positional Label (arXiv 2206.04981) adds half of a
+positional loss to it. The one objective that reads labels; a recipe that names it is no self-supervised one.
+
+There is no mixup or CutMix, nor RandAugment or erasing, which the published recipes have: numbers of runs with and
+without a positional label compare with each other, not with those of the papers.
+
+Letters: B images, K classes, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from common import collectives
+from common.errors import Refusal, nearest
+from common.heads import LinearHead, wide
+from common.models import Backbone, Features
+from common.plan import PlanSpec
+from pretrain.objectives import Objective, Pass
+
+POOLS = ("auto", "class", "mean")
+POSITIONS = ("full", "none")
+
+
+@dataclass
+class ClassificationOptions:
+    """Options of `classification`."""
+
+    weight: float = 1.0
+    """Share of this objective in the summed loss; 0 leaves it out."""
+    smoothing: float = 0.0
+    """Label smoothing: this much of each label is spread evenly over all classes (DeiT, Swin and NesT: 0.1)."""
+    pool: str = "auto"
+    """What is classified: class (the class token), mean (of the patch tokens), or auto: the class token where there is
+    one. Distillation and register tokens never are."""
+    position: str = "full"
+    """Position encoding in the pass: full or none. Swin and NesT have one for all their passes: give it the
+    `position` of the objectives beside it."""
+    classes: Any = "auto"
+    """How many there are; auto: those of the data."""
+    view: str = "global"
+    """The view that is classified, its first crop."""
+
+
+class Classification(Objective):
+    """Cross-entropy of one linear layer on the final-norm class token or mean patch token.
+
+    An image without a label (-1) takes no part: the loss is the mean over those that have one, of all processes
+    together, and 0 where none has.
+    """
+
+    Options = ClassificationOptions
+    labelled = True
+
+    def __init__(self, options: ClassificationOptions, backbone: Backbone) -> None:
+        super().__init__()
+        for name, known in (("pool", POOLS), ("position", POSITIONS)):
+            given = getattr(options, name)
+            if given not in known:
+                raise Refusal(
+                    f"objectives.classification.{name}={given!r}: expected one of {', '.join(known)}"
+                    f"{nearest(given, known)}"
+                )
+        if not 0 <= options.smoothing < 1:
+            raise Refusal(f"objectives.classification.smoothing={options.smoothing}: expected a share, in [0, 1)")
+        has_class = getattr(backbone.model, "cls_token", None) is not None
+        if options.pool == "class" and not has_class:
+            raise Refusal(
+                f"objectives.classification.pool=class: {backbone.config.name} has no class token here; use pool=mean"
+            )
+        self.options = options
+        self.pooled = "class" if has_class and options.pool != "mean" else "mean"
+        self.passes = {"image": Pass(options.view, PlanSpec(position=options.position))}
+        self.classes = number_of_classes(options.classes)
+        self.head = LinearHead(backbone.width, self.classes)
+
+    def logits(self, features: Mapping[str, Features]) -> Tensor:
+        """Scores of the classes, (B, K), float32."""
+        image = features["image"]
+        return wide(self.head(image.prefix[:, 0] if self.pooled == "class" else image.tokens.mean(1)))
+
+    def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """loss (nats, smoothing included), accuracy, and chance: that of a guess among classes of equal size.
+
+        draws: "label" (B,) int64, -1 for an image without one.
+        """
+        logits_BK, labels_B = self.logits(features), draws["label"]
+        known_B = labels_B >= 0
+        processes = collectives.processes()
+        # per process, of all: else an image would count the more, the fewer labels those beside it have
+        count = (collectives.total(known_B.sum().float()) / processes).clamp(min=1 / processes)
+        each_B = F.cross_entropy(
+            logits_BK, labels_B.clamp(min=0), reduction="none", label_smoothing=self.options.smoothing
+        )
+        right_B = (logits_BK.detach().argmax(-1) == labels_B) & known_B
+        return {
+            "loss": (each_B * known_B).sum() / count,
+            "accuracy": right_B.sum() / count,
+            "chance": logits_BK.new_full((), 1 / self.classes),
+        }
+
+
+def number_of_classes(value: Any) -> int:
+    """`classes` as a number. Raises Refusal for anything else; `auto` is one once the data are known."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise Refusal(f"objectives.classification.classes={value!r}: expected auto or a whole number of at least 2")
+    return value
