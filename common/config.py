@@ -43,7 +43,7 @@ def load(
     defaults = OmegaConf.structured(schema)
     config = above(defaults)
     if beneath is not None:
-        said = OmegaConf.to_container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(words))))
+        said = OmegaConf.to_container(OmegaConf.merge(given, _keys_as_written(OmegaConf.from_dotlist(list(words)))))
         config = above(merge(defaults, beneath(_as_read(said, _container(config))) or {}, "a preset", schema))
     return to_object(config, schema)
 
@@ -69,7 +69,7 @@ def override(config: DictConfig, words: Sequence[str], schema: type) -> DictConf
         if not equals or not key:
             raise Refusal(f"{word!r} is not understood: expected key=value, such as steps=100; --help lists the keys")
         try:
-            given = OmegaConf.from_dotlist([word])
+            given = _keys_as_written(OmegaConf.from_dotlist([word]))
         except Exception as error:  # YAML's scanner has errors of its own
             raise Refusal(f"{word!r} cannot be read as key=value: {error}") from error
         config = merge(config, given, f"command line ({word})", schema)
@@ -113,7 +113,22 @@ def read_yaml(path: Path) -> DictConfig:
         raise Refusal(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
         raise Refusal(f"{path} is not a recipe: expected `key: value` lines")
-    return content
+    return _keys_as_written(content)
+
+
+def _keys_as_written(content: DictConfig) -> DictConfig:
+    """`content` with the keys "on" and "off", which YAML 1.1 reads as true and false: an option of iRPE is `on`."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                {True: "on", False: "off"}.get(k, k) if isinstance(k, bool) else k: written(v) for k, v in value.items()
+            }
+        return [written(each) for each in value] if isinstance(value, list) else value
+
+    made = OmegaConf.create(written(OmegaConf.to_container(content)))
+    assert isinstance(made, DictConfig)
+    return made
 
 
 def find_recipe(word: str, stage: str) -> Path:

@@ -30,7 +30,8 @@ REDRAWN = 0.1  # standard deviation of redrawn parameters; encodings that start 
 ENCODINGS = {
     "rotary position embedding": re.compile(r"rope|rotary"),
     "position embedding": re.compile(r"pos_?emb|position_?emb|pos_bias"),
-    "relative position bias": re.compile(r"relative_?pos|rel_?pos|bias_table|rpe|lookup_table"),
+    "relative position encoding": re.compile(r"\brpe_[qkv]|lookup_table"),
+    "relative position bias": re.compile(r"relative_?pos|rel_?pos|bias_table"),
 }
 RELATIVE = re.compile(r"relative_?pos|rel_?pos|bias_table|rpe|cpb")
 PADDED = re.compile(r"same", re.IGNORECASE)  # timm's classes that pad inside their forward
@@ -250,6 +251,8 @@ class _Suspects:
         output = output[0] if isinstance(output, (tuple, list)) and output else output
         if self.asking or PLACELESS.search(type(module).__name__) or not args or not isinstance(output, Tensor):
             return
+        if not output.is_floating_point():
+            return  # indices, no tokens
         if not isinstance(args[0], Tensor) or any(f"{other}.".startswith(f"{name}.") for other in self.found):
             return  # a part of it is to blame
         self.asking = True

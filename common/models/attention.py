@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Part = tuple[slice, slice]  # images, heads
@@ -51,7 +52,8 @@ def relative_attention(
     (B, H, T, S)), and while torch.compile looks on.
     """
     kind = q.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
+    narrow = torch.is_autocast_enabled(kind) and v.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(kind) if narrow else v.dtype
     q, k, v = (q if scale == 1 else q * scale).to(dtype), k.to(dtype), v.to(dtype)
     if fused and dropout is None and prior is None and lookup is None and of_keys is None and values is None:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -127,6 +129,7 @@ class _Fused(torch.autograd.Function):
         return out, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -138,10 +141,9 @@ class _Fused(torch.autograd.Function):
         for part, P, d_P, products in _slices(q, k, 3):
             _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
             d_v[part] = P.to(v.dtype).mT @ d_out[part]
-            with_sums = d_sums is not None and ids_of_values is not None
-            if with_sums:
+            if d_sums is not None and ids_of_values is not None:
                 _fill(d_P, d_sums[part], _of(part, ids_of_values))
-            _add_product(d_P, d_out[part], v[part], fresh=not with_sums)
+            _add_product(d_P, d_out[part], v[part], fresh=ids_of_values is None)
             d_scores = torch._softmax_backward_data(d_P, P, -1, wide)
             if d_lookup is not None:
                 _add_by_bucket(d_lookup[part], _of(part, ids), d_scores)
@@ -170,8 +172,7 @@ def _probabilities(
     ids: Tensor | None,
     ids_of_keys: Tensor | None,
 ) -> None:
-    """Put the softmax of one part's scores into `scores`; with a prior, the products it is to multiply into
-    `products`."""
+    """Fill `scores` with the softmax of one part's scores and, with a prior, `products` with what it multiplied."""
     fresh = lookup is None or ids is None
     if lookup is not None and ids is not None:
         _fill(scores, lookup[part], _of(part, ids))

@@ -290,6 +290,11 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         )
     kwargs = {"num_classes": 0, "img_size": (h, w), **config.kwargs}
     swin = {key.removeprefix("swin_"): kwargs.pop(key) for key in SWIN if key in kwargs}
+    known = list(inspect.signature(add_irpe).parameters)[1:]
+    if unknown := sorted(set(config.irpe or {}) - set(known)):
+        raise Refusal(
+            f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
+        )
     if len(config.mean) != 3 or "in_chans" in kwargs:
         kwargs.setdefault("in_chans", len(config.mean))
         if kwargs["in_chans"] != len(config.mean):

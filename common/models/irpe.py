@@ -118,6 +118,10 @@ class BucketIds(nn.Module):
         self.others: dict[tuple[Grid, torch.device], Tensor] = {}  # no buffers: processes may see different grids
         self.seen: dict[int, Grid] = {}
 
+    def reset_parameters(self) -> None:
+        """The ids anew; timm calls this where it initialises a model that was made without memory."""
+        self.ids = self._build(self.grid, self.ids.device)
+
     def _build(self, grid: Grid, device: Any) -> Tensor:
         """(R, 1, N, N); the second table of `cross` is read behind the first."""
         ids = bucket_ids(self.method, grid, self.ratio, self.num_prefix_tokens)
@@ -132,7 +136,7 @@ class BucketIds(nn.Module):
             self.seen[h * w] = h, w
 
     def forward(self, x: Tensor, where: Where | None) -> tuple[Tensor, Tensor]:
-        """Ids of tokens x (B, T, D): [query, key] (R, 1 or B, T, S) and, as a key sees it, [key, query] (R, 1 or B, S, T).
+        """Of tokens x (B, T, D): ids [query, key] (R, 1 or B, T, S), and [key, query] (R, 1 or B, S, T) as keys see it.
 
         Raises ValueError if the tokens do not fit the grid.
         """

@@ -261,3 +261,12 @@ def test_nearest():
     assert nearest("absolut", ["absolute", "relative"]) == "; did you mean 'absolute'?"
     assert nearest("xyz", ["absolute", "relative"]) == ""
     assert "or" in nearest("ab1", ["ab2", "ab3"])
+
+
+def test_a_key_that_yaml_takes_for_a_truth_value(tmp_path):
+    """YAML 1.1 reads the key `on` as true; iRPE has an option of that name."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("extra: {on: qk, off: [{on: yes}]}\nwheels: 3\n")
+    assert config.load(Car, recipe, []).extra == {"on": "qk", "off": [{"on": True}]}
+    assert config.load(Car, None, ["extra={on: k}"]).extra == {"on": "k"}
+    assert config.load(Car, None, ["extra.on=k"]).extra == {"on": "k"}

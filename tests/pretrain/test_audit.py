@@ -164,7 +164,7 @@ def test_an_encoding_that_starts_at_zero_does_not_hide() -> None:
     made.backbone.model.patch_embed.norm = Silent(16, 32)
     found = judged(made)
     assert found.verdict == "leak"
-    assert found.breaks == ["relative position bias (patch_embed.norm.lookup_table_weight)"]
+    assert found.breaks == ["relative position encoding (patch_embed.norm.lookup_table_weight)"]
 
 
 # ------------------------------------------------------------------------------------- what is crooked, and what not
