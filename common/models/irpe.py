@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.attention import Attention
-from timm.models import deit, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, vision_transformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -325,25 +325,34 @@ def _check_model(model: Any) -> None:
                 f"irpe goes into timm's plain Block with Attention, and block {index} of this {name} is "
                 f"{type(block).__name__} with {type(attention).__name__}"
             )
+    stem: Any = model.patch_embed
+    size, patch = stem.img_size, stem.patch_size
+    if size is not None and (size[0] % patch[0] or size[1] % patch[1]):  # timm would ignore the remainder
+        raise Refusal(f"irpe: {size[0]}x{size[1]} pixels are not divisible by patches of {patch[0]}x{patch[1]}")
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         raise Refusal("irpe with patch_drop_rate: which patches were dropped would be lost; set it to 0")
 
 
 def _published() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Published name -> (timm's DeiT, options of add_irpe)."""
+    """Published name -> (size of the DeiT, options of add_irpe)."""
     product = {"method": "product", "ratio": 1.9}
     names: dict[str, tuple[str, dict[str, Any]]] = {
-        f"deit_{size}_patch16_224_ctx_product_50_shared_{on}": (f"deit_{size}_patch16_224", {"on": on, **product})
+        f"deit_{size}_patch16_224_ctx_product_50_shared_{on}": (size, {"on": on, **product})
         for size in ("tiny", "small", "base")
         for on in ("k", "qk", "qkv")
     }
     others = (("euc_20", "euclidean", 20), ("quant_51", "quantization", 33), ("cross_56", "cross", 20))
     for short, method, ratio in others:  # these names count the buckets that a 14x14 grid uses
         options = {"on": "k", "method": method, "ratio": ratio}
-        names[f"deit_small_patch16_224_ctx_{short}_shared_k"] = ("deit_small_patch16_224", options)
+        names[f"deit_small_patch16_224_ctx_{short}_shared_k"] = ("small", options)
     return names
 
 
+SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
 PUBLISHED = _published()
 default_cfgs = generate_default_cfgs(
     {
@@ -365,18 +374,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _entrypoint(name: str, base: str, options: dict[str, Any]) -> Callable[..., Any]:
+def _entrypoint(name: str, size: str, options: dict[str, Any]) -> Callable[..., Any]:
+    def made(**kwargs: Any) -> Any:
+        return add_irpe(VisionTransformer(**kwargs), **options)
+
     def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        if pretrained:
+        if pretrained and "file" not in (kwargs.get("pretrained_cfg_overlay") or {}):
             raise Refusal(f"timm hosts no weights of {name}: download the authors' file and give checkpoint_path=FILE")
-        model = getattr(deit, base)(**kwargs)
-        add_irpe(getattr(model, "model", model), **options)  # features_only wraps the model
-        return model
+        return build_model_with_cfg(
+            made,  # type: ignore[arg-type]
+            name,
+            pretrained,
+            pretrained_filter_fn=vision_transformer.checkpoint_filter_fn,
+            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+            **{"patch_size": 16, "depth": 12, **SIZES[size], **kwargs},
+        )
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"timm's {base} and its arguments, with iRPE: {options} (arXiv 2107.14222)."
+    build.__doc__ = f"DeiT-{size} (timm's VisionTransformer and its arguments) with iRPE: {options} (arXiv 2107.14222)."
     return build
 
 
-for _name, (_base, _options) in PUBLISHED.items():
-    globals()[_name] = register_model(_entrypoint(_name, _base, _options))  # timm puts the names into __all__
+for _name, (_size, _options) in PUBLISHED.items():
+    globals()[_name] = register_model(_entrypoint(_name, _size, _options))  # timm puts the names into __all__

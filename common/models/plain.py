@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..plan import TokenPlan
 from .irpe import RelativeAttention, Where
+from .lv_vit import LvVit
 
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
 
@@ -90,7 +91,9 @@ def _embeddings(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The position embedding as (prefix tokens' (1, P or 0, D), patches' (1, N, D)), resampled to `grid`."""
     first = 0 if model.no_embed_class else model.num_prefix_tokens
     embeddings = model.pos_embed
-    if model.dynamic_img_size:
+    if isinstance(model, LvVit):  # which resizes as its authors do
+        embeddings = model.position_embedding(grid)
+    elif model.dynamic_img_size:
         embeddings = resample_abs_pos_embed(
             embeddings, new_size=list(grid), old_size=model.patch_embed.grid_size, num_prefix_tokens=first
         )

@@ -308,7 +308,7 @@ def test_no_scores_are_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models(name: str) -> None:
     with torch.device("meta"):
-        model, plain = timm.create_model(name), timm.create_model(PUBLISHED[name][0])
+        model, plain = timm.create_model(name), timm.create_model(f"deit_{PUBLISHED[name][0]}_patch16_224")
     if name in PARAMETERS:
         assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     found = {key: list(weight.shape) for key, weight in model.state_dict().items() if key not in plain.state_dict()}

@@ -1,5 +1,6 @@
 """model.init: a backbone begins from weights that are there already, all of them or none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,43 @@ def test_random_of_a_recipe_is_evaluated_as_it_would_be_trained(
     )
     about = find("random", like=str(recipe)).description
     assert (about["position"], about["pooling"], about["size"]) == (position, pooling, [24, 24])
+
+
+PAPERS = {
+    "irpe": ModelConfig("vit_tiny_patch16_224", {**TINY, "patch_size": 16}, irpe={"on": "qkv"}),
+    "published irpe": ModelConfig("deit_tiny_patch16_224_ctx_product_50_shared_k", {**TINY, "patch_size": 16}),
+    "lv_vit": ModelConfig("lvvit_t", {"embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "sp_vit": ModelConfig("spvit_s", {"embed_dim": 24, "depth": 3, "num_heads": 2, "local_blocks": 2}),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("size", [32, [48, 80]])
+def test_the_papers_backbones_go_on_at_another_size(tmp_path: Path, name: str, size: Any) -> None:
+    """The position embedding is resized and everything else is as it was, tables and priors of offsets too."""
+    torch.manual_seed(0)
+    trained = create(PAPERS[name], 48)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    checkpoint.export(tmp_path, trained, checkpoint.describe(trained, "full", "mean", {}))
+    config = replace(PAPERS[name], init=str(tmp_path))
+    made = create(config, size)
+    said = begin_from(made, config.init)
+    assert f"; position embedding resized from 3x3 to {made.grid[0]}x{made.grid[1]}; " in said
+    before, after = trained.model.state_dict(), made.model.state_dict()
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == ["pos_embed"]
+    again = create(PAPERS[name], 48)  # and at the same size it is the same model
+    assert "resized" not in begin_from(again, str(tmp_path))
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    assert torch.equal(again.eval()(images).tokens, trained.eval()(images).tokens)
+
+
+def test_another_relative_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    trained = create(PAPERS["irpe"], 48)
+    checkpoint.export(tmp_path, trained, checkpoint.describe(trained, "full", "mean", {}))
+    other = create(replace(PAPERS["irpe"], irpe={"on": "qkv", "ratio": 2.5}), 48)
+    with pytest.raises(
+        Refusal, match=r"lookup_table_weight: \(1, 16, 50\), expected \(1, 16, 122\)\).*model\.irpe={'on'"
+    ):
+        begin_from(other, str(tmp_path))
