@@ -124,6 +124,7 @@ class Stem(PatchEmbed):
             if not self.dynamic_img_pad:
                 raise ValueError(f"images of {size} pixels: expected multiples of {STRIDE}")
             images = F.pad(images, (0, full[1] - size[1], 0, full[0] - size[0]))
+        images = images.contiguous(memory_format=torch.channels_last)  # half the time on a CPU, and tokens need no copy
         for i in (1, 2, 3):
             images = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(images)), inplace=True)
         tokens = self.proj(images).permute(0, 2, 3, 1)  # (B, h, w, D)
@@ -244,7 +245,7 @@ class LvVit(VisionTransformer):
         """As timm's, for both heads: `head` freshly drawn, `aux_head` at zero, both gone for num_classes=0."""
         super().reset_classifier(num_classes, global_pool)
         if isinstance(self.head, nn.Linear):
-            _init_linear(self.head)
+            _init_linear(self.head.to(self.patch_embed.proj.weight))  # timm 1.0.20 makes it in float32, on the CPU
         self.aux_head = self._aux_head()
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:

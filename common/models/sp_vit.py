@@ -117,16 +117,12 @@ class SpAttention(nn.Module):
         B, N, D = x.shape
         q, k = self.qk(x).view(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         v = self.v(x).view(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        prior, scale = None if where is None else self.prior(where), self.scale
+        if prior is not None and q.dtype != torch.float16:  # no scaled copy of q to keep; float16 needs it
+            prior, scale = prior * scale, 1.0
         drops = self.training and self.attn_drop.p > 0
-        out = relative_attention(
-            q,
-            k,
-            v,
-            self.scale,
-            prior=None if where is None else self.prior(where),
-            dropout=self.attn_drop if drops or not self.fused_attn else None,
-            fused=self.fused_attn,
-        )
+        dropout = self.attn_drop if drops or not self.fused_attn else None
+        out = relative_attention(q, k, v, scale, prior=prior, dropout=dropout, fused=self.fused_attn)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, N, D)))
 
 
