@@ -299,6 +299,8 @@ def add_irpe(
         raise Refusal(f"irpe mode={mode!r}: expected ctx or bias{nearest(str(mode), MODES)}")
     if not isinstance(on, str) or not on or len(set(on)) != len(on) or not set(on) <= set("qkv"):
         raise Refusal(f"irpe on={on!r}: expected some of the letters q, k and v, such as k, qk or qkv")
+    if not isinstance(shared_head, bool):
+        raise Refusal(f"irpe shared_head={shared_head!r}: expected true or false")
     if mode == "bias" and "v" in on:
         raise Refusal(
             f"irpe on={on!r} with mode=bias: a bias goes to scores, and values have none; use on=qk or mode=ctx"

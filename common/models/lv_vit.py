@@ -62,8 +62,11 @@ def swap_box(tokens: Tensor, grid: tuple[int, int], box: Box) -> Tensor:
     """tokens (B, N, D) or (B, h, w, D), of the same shape, where those in the box are image B-1-b's in image b.
 
     Of an even number of images it is its own inverse: what was mixed before the blocks, the same call puts back after.
+    Raises ValueError for a box that leaves the grid.
     """
     top, left, bottom, right = box
+    if not (0 <= top <= bottom <= grid[0] and 0 <= left <= right <= grid[1]):
+        raise ValueError(f"box {tuple(box)} (top, left, bottom, right) leaves the grid of {grid[0]}x{grid[1]} patches")
     if top >= bottom or left >= right:
         return tokens
     mixed = tokens.reshape(len(tokens), *grid, -1).clone()
@@ -89,7 +92,7 @@ class Stem(PatchEmbed):
         **kwargs: Any,
     ) -> None:
         super().__init__(img_size, STRIDE, in_chans, embed_dim, **kwargs)
-        self._check(img_size, patch_size)
+        self.check(img_size, patch_size)
         dd = {name: kwargs.get(name) for name in ("device", "dtype")}
         for i, channels in enumerate((in_chans, width, width), 1):
             size, stride = (7, 2) if i == 1 else (3, 1)
@@ -100,16 +103,17 @@ class Stem(PatchEmbed):
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's: another image size. Raises Refusal as the constructor does."""
-        self._check(img_size, patch_size)
+        self.check(img_size, patch_size)
         super().set_input_size(img_size)
 
     @staticmethod
-    def _check(img_size: Any, patch_size: Any) -> None:
+    def check(img_size: Any, patch_size: Any) -> None:
+        """Raises Refusal for a size that this stem cannot take."""
         if patch_size is not None and patch_size not in (STRIDE, (STRIDE, STRIDE), [STRIDE, STRIDE]):
             raise Refusal(f"patch_size={patch_size}: this stem's stride is {STRIDE}; leave patch_size out")
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size or ())
         if any(side < STRIDE or side % STRIDE for side in sides):
-            below = " or ".join(str(max(1, side // STRIDE) * STRIDE) for side in sides)
+            below = "x".join(str(max(1, side // STRIDE) * STRIDE) for side in sides)
             raise Refusal(
                 f"img_size={img_size}: expected multiples of the stem's stride, {STRIDE} pixels, such as {below}"
             )
@@ -186,6 +190,8 @@ class LvVit(VisionTransformer):
         drop_path_rate (linear from 0), attn_drop_rate, proj_drop_rate, dynamic_img_size."""
         if mix_token and not return_dense:
             raise Refusal("mix_token=True needs return_dense=True: nothing else has dense logits to put back")
+        if not skip_lam > 0:
+            raise Refusal(f"skip_lam={skip_lam}: expected what branches are divided by, above 0")
         for name in ("patch_drop_rate", "reg_tokens", "init_values"):
             if kwargs.get(name):
                 raise Refusal(f"{name}={kwargs[name]}: not for LV-ViT and SP-ViT; leave it out")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
 from .attention import relative_attention
-from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, S, build, config, swap_box
+from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, S, Stem, build, config, swap_box
 from .lv_vit import checkpoint_filter_fn as checkpoint_filter_fn
 
 Grid = tuple[int, int]
@@ -59,6 +59,10 @@ class Offsets(nn.Module):
         super().__init__()
         self.reference = reference
         self.set_grid(grid, device)
+
+    def reset_parameters(self) -> None:
+        """The same again, where memory was newly allocated: a model that was made on the meta device."""
+        self.set_grid(self.grid, self.offsets.device)
 
     def set_grid(self, grid: Grid, device: Any = None) -> None:
         """Another grid, in place: for every layer."""
@@ -195,17 +199,22 @@ class SpVit(LvVit):
         rescale_offsets: int | Grid | None = None,
         **kwargs: Any,
     ) -> None:
+        Stem.check(img_size, kwargs.get("patch_size"))
         local = max(depth - 2, 0) if local_blocks is None else local_blocks
-        if not 0 <= local < depth:
+        if not isinstance(local, int) or not 0 <= local < depth:
             raise Refusal(
-                f"local_blocks={local} of depth {depth}: expected 0 to {depth - 1}, since the class token joins before "
-                "that block"
+                f"local_blocks={local!r} of depth {depth}: expected 0 to {depth - 1}, since the class token joins "
+                "before that block"
             )
-        for name in ("qk_norm", "scale_attn_norm", "block_fn", "attn_layer"):
+        for name in ("qk_norm", "scale_attn_norm", "block_fn", "attn_layer", "no_embed_class"):
             if kwargs.get(name):
-                raise Refusal(f"{name}={kwargs[name]}: not for SP-ViT, whose attention is its own; leave it out")
+                raise Refusal(
+                    f"{name}={kwargs[name]}: not for SP-ViT, whose attention and class token are its own; leave it out"
+                )
         h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
         reference = (rescale_offsets, rescale_offsets) if isinstance(rescale_offsets, int) else rescale_offsets
+        if reference is not None and (len(reference) != 2 or min(reference) < 1):
+            raise Refusal(f"rescale_offsets={rescale_offsets}: expected a grid, such as 14 or (14, 14)")
         where = Offsets((h // STRIDE, w // STRIDE), reference, kwargs.get("device"))
         numbers = itertools.count()
 

@@ -324,7 +324,7 @@ def test_intermediates_and_features_only() -> None:
     ("options", "words"),
     [
         ({"img_size": 40}, "img_size=40: expected multiples of the stem's stride, 16 pixels, such as 32"),
-        ({"img_size": (32, 10)}, "such as 32 or 16"),
+        ({"img_size": (32, 10)}, "such as 32x16"),
         ({"patch_size": 8}, "patch_size=8"),
         ({"mix_token": True, "return_dense": False}, "mix_token=True needs return_dense=True"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),

@@ -329,3 +329,33 @@ def test_what_is_decayed() -> None:
     assert model.no_weight_decay() == {"pos_embed", "cls_token"}  # and biases, which are of one dimension
     assert model.blocks[0].attn.w2.ndim == model.blocks[0].attn.w1.weight.ndim == 2
     assert model.blocks[0].attn.b2.ndim == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"img_size": 8}, "img_size=8: expected multiples of the stem's stride, 16 pixels, such as 16"),
+        ({"img_size": (32, 40)}, r"such as 32x32"),
+        ({"local_blocks": 1.5}, "local_blocks=1.5 of depth 3: expected 0 to 2"),
+        ({"local_blocks": "2"}, "local_blocks='2'"),
+        ({"skip_lam": 0}, "skip_lam=0: expected"),
+        ({"no_embed_class": True}, "no_embed_class=True: not for SP-ViT"),
+        ({"rescale_offsets": (14,)}, r"rescale_offsets=\(14,\): expected a grid"),
+    ],
+    ids=str,
+)
+def test_one_line_says_what_is_wrong(options: dict[str, Any], words: str) -> None:
+    small = {"img_size": 32, "embed_dim": 12, "depth": 3, "num_heads": 2}
+    with pytest.raises(Refusal, match=words) as refused:
+        timm.create_model("spvit_s", **{**small, **options})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_made_on_the_meta_device_is_whole() -> None:
+    small = {"img_size": (32, 48), "embed_dim": 12, "depth": 3, "num_heads": 2}
+    with torch.device("meta"):
+        made = timm.create_model("spvit_s", **small)
+    made.to_empty(device="cpu").init_weights()
+    made.load_state_dict((other := timm.create_model("spvit_s", **small)).state_dict())
+    images = torch.randn(2, 3, 32, 48)
+    assert torch.equal(made.eval()(images), other.eval()(images))
