@@ -1,4 +1,4 @@
-"""Attention whose scores depend on where the tokens are, and which keeps no B*H*T*S numbers until the backward pass.
+"""Attention whose scores depend on where the tokens are, and which keeps few of them until the backward pass.
 
 Letters: B images, H heads, T queries, S keys, d numbers a head, n buckets of a table, R tables read at once.
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 Part = tuple[slice, slice]  # images, heads
 
+KEPT = 2**22  # probabilities of a call (16 MiB of float32) up to which they are kept: a few percent of a ViT-S's step
 CACHED = 2**18  # scores that stay in a core's second-level cache (one MiB of float32), from forward product to backward
 
 
@@ -100,8 +101,8 @@ def _explicit(
 
 
 class _Fused(torch.autograd.Function):
-    """The same a slice of images and heads at a time: the scores of a slice never leave the cache, and are computed
-    again in the backward pass, where reading them from memory would take longer."""
+    """The same a slice of images and heads at a time, whose scores never leave the cache. In the backward pass they are
+    computed again, unless the probabilities of all slices were few enough to keep."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -117,11 +118,14 @@ class _Fused(torch.autograd.Function):
         ids_of_values: Tensor | None,
         num_sums: int,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values)
         B, H, T, d = q.shape
+        few = prior is None and any(ctx.needs_input_grad) and B * H * T * k.shape[2] <= KEPT
+        kept = q.new_empty((B, H, T, k.shape[2]), dtype=_wide_type(q.dtype)) if few else None
+        ctx.save_for_backward(q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values, kept)
         out = q.new_empty(B, T, H, d).transpose(1, 2)  # heads beside each other in memory: they are merged next
         sums = None if ids_of_values is None else q.new_zeros((B, H, T, num_sums), dtype=_wide_type(q.dtype))
         for part, P, products in _slices(q, k, 2):
+            P = P if kept is None else kept[part]
             _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
             out[part] = P.to(v.dtype) @ v[part]
             if sums is not None and ids_of_values is not None:
@@ -131,7 +135,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values = ctx.saved_tensors
+        q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values, kept = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         wide = _wide_type(q.dtype)
         d_prior, d_lookup, d_of_keys = (
@@ -139,7 +143,10 @@ class _Fused(torch.autograd.Function):
             for tensor in (prior, lookup, of_keys)
         )
         for part, P, d_P, products in _slices(q, k, 3):
-            _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+            if kept is None:
+                _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+            else:
+                P = kept[part]
             d_v[part] = P.to(v.dtype).mT @ d_out[part]
             if d_sums is not None and ids_of_values is not None:
                 _fill(d_P, d_sums[part], _of(part, ids_of_values))

@@ -75,9 +75,13 @@ def test_the_definition() -> None:
 
 
 @pytest.mark.parametrize("cached", [1, 2 * T * S, 5 * T * S, 10**6])  # a head at a time, an image, two and a rest, all
+@pytest.mark.parametrize("kept", [0, 10**6])
 @pytest.mark.parametrize("per_image, tables", [(False, 1), (True, 2)])
-def test_fused_is_explicit(monkeypatch: pytest.MonkeyPatch, cached: int, per_image: bool, tables: int) -> None:
+def test_fused_is_explicit(
+    monkeypatch: pytest.MonkeyPatch, cached: int, kept: int, per_image: bool, tables: int
+) -> None:
     monkeypatch.setattr(attention, "CACHED", cached)
+    monkeypatch.setattr(attention, "KEPT", kept)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     names = list(OF)
     for names in (some for count in range(1, 5) for some in itertools.combinations(OF, count)):
