@@ -262,10 +262,13 @@ def _from_map(plan: TokenPlan, features: Tensor, prefix: Tensor | None = None) -
     return Features(tokens, tokens.new_empty(B, 0, D) if prefix is None else prefix, (h, w), plan)
 
 
-def create(config: ModelConfig, size: Any) -> Backbone:
+def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
     """The backbone of `config` for images of `size` (pixels: one number, or height and width), freshly initialised.
 
-    Raises Refusal for an unknown name, an argument timm does not take, or a size the architecture cannot be built for.
+    With `init` (a run folder, a backbone's file or timm:NAME) it has those weights instead, resized to its grid where
+    that differs, and what was done is printed; pretraining gives it model.init, and only when a run begins.
+    Raises Refusal for weights of another model, an unknown name, an argument timm does not take, or a size the
+    architecture cannot be built for.
     """
     h, w = (size, size) if isinstance(size, int) else size
     if config.attention not in ATTENTIONS:
@@ -340,6 +343,10 @@ def create(config: ModelConfig, size: Any) -> Backbone:
             "change views.global.size, model.kwargs (patch_size, window_size, ...) or model.name"
         ) from error
     set_attention(backbone, config.attention)
+    if init is not None:
+        from ..subjects import begin_from  # here: it opens checkpoints, and so creates backbones itself
+
+        print(begin_from(backbone, init, config.weights))
     return backbone
 
 

@@ -200,7 +200,9 @@ PAPERS = {
 
 @pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize("size", [32, [48, 80]])
-def test_the_papers_backbones_go_on_at_another_size(tmp_path: Path, name: str, size: Any) -> None:
+def test_the_papers_backbones_go_on_at_another_size(
+    capsys: pytest.CaptureFixture, tmp_path: Path, name: str, size: Any
+) -> None:
     """The position embedding is resized and everything else is as it was, tables and priors of offsets too."""
     torch.manual_seed(0)
     trained = create(PAPERS[name], 48)
@@ -214,8 +216,8 @@ def test_the_papers_backbones_go_on_at_another_size(tmp_path: Path, name: str, s
     before, after = trained.model.state_dict(), made.model.state_dict()
     assert before.keys() == after.keys()
     assert [key for key in before if not torch.equal(before[key], after[key])] == ["pos_embed"]
-    again = create(PAPERS[name], 48)  # and at the same size it is the same model
-    assert "resized" not in begin_from(again, str(tmp_path))
+    again = create(PAPERS[name], 48, init=str(tmp_path))  # and at the same size it is the same model
+    assert capsys.readouterr().out == f"weights of {tmp_path}; the objectives' heads are fresh\n"
     images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     assert torch.equal(again.eval()(images).tokens, trained.eval()(images).tokens)
 
