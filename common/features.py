@@ -1,23 +1,19 @@
 """Frozen features: a backbone run once over a data set, so that every probe answers from the same numbers.
 
-Letters: n images, of which K <= n could be read, D width.
+Letters: n images, of which K <= n could be read, D width. What is extracted is kept by feature_cache.py.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoint import write_atomically
 from .data import Images, Unreadable
 from .errors import Refusal
 from .launch import ignore_signals
@@ -29,7 +25,7 @@ from .transforms import evaluation
 KINDS = ("class", "mean", "both")
 MOST_UNREADABLE = 0.01  # of the images; more is an error of the data set, not of a file
 PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an image would fill any memory
-FORMAT = 1  # of the cache: another number is extracted anew
+FORMAT = 2  # of the cache: another number is extracted anew
 
 
 class _Shown(Dataset):
@@ -41,15 +37,55 @@ class _Shown(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> Tensor | str:
+    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
         try:
-            return evaluation(self.images.read(i, self.channels, contiguous=False), self.size, self.crop)
+            return i, evaluation(self.images.read(i, self.channels, contiguous=False), self.size, self.crop)
         except Unreadable as error:
-            return str(error)
+            return i, str(error)
 
 
-def _as_is(items: list[Tensor | str]) -> list[Tensor | str]:
+def _as_is(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, Tensor | str]]:
     return items
+
+
+def _batches(
+    shown: _Shown, batches: Sequence[Sequence[int]], workers: int, tolerated: float
+) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
+    """(images, their indices, messages about those that cannot be read) of each of `batches`.
+
+    Raises Refusal as soon as more than `tolerated` of the whole data set cannot be read.
+    """
+    unreadable: list[str] = []
+    loaded = 0
+    for items in DataLoader(
+        shown,
+        batch_sampler=batches,  # type: ignore[arg-type]  # a list of batches is as good as a sampler
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else a monitor would move the run's own random numbers
+    ):
+        messages = [item for _, item in items if isinstance(item, str)]
+        unreadable, loaded = unreadable + messages, loaded + len(items)
+        refuse_unreadable(unreadable, loaded, shown.images, tolerated)
+        kept = [(item, i) for i, item in items if isinstance(item, Tensor)]
+        yield [image for image, _ in kept], [i for _, i in kept], messages
+
+
+def refuse_unreadable(unreadable: Sequence[str], loaded: int, images: Images, tolerated: float) -> None:
+    """Raises Refusal if more than the `tolerated` share of `images` are among the `unreadable` of those `loaded`."""
+    if len(unreadable) > tolerated * len(images):
+        raise Refusal(
+            f"{len(unreadable)} of the first {loaded} images in {images.where} cannot be read, more "
+            f"than {tolerated:.0%} of its {len(images)}: {'; '.join(unreadable[:3])}; repair or remove them"
+        )
+
+
+def tell_unreadable(unreadable: Sequence[str], images: Images, warn: Callable[[str], None]) -> None:
+    """Count and name to `warn` those of `images` that are left out, if there are any."""
+    if unreadable:
+        warn(f"{len(unreadable)} of {len(images)} images in {images.where} cannot be read and are left out: "
+             f"{'; '.join(unreadable[:3])}{'; ...' if len(unreadable) > 3 else ''}")  # fmt: skip
 
 
 def shown(
@@ -69,36 +105,33 @@ def shown(
     they are more than the `tolerated` share.
     """
     unreadable: list[str] = []
-    start = 0
-    for items in DataLoader(
-        _Shown(images, size, crop, channels),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else a monitor would move the run's own random numbers
-    ):
-        unreadable += [item for item in items if isinstance(item, str)]
-        if len(unreadable) > tolerated * len(images):
-            raise Refusal(
-                f"{len(unreadable)} of the first {start + len(items)} images in {images.where} cannot be read, more "
-                f"than {tolerated:.0%} of its {len(images)}: {'; '.join(unreadable[:3])}; repair or remove them"
-            )
-        kept = [(image, start + at) for at, image in enumerate(items) if isinstance(image, Tensor)]
-        start += len(items)
+    batches = _cut(range(len(images)), batch_size)
+    for kept, index, messages in _batches(_Shown(images, size, crop, channels), batches, workers, tolerated):
+        unreadable += messages
         if kept:
-            yield torch.stack([image for image, _ in kept]), torch.tensor([index for _, index in kept])
-    if unreadable:
-        warn(f"{len(unreadable)} of {len(images)} images in {images.where} cannot be read and are left out: "
-             f"{'; '.join(unreadable[:3])}{'; ...' if len(unreadable) > 3 else ''}")  # fmt: skip
+            yield torch.stack(kept), torch.tensor(index)
+    tell_unreadable(unreadable, images, warn)
 
 
-@torch.no_grad()
+def _cut(rows: range, most: int) -> list[range]:
+    return [rows[at : at + most] for at in range(0, len(rows), most)]
+
+
+@dataclass
+class Part:
+    """What `extract` returns, of some of the images."""
+
+    rows: range  # which images were to be read
+    features: dict[str, Tensor]
+    unreadable: list[str]  # messages
+
+
 def extract(
     backbone: Backbone,
     plan: TokenPlan | None,
     images: Images,
     *,
+    blocks: int = 1,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
     workers: int = 0,
@@ -109,33 +142,108 @@ def extract(
     """{"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, on the CPU.
 
     Rows are in image order; `index` says which image each row is, 0 ... n-1 unless some could not be read (`warn` is
-    told which). Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `backbone` is on `device`;
-    it is run in eval mode and left in the mode it was in.
+    told which). Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and
+    "class4", (K, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where
+    there are fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where
+    one of the blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it
+    was in. Raises Refusal if more than the `tolerated` share of `images` cannot be read.
     """
-    dtype, kind = DTYPES[precision], torch.device(device).type
+    (part,) = extract_parts(
+        backbone,
+        plan,
+        images,
+        [range(len(images))],
+        blocks=blocks,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        tolerated=tolerated,
+    )
+    tell_unreadable(part.unreadable, images, warn)
+    return part.features
+
+
+@torch.no_grad()
+def extract_parts(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    images: Images,
+    parts: Sequence[range],
+    *,
+    blocks: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    tolerated: float = MOST_UNREADABLE,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    """`extract`, of one part of the images after another; `seen` is told how many images each batch had.
+
+    No batch spans two parts, so that a part is the same numbers whichever other parts are asked for.
+    """
+    shown = _Shown(images, backbone.size, backbone.config.crop, backbone.channels)
     was_training = backbone.training
     backbone.eval()
-    parts: dict[str, list[Tensor]] = {"mean": [], "class": [], "index": []}
     try:
-        for batch, index in shown(
-            images,
-            backbone.size,
-            backbone.config.crop,
-            backbone.channels,
+        yield from _parts(
+            shown,
+            parts,
+            lambda batch: _features(backbone, plan, batch, blocks, device, precision),
             batch_size=batch_size,
             workers=workers,
-            warn=warn,
             tolerated=tolerated,
-        ):
-            with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-                features = backbone(batch.to(device), plan)
-            parts["mean"].append(features.tokens.float().mean(1).cpu())
-            if features.prefix.shape[1]:
-                parts["class"].append(features.prefix[:, 0].float().cpu())
-            parts["index"].append(index)
+            seen=seen,
+        )
     finally:
         backbone.train(was_training)
-    return {name: torch.cat(part) for name, part in parts.items() if part}
+
+
+def _parts(
+    shown: _Shown,
+    parts: Sequence[range],
+    features_of: Callable[[Tensor], dict[str, Tensor]],
+    *,
+    batch_size: int = 256,
+    workers: int,
+    tolerated: float = MOST_UNREADABLE,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, tolerated)
+    for rows in parts:
+        found: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
+        unreadable = []
+        for batch in _cut(rows, batch_size):
+            kept, index, messages = next(loader)
+            unreadable += messages
+            if kept:
+                for name, tensor in features_of(torch.stack(kept)).items():
+                    found.setdefault(name, []).append(tensor)
+                found["index"].append(torch.tensor(index))
+            seen(len(batch))
+        yield Part(rows, {name: torch.cat(tensors) for name, tensors in found.items()}, unreadable)
+
+
+def _features(
+    backbone: Backbone, plan: TokenPlan | None, batch: Tensor, blocks: int, device: torch.device | str, precision: str
+) -> dict[str, Tensor]:
+    dtype, kind = DTYPES[precision], torch.device(device).type
+    with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+        deep = backbone.layers(batch.to(device), min(blocks, depth(backbone)), plan)
+    found = {}
+    for name, layers in {"": deep[-1:], str(blocks): deep if blocks > 1 else []}.items():
+        if layers:
+            found[f"mean{name}"] = torch.cat([layer.tokens.float().mean(1) for layer in layers], 1).cpu()
+        if layers and all(layer.prefix.shape[1] for layer in layers):
+            found[f"class{name}"] = torch.cat([layer.prefix[:, 0].float() for layer in layers], 1).cpu()
+    return found
+
+
+def depth(backbone: Backbone) -> int:
+    """How many blocks there are; of a hierarchical model: stages."""
+    model = backbone.model
+    return len(model.blocks if hasattr(model, "blocks") else model.feature_info)
 
 
 def pixels(
@@ -151,13 +259,29 @@ def pixels(
 
     A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
     """
+    (part,) = pixel_parts(images, size, crop, [range(len(images))], channels=channels, workers=workers)
+    tell_unreadable(part.unreadable, images, warn)
+    return part.features
+
+
+def pixel_parts(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    parts: Sequence[range],
+    *,
+    channels: int = 3,
+    workers: int = 0,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    """`pixels`, of one part of the images after another; see `extract_parts`."""
     small = (min(size[0], PIXELS), min(size[1], PIXELS))
-    rows, kept = [], []
-    for batch, index in shown(images, size, crop, channels, workers=workers, warn=warn):
+
+    def features_of(batch: Tensor) -> dict[str, Tensor]:
         pixels = batch.float().div_(255)
-        rows.append((pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1))
-        kept.append(index)
-    return {"pixels": torch.cat(rows), "index": torch.cat(kept)}
+        return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
+
+    return _parts(_Shown(images, size, crop, channels), parts, features_of, workers=workers, seen=seen)
 
 
 def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +295,7 @@ def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kinds
 
 
-# ------------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------- what decides about them
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -184,55 +308,25 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def cache_key(
-    backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str
+    backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str, blocks: int = 1
 ) -> dict[str, Any]:
     """All that decides what `extract` returns."""
     config = backbone.config
     return {
-        "format": FORMAT,
         "weights": digest(backbone.model.state_dict()),
         "model": [config.name, dict(config.kwargs), list(config.mean), list(config.std), config.attention],
         "position": plan.position,
-        "data": images.fingerprint(),
-        "transform": ["evaluation", list(backbone.size), config.crop, backbone.channels],
         "precision": [precision, torch.device(device).type],
+        "blocks": blocks,
         "timm": timm.__version__,
-    }
+    } | _shown_key(images, backbone.size, config.crop, backbone.channels)
 
 
-def cached(
-    folder: Path | None,
-    key: Mapping[str, Any],
-    compute: Callable[[], dict[str, Tensor]],
-    say: Callable[[str], None] = print,
-) -> dict[str, Tensor]:
-    """What `compute()` returned when it was last called for `key`, from `folder`/<hash of key>.safetensors.
-
-    A file that is truncated, or whose own record of its key differs, is said to be so and computed anew. None as
-    `folder` keeps nothing.
-    """
-    if folder is None:
-        return compute()
-    text = json.dumps(key, sort_keys=True)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
-    if path.exists():
-        try:
-            return _read(path, text)
-        except (SafetensorError, OSError, ValueError) as error:
-            say(f"cached features {path} are not used ({error}): extracting them again")
-    features = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {name: tensor.contiguous() for name, tensor in features.items()}
-    write_atomically(path, lambda aside: save_file(contents, aside, metadata={"key": text, "digest": digest(contents)}))
-    return features
+def pixel_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+    """All that decides what `pixels` returns."""
+    return {"pixels": PIXELS} | _shown_key(images, size, crop, channels)
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:  # a file shorter than its header says is an error here
-        metadata = file.metadata() or {}
-        if metadata.get("key") != key:
-            raise ValueError("made from other weights, data or settings")
-        features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    if metadata.get("digest") != digest(features):
-        raise ValueError("its checksum is wrong")
-    return features
+def _shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+    transform = ["evaluation", list(size), crop, channels]
+    return {"format": FORMAT, "data": images.fingerprint(), "transform": transform}

@@ -1,12 +1,15 @@
-"""The linear probe: one linear layer per learning rate on frozen features, all trained at once.
+"""The linear probe: many linear layers on frozen features, all trained at once on the same batches.
+
+A head is a set of features and a learning rate. Heads on the same features are one product of matrices; heads on other
+features share the batch, and so the pass of the backbone that makes it.
 
 Letters: N images, D feature width, C classes, L learning rates, B images per step.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,21 +19,209 @@ from torch.nn import functional as F
 # and runs are shorter. On the quickstart's features the best is about 0.5, on raw pixels 0.005.
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOMENTUM = 0.9
+TRUST = 0.001  # of LARS (arXiv 1708.03888), as in MAE
+BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # AdamW's, without decay
 HELD_OUT = 0.1  # of the training images choose the learning rate
 EPOCHS, MOST_STEPS = 50, 12_500  # DINO and MAE train 100 and 90 epochs, which moved nothing; DINOv2 12,500 steps
 EPS = 1e-6  # of MAE's BatchNorm without affine
+RUNNING = 0.1  # weight of a batch in that BatchNorm's running statistics
+CHUNK = 4096  # images judged at a time
+
+Parts = Mapping[str, Tensor]  # features by name, (N, D) each
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained."""
+
+    rates: tuple[float, ...] = RATES  # for 256 images per step
+    optimizer: str = "sgd"  # "sgd", "lars" or "adamw"
+    batch: int = 256
+    epochs: float = EPOCHS
+    steps: int | None = None  # in place of epochs
+    most_steps: int | None = MOST_STEPS
+    warmup: float = 0.0  # epochs
+    by_epoch: bool = False  # the rate falls once an epoch, not at every step
+    every_epoch: bool = False  # the heads as they are after each epoch are candidates too
+    normalise: str = "standard"  # by the training images' "standard" deviation, by each "batch"'s, or "none"
 
 
 @dataclass
 class Probe:
-    """What a sweep came to. Accuracies are shares in [0, 1] of the images they are named after."""
+    """What the heads came to. Accuracies are shares in [0, 1] of the images they are named after."""
 
     accuracy: float  # test accuracy of the head that was chosen on held-out training images
     rate: float  # its learning rate, for 256 images per step
-    held_out: float  # its accuracy on the images that chose it
+    held_out: float | None  # its accuracy on the images that chose it; None: there was nothing to choose
     best_on_test: float  # the field's habit: the head that happens to be best on the test images. Optimistic.
     best_rate: float
     predictions: Tensor  # (test images,) of the chosen head
+    held_out_loss: float = math.nan  # breaks ties: held-out images are few
+    features: str = ""  # which set of features it sees
+    best_features: str = ""
+    epoch: int | None = None  # after which it was taken, if it might have been any
+    best_epoch: int | None = None
+    without_held_out: float | None = None  # test accuracy before it was fitted to all training images, if it was
+
+    @property
+    def difference(self) -> float:
+        """How much the number grows where the test images choose, from the very same heads."""
+        return self.best_on_test - (self.accuracy if self.without_held_out is None else self.without_held_out)
+
+
+# ----------------------------------------------------------------------------------------------------------- the heads
+
+
+class Heads:
+    """L linear layers on one set of features, one for each rate, that share their start N(0, 0.01) and their batches
+    and nothing else: each equals the head trained alone, and the L products are one.
+
+    weights (C, L, D), biases (C, L). The gradient of the softmax cross-entropy is written out: with p the
+    probabilities, (p - onehot) x / B. Classes come first because a softmax over a long inner dimension is 40 times
+    faster on a CPU than one over ten neighbours.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[str],
+        width: int,
+        num_classes: int,
+        rates: Sequence[float],
+        generator: torch.Generator,
+        *,
+        optimizer: str = "sgd",
+        batch_norm: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.parts, self.optimizer, self.batch_norm, self.steps = tuple(parts), optimizer, batch_norm, 0
+        start = 0.01 * torch.randn(num_classes, 1, width, generator=generator)
+        self.weights = start.to(device).repeat(1, len(rates), 1)
+        self.biases = self.weights.new_zeros(num_classes, len(rates))
+        self.given, self.rates = tuple(rates), self.weights.new_tensor(rates)  # (L,)
+        self.speeds = [torch.zeros_like(self.weights), torch.zeros_like(self.biases)]  # AdamW: first moments
+        self.squares = [torch.zeros_like(each) for each in self.speeds] if optimizer == "adamw" else []
+        self.mean, self.variance = self.weights.new_zeros(width), self.weights.new_ones(width)
+
+    def columns(self, parts: Parts) -> Tensor:
+        """(B, D): the parts these heads see, side by side."""
+        return torch.cat([parts[name] for name in self.parts], 1) if len(self.parts) > 1 else parts[self.parts[0]]
+
+    def logits(self, parts: Parts) -> Tensor:
+        """(C, L, B), with the BatchNorm's running statistics."""
+        x_BD = self.columns(parts)
+        if self.batch_norm:
+            x_BD = (x_BD - self.mean) * (self.variance + EPS).rsqrt()
+        return logits(self.weights, self.biases, x_BD)
+
+    @torch.no_grad()
+    def step(self, parts: Parts, labels: Tensor, share: float) -> None:
+        """One step on labels (B,), at `share` of the peak rates; rates are for 256 images."""
+        x_BD = self.columns(parts)
+        B, D = x_BD.shape
+        C, L = self.biases.shape
+        if self.batch_norm:
+            x_BD = self._normalised(x_BD)
+        error_CLB = logits(self.weights, self.biases, x_BD).softmax(0)
+        error_CLB[labels, :, torch.arange(B, device=labels.device)] -= 1
+        error_CLB /= B
+        gradients = [(error_CLB.view(C * L, B) @ x_BD).view(C, L, D), error_CLB.sum(2)]
+        rate = self.rates * (B / 256) * share
+        self.steps += 1
+        if self.optimizer == "adamw":
+            return self._adam(gradients, rate)
+        if self.optimizer == "lars":
+            gradients[0] *= self._trust(gradients[0])[:, None]
+        for speed, gradient in zip(self.speeds, gradients, strict=True):
+            speed.mul_(MOMENTUM).add_(gradient)
+        self.weights -= rate[:, None] * self.speeds[0]
+        self.biases -= rate * self.speeds[1]
+
+    def _trust(self, gradient: Tensor) -> Tensor:
+        """LARS: (L,) what each head's gradient is multiplied by, so that a step is in proportion to the weights."""
+        own, other = self.weights.norm(dim=(0, 2)), gradient.norm(dim=(0, 2))
+        return torch.where((own > 0) & (other > 0), TRUST * own / other, 1)
+
+    def _adam(self, gradients: Sequence[Tensor], rate: Tensor) -> None:
+        first, second = BETAS
+        corrected = math.sqrt(1 - second**self.steps)
+        for at, (weights, gradient) in enumerate(zip((self.weights, self.biases), gradients, strict=True)):
+            self.speeds[at].lerp_(gradient, 1 - first)
+            self.squares[at].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            size = rate / (1 - first**self.steps)
+            size = size[:, None] if weights.ndim == 3 else size
+            weights -= size * self.speeds[at] / (self.squares[at].sqrt() / corrected + ADAM_EPS)
+
+    def _normalised(self, x_BD: Tensor) -> Tensor:
+        mean, variance = x_BD.mean(0), x_BD.var(0, correction=0)
+        self.mean.lerp_(mean, RUNNING)
+        self.variance.lerp_(variance * (len(x_BD) / max(1, len(x_BD) - 1)), RUNNING)
+        return (x_BD - mean) * (variance + EPS).rsqrt()
+
+
+def logits(weights: Tensor, biases: Tensor, features: Tensor) -> Tensor:
+    """(C, L, D), (C, L) and (N, D) -> (C, L, N)."""
+    C, L, D = weights.shape
+    return (weights.view(C * L, D) @ features.T).view(C, L, len(features)) + biases[..., None]
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+
+def share_of_peak(training: Training, step: int, steps: int, per_epoch: int) -> float:
+    """What a step's rate is of the peak: linear from 0 over the warm-up, then a cosine to 0."""
+    at = step // per_epoch * per_epoch if training.by_epoch else step
+    warmup = min(round(training.warmup * per_epoch), steps - 1)
+    if at < warmup:
+        return at / warmup
+    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / (steps - warmup)))
+
+
+def drawn(parts: Parts, labels: Tensor, batch: int, generator: torch.Generator) -> Iterator[tuple[Parts, Tensor]]:
+    """Batches of features that are there already, without end: whole ones only, each epoch in an order of its own."""
+    while True:
+        order = torch.randperm(len(labels), generator=generator)
+        for chosen in order.split(batch)[: len(labels) // batch]:
+            there = chosen.to(labels.device)
+            yield {name: part[there.to(part.device)].to(labels.device) for name, part in parts.items()}, labels[there]
+
+
+def train(
+    heads: Sequence[Heads],
+    batches: Iterator[tuple[Parts, Tensor]],
+    training: Training,
+    steps: int,
+    per_epoch: int,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train all heads on the same batches of (features by name, labels (B,)); `after(step)` after each, from 1."""
+    for step in range(steps):
+        parts, labels = next(batches)
+        share = share_of_peak(training, step, steps, per_epoch)
+        for each in heads:
+            each.step(parts, labels, share)
+        after(step + 1)
+
+
+def sweep(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    rates: Sequence[float],
+    *,
+    seed: int = 0,
+    batch: int = 256,
+    epochs: float = EPOCHS,
+) -> tuple[Tensor, Tensor]:
+    """Weights (C, L, D) and biases (C, L) of L linear heads trained side by side on (N, D) features, one per rate.
+
+    SGD with momentum, cosine to zero per step, rate * B / 256; B is all of N if there are fewer than `batch`.
+    """
+    training = Training(tuple(rates), batch=min(batch, len(features)), epochs=epochs)
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads(["all"], features.shape[1], num_classes, rates, generator, device=features.device)
+    batches = drawn({"all": features}, labels, training.batch, generator)
+    train([heads], batches, training, num_steps(len(features), batch, epochs), len(features) // training.batch)
+    return heads.weights, heads.biases
 
 
 def probe(
@@ -49,72 +240,117 @@ def probe(
 
     Features are standardised with the training images' mean and variance, as MAE's BatchNorm(affine=False) does.
     """
-    fit, held = hold_out(train_labels, HELD_OUT, seed)
-    mean, scale = train[fit].mean(0), (train[fit].var(0, correction=0) + EPS).rsqrt()
-    with _threads_for(batch * num_classes * len(rates) * train.shape[1]):
-        weights, biases = sweep(
-            (train[fit] - mean) * scale, train_labels[fit], num_classes, rates, seed=seed, batch=batch, epochs=epochs
-        )
-    held_logits = logits(weights, biases, (train[held] - mean) * scale)
-    predictions = logits(weights, biases, (test - mean) * scale).argmax(0)  # (L, test images)
-    on_held = (held_logits.argmax(0) == train_labels[held]).double().mean(1).tolist()
-    on_test = (predictions == test_labels).double().mean(1).tolist()
-    losses = [
-        F.cross_entropy(held_logits[:, at].T, train_labels[held]).nan_to_num(math.inf).item()
-        for at in range(len(rates))
-    ]
-    chosen = max(range(len(rates)), key=lambda at: (on_held[at], -losses[at]))  # few held-out images: ties are common
-    best = max(range(len(rates)), key=lambda at: on_test[at])
-    return Probe(on_test[chosen], rates[chosen], on_held[chosen], on_test[best], rates[best], predictions[chosen].cpu())
+    training = Training(tuple(rates), batch=batch, epochs=epochs)
+    return probes(
+        {"all": train}, train_labels, {"all": test}, test_labels, num_classes, {"all": ("all",)}, training, seed=seed,
+        generator=torch.Generator().manual_seed(seed),
+    )["all"]  # fmt: skip
 
 
 @torch.no_grad()
-def sweep(
-    features: Tensor,
-    labels: Tensor,
+def probes(
+    train_parts: Parts,
+    train_labels: Tensor,
+    test_parts: Parts,
+    test_labels: Tensor,
     num_classes: int,
-    rates: Sequence[float],
+    sets: Mapping[str, Sequence[str]],
+    training: Training,
     *,
     seed: int = 0,
-    batch: int = 256,
-    epochs: float = EPOCHS,
-) -> tuple[Tensor, Tensor]:
-    """Weights (C, L, D) and biases (C, L) of L linear heads trained side by side on (N, D) features, one per rate.
+    batches: Callable[[Tensor, int, int], Iterator[tuple[Parts, Tensor]]] | None = None,
+    generator: torch.Generator | None = None,
+    after: Callable[[int, int], None] = lambda step, steps: None,
+) -> dict[str, Probe]:
+    """{set: its best head}: heads on every set of features, all trained in one pass on 90 % of the training images,
+    chosen on the other 10 %, judged on the test images.
 
-    SGD with momentum, cosine to zero per step, rate * B / 256, softmax cross-entropy. The heads share their start
-    N(0, 0.01) and their batches and nothing else, so that each equals the head trained alone; sharing the batch makes
-    the L products one. The gradient is written out: with p the probabilities, (p - onehot) x / B. Classes come first
-    because a softmax over a long inner dimension is 40 times faster on a CPU than one over ten neighbours.
+    `sets`: name -> which parts it puts side by side. `batches(fit (n,), B, steps)`: batches of other features of the
+    training images numbered `fit`, such as those of augmented views; without it those given are drawn from. Every set
+    starts from `seed` and so do the batches; a `generator` serves both in turn. `after(step, steps)`: after each step.
     """
-    N, D = features.shape
-    C, L, B = num_classes, len(rates), min(batch, len(features))
-    per_epoch, steps = N // B, num_steps(N, batch, epochs)
-    generator = torch.Generator().manual_seed(seed)
-    weights = (0.01 * torch.randn(C, 1, D, generator=generator)).to(features.device).repeat(1, L, 1)
-    biases = weights.new_zeros(C, L)
-    weight_speed, bias_speed = torch.zeros_like(weights), torch.zeros_like(biases)
-    peak = weights.new_tensor(rates) * (B / 256)  # (L,)
-    columns, order = torch.arange(B, device=features.device), torch.empty(0)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(N, generator=generator).to(features.device)
-        chosen = order[(step % per_epoch) * B :][:B]
-        x_BD, y_B = features[chosen], labels[chosen]
-        error_CLB = logits(weights, biases, x_BD).softmax(0)
-        error_CLB[y_B, :, columns] -= 1
-        error_CLB /= B
-        weight_speed.mul_(MOMENTUM).add_((error_CLB.view(C * L, B) @ x_BD).view(C, L, D))
-        bias_speed.mul_(MOMENTUM).add_(error_CLB.sum(2))
-        rate = peak * (0.5 * (1 + math.cos(math.pi * step / steps)))
-        weights -= rate[:, None] * weight_speed
-        biases -= rate * bias_speed
-    return weights, biases
+    fit, held = hold_out(train_labels, HELD_OUT, seed)
+    B = min(training.batch, len(fit))
+    per_epoch, steps = len(fit) // B, steps_of(training, len(fit))
+    needed = {name for parts in sets.values() for name in parts}
+    mine = {name: part[fit.to(part.device)] for name, part in train_parts.items() if name in needed}
+    scaling = {}
+    if training.normalise == "standard":
+        scaling = {name: (part.mean(0), (part.var(0, correction=0) + EPS).rsqrt()) for name, part in mine.items()}
+
+    def scaled(parts: Parts) -> Parts:
+        found = {name: part for name, part in parts.items() if name in needed}
+        return (
+            {name: (part - scaling[name][0]) * scaling[name][1] for name, part in found.items()} if scaling else found
+        )
+
+    heads = {
+        name: Heads(
+            parts, sum(mine[part].shape[1] for part in parts), num_classes, training.rates,
+            generator or torch.Generator().manual_seed(seed), optimizer=training.optimizer,
+            batch_norm=training.normalise == "batch", device=train_labels.device,
+        )
+        for name, parts in sets.items()
+    }  # fmt: skip
+    if batches is None:
+        order = generator or torch.Generator().manual_seed(seed)
+        stream = drawn(scaled(mine), train_labels[fit], B, order)
+    else:
+        stream = ((scaled(parts), labels) for parts, labels in batches(fit, B, steps))
+    held_parts = scaled({name: part[held.to(part.device)] for name, part in train_parts.items() if name in needed})
+    seen_parts, held_labels = scaled(test_parts), train_labels[held]
+    found: dict[str, Probe] = {}
+
+    def judged(step: int) -> None:
+        after(step, steps)
+        if step == steps or (training.every_epoch and step % per_epoch == 0):
+            epoch = math.ceil(step / per_epoch) if training.every_epoch else None
+            for name, each in heads.items():
+                now = judge(each, held_parts, held_labels, seen_parts, test_labels)
+                now = replace(now, features=name, best_features=name, epoch=epoch, best_epoch=epoch)
+                found[name] = better(found[name], now) if name in found else now
+
+    products = B * num_classes * sum(each.weights[0].numel() for each in heads.values())
+    with _threads_for(products):
+        train(list(heads.values()), stream, training, steps, per_epoch, judged)
+    return found
 
 
-def logits(weights: Tensor, biases: Tensor, features: Tensor) -> Tensor:
-    """(C, L, D), (C, L) and (N, D) -> (C, L, N)."""
-    C, L, D = weights.shape
-    return (weights.view(C * L, D) @ features.T).view(C, L, len(features)) + biases[..., None]
+def judge(heads: Heads, held: Parts, held_labels: Tensor, test: Parts, test_labels: Tensor) -> Probe:
+    """The head that is best on the held-out images, and the one that is best on the test images."""
+    L = len(heads.rates)
+    held_logits = torch.cat([heads.logits(some) for some in _chunks(held)], 2)
+    predictions = torch.cat([heads.logits(some).argmax(0) for some in _chunks(test)], 1)  # (L, test images)
+    on_held = (held_logits.argmax(0) == held_labels).double().mean(1).tolist()
+    on_test = (predictions == test_labels).double().mean(1).tolist()
+    losses = [
+        F.cross_entropy(held_logits[:, at].T, held_labels).nan_to_num(math.inf, math.inf).item() for at in range(L)
+    ]
+    chosen = max(range(L), key=lambda at: (on_held[at], -losses[at]))  # few held-out images: ties are common
+    best = max(range(L), key=lambda at: on_test[at])
+    return Probe(
+        on_test[chosen], heads.given[chosen], on_held[chosen], on_test[best], heads.given[best],
+        predictions[chosen].cpu(), losses[chosen],
+    )  # fmt: skip
+
+
+def _chunks(parts: Parts) -> Iterator[Parts]:
+    names, count = list(parts), len(next(iter(parts.values())))
+    for start in range(0, count, CHUNK):
+        yield {name: parts[name][start : start + CHUNK] for name in names}
+
+
+def better(one: Probe, other: Probe) -> Probe:
+    """Of two, the head that is better on the held-out images and, apart from it, the one better on the test images.
+
+    The first one stays where there is nothing to choose.
+    """
+    first = (one.held_out or 0.0, -one.held_out_loss) >= (other.held_out or 0.0, -other.held_out_loss)
+    chosen, best = one if first else other, one if one.best_on_test >= other.best_on_test else other
+    return replace(
+        chosen, best_on_test=best.best_on_test, best_rate=best.best_rate, best_features=best.best_features,
+        best_epoch=best.best_epoch,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -128,9 +364,15 @@ def _threads_for(products: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def num_steps(images: int, batch: int, epochs: float) -> int:
-    """Steps of a sweep over `images` images: whole batches only, and MOST_STEPS at most."""
-    return max(1, min(MOST_STEPS, round(epochs * (images // min(batch, images)))))
+def num_steps(images: int, batch: int, epochs: float, most: int | None = MOST_STEPS) -> int:
+    """Steps of a sweep over `images` images: whole batches only, and `most` at most."""
+    steps = max(1, round(epochs * (images // min(batch, images))))
+    return steps if most is None else min(most, steps)
+
+
+def steps_of(training: Training, images: int) -> int:
+    """Steps of a training on `images` images."""
+    return training.steps or num_steps(images, training.batch, training.epochs, training.most_steps)
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

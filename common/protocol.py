@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import subjects
+from . import collectives, processes, subjects
 from .data import Images, labelled_splits
 from .errors import Refusal, nearest
-from .features import cache_key, cached, extract, pixels, pooled
+from .feature_cache import cached
+from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pixels, pooled
 from .launch import set_threads
 from .precision import DTYPES, refuse_impossible
 from .subjects import Subject
 
+BLOCKS = 4  # the most that a protocol asks for
+IN_MEMORY = 1 << 30  # bytes of raw pixels, at most; more of them are kept in the cache and mapped
 LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels"}
 
 
@@ -66,9 +70,23 @@ def alone(name: str) -> bool:
     return first_process()
 
 
+def together(name: str) -> None:
+    """Join the processes that a launcher started: they extract features together, and the first one, which says so,
+    answers from all of them. Call it once, after everything that may be refused. Raises Refusal if they cannot meet.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1:
+        processes.join(cpu=True)  # they exchange a few words; features go through the cache
+        if first_process():
+            print(f"{name}: {launched} processes extract features, the first one answers from them", flush=True)
+
+
 @dataclass
 class Split:
-    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images."""
+    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images.
+
+    On a CPU they are maps of the cache's files (but for "both"), of which only what is used is read.
+    """
 
     row: str  # subject, random or pixels
     seed: int | None  # of the untrained backbone
@@ -123,35 +141,79 @@ class Evaluation:
         if not self.quiet:
             print(line, flush=True)
 
-    def splits(self) -> Iterator[Split]:
-        """Frozen features of every row: the subject's, the untrained backbone's for each seed, and raw pixels'."""
+    def splits(self, blocks: int = 1) -> Iterator[Split]:
+        """Frozen features of every row: the subject's, the untrained backbone's for each seed, and raw pixels'.
+
+        `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `extract` says. After `together`, all
+        processes have to call this to the end, and only the first one is given anything. What was extracted with
+        `blocks=4` answers for one block too.
+        """
+        rows: list[tuple[str, Subject, int | None]] = [
+            ("random", self.subject.untrained(), seed) for seed in self.seeds
+        ]
         if self.subject.state is not None:
-            yield self._features("subject", self.subject, None)
-        for seed in self.seeds:
-            yield self._features("random", self.subject.untrained(), seed)
-        yield self.pixels()
+            rows.insert(0, ("subject", self.subject, None))
+        if collectives.processes() > 1:  # all at once, so that nobody waits for the first one's answers
+            for row in rows:
+                self._features(*row, blocks)
+            self._pixels(alone=False)
+            if not first_process():
+                return
+            with collectives.alone():
+                yield from self._rows(rows, blocks)
+        else:
+            yield from self._rows(rows, blocks)
 
-    def _features(self, row: str, subject: Subject, seed: int | None) -> Split:
+    def _rows(self, rows: list[tuple[str, Subject, int | None]], blocks: int) -> Iterator[Split]:
+        for row, subject, seed in rows:
+            yield self._split(row, seed, *self._features(row, subject, seed, blocks))
+        yield self._split("pixels", None, *self._pixels())
+
+    def _features(self, row: str, subject: Subject, seed: int | None, blocks: int) -> list[dict[str, Tensor]]:
+        """Of the training and of the test images, from the cache."""
         backbone = subject.backbone(seed or 0).to(self.device)
-        parts = []
+        name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
+        found = []
         for images in (self.train, self.test):
-            key = cache_key(backbone, subject.plan, images, self.precision, self.device)
+            key = cache_key(backbone, subject.plan, images, self.precision, self.device, blocks)
+            extract = functools.partial(
+                extract_parts,
+                backbone,
+                subject.plan,
+                images,
+                blocks=blocks,
+                device=self.device,
+                workers=self.arguments.workers,
+                precision=self.precision,
+            )
+            larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
+            kinds = self._cached(key, images, name, extract, larger)
+            found.append({kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()})
+        return found
 
-            def compute(images: Images = images) -> dict[str, Tensor]:
-                name = LABELS[row] if row != "subject" else subject.name
-                self.say(f"features of {len(images):,} images from {name}{'' if seed is None else f' (seed {seed})'}")
-                return extract(
-                    backbone,
-                    subject.plan,
-                    images,
-                    device=self.device,
-                    workers=self.arguments.workers,
-                    precision=self.precision,
-                    warn=self.say,
+    def _pixels(self, alone: bool = True) -> list[dict[str, Tensor]]:
+        """Of the training and of the test images: from the cache if they are many, and nothing else if not `alone`."""
+        channels = len(self.subject.description["mean"])
+        size, workers = self.size, self.arguments.workers
+        found = []
+        for images in (self.train, self.test):
+            if 4 * channels * min(size[0], PIXELS) * min(size[1], PIXELS) * len(images) > IN_MEMORY:
+                extract = functools.partial(pixel_parts, images, size, self.crop, channels=channels, workers=workers)
+                found.append(
+                    self._cached(pixel_key(images, size, self.crop, channels), images, LABELS["pixels"], extract)
                 )
+            elif alone:
+                found.append(pixels(images, size, self.crop, channels=channels, workers=workers, warn=self.say))
+        return found
 
-            parts.append(cached(self.out.parent / "cache", key, compute, self.say))
-        return self._split(row, seed, *parts)
+    def _cached(
+        self, key: dict[str, Any], images: Images, what: str, extract: Callable[..., Iterator[Part]], larger: Any = ()
+    ) -> dict[str, Tensor]:
+        def parts_of(ranges: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
+            self.say(f"features of {len(images):,} images from {what}")
+            return extract(parts=ranges, seen=seen)
+
+        return cached(self.out.parent / "cache", key, images, parts_of, self.say, larger=larger)
 
     def pixels(self) -> Split:
         """Raw pixels of both splits under the subject's own evaluation transform."""
@@ -166,7 +228,8 @@ class Evaluation:
         sides: list[Any] = []
         for images, part in ((self.train, train), (self.test, test)):
             assert images.labels is not None
-            kinds = {kind: value.to(self.device) for kind, value in pooled(part).items()}
+            deep = {name: value for name, value in part.items() if name[-1].isdigit()}  # of several blocks
+            kinds = {kind: value.to(self.device) for kind, value in (pooled(part) | deep).items()}
             sides += [kinds, torch.from_numpy(images.labels)[part["index"]].to(self.device), part["index"]]
         return Split(row, seed, *sides)
 
@@ -199,14 +262,18 @@ def begin(
     train, test, note = splits(spec, root)
     if train.labels is not None:
         refuse_gaps(train, test, spec)
+    quiet = quiet or not first_process()
     return Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
 
 
 def chosen_device(wished: str | None) -> torch.device:
-    """The device of --device, or a GPU where there is one and Accelerate was not told to do without. Raises Refusal."""
+    """The device of --device, or a GPU where there is one and Accelerate was not told to do without; each of several
+    processes has a GPU of its own, as far as there are enough. Raises Refusal."""
     without = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     try:
         device = torch.device(wished or ("cuda" if torch.cuda.is_available() and not without else "cpu"))
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         reason = str(error).splitlines()[0]

@@ -225,7 +225,7 @@ def begin_from(backbone: Backbone, init: str | None, weights: str | None = None)
         kept = ["pos_embed"]
         notes.append("position embedding stays sine-cosine")
     state |= {name: own[name] for name in kept}
-    if "pos_embed" not in kept and _resized(state, own, source.grid, backbone.grid):
+    if "pos_embed" not in kept and resized(state, own, source.grid, backbone.grid):
         (h, w), (new_h, new_w) = source.grid, backbone.grid
         notes.append(f"position embedding resized from {h}x{w} to {new_h}x{new_w}")
     irpe = f", model.irpe={dict(config.irpe)}" if config.irpe is not None else ""
@@ -297,7 +297,7 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(str(number) for number in dict.fromkeys(numbers))
 
 
-def _resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> bool:
+def resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> bool:
     """Bring the position embedding in `state` (1, P + N, D), whose first P rows are of prefix tokens, to the new grid;
     whether that was needed and possible."""
     there, wanted = state.get("pos_embed"), own.get("pos_embed")

@@ -1,9 +1,15 @@
 """Finetuning with labels: the whole backbone and a linear head, AdamW with layer decay, beside training from scratch.
 
     accelerate launch evaluate/finetune.py --ckpt runs/quickstart-001 --epochs 10
-    accelerate launch evaluate/finetune.py --ckpt random --like configs/pretrain/quickstart.yaml --epochs 30
+    accelerate launch evaluate/finetune.py finetune_mae_vit_base --ckpt runs/mine batch=512 accumulate=4
+    accelerate launch evaluate/finetune.py finetune_deit_scratch --ckpt random --data PATH
+    accelerate launch evaluate/finetune.py --ckpt runs/mine --size 384 --crop 1.0
+    accelerate launch evaluate/finetune.py --ckpt runs/mine --resume
 
-The last step's model is judged, never the best one. Writes RUN/evaluate/finetune.json. One process or many (DDP).
+A recipe is a file, or a name in configs/evaluate; flags and key=value words change it. The last step's model is
+judged, never the best one: what the best epoch would have scored on the test images is printed beside, as is the
+field's habit. Writes RUN/evaluate/finetune.json, and into RUN/evaluate/finetune a folder for each training, with
+metrics.jsonl, TensorBoard's files and the finetuned weights. One process or many (DDP).
 """
 
 import sys
@@ -16,285 +22,243 @@ from common.launch import StopSignal, entry  # first: it sets what torch reads w
 
 # isort: split
 import argparse
-import math
+import dataclasses
+import re
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from omegaconf import OmegaConf
 
+from common import config as configuration
 from common import processes
-from common.data import Images
 from common.errors import Refusal
-from common.features import shown
-from common.loop import fit
-from common.models import Backbone
-from common.optim import parameter_groups
+from common.finetune_options import FREE, FinetuneConfig, check, fit_batch, num_steps, unwise
+from common.finetuning import at_size, train, unfinished
 from common.probe import probe
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
 from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
-from common.sampling import Batch, Samples, StepSampler, loader
-from common.schedules import rate
-from common.subjects import Subject
-from common.tracking import Progress
-from common.transforms import View
+from common.run_folder import CONFIG, WAIT, RunLock
+from common.strong_augment import rand_augment
+from common.subjects import RANDOM
+from common.tracking import check_tensorboard
 
-POOLINGS = ("mean", "class", "both")
-
-
-class Classifier(nn.Module):
-    """A backbone, its pooled final-norm tokens, and a linear layer."""
-
-    def __init__(self, backbone: Backbone, pooling: str, num_classes: int) -> None:
-        super().__init__()
-        if pooling != "mean" and not backbone.num_prefix_tokens:
-            raise Refusal(f"--pool {pooling}: {backbone.config.name} has no class token; use --pool mean")
-        self.backbone, self.pooling = backbone, pooling
-        self.head = nn.Linear(backbone.width * (2 if pooling == "both" else 1), num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> logits (B, classes), float32."""
-        features = self.backbone(images)
-        parts = {"mean": features.tokens.mean(1)}
-        if self.pooling != "mean":
-            parts["class"] = features.prefix[:, 0]
-        return self.head(
-            torch.cat([parts[kind] for kind in ("class", "mean") if self.pooling in (kind, "both")], 1)
-        ).float()
-
-
-class Finetuning(nn.Module):
-    """What is trained: a batch of images in, {"loss"} out. Labels are looked up here: a `Batch` holds none."""
-
-    labels: Tensor
-
-    def __init__(self, classifier: Classifier, labels: Tensor, arguments: argparse.Namespace) -> None:
-        super().__init__()
-        self.classifier, self.arguments = classifier, arguments
-        self.register_buffer("labels", labels, persistent=False)  # (training images,)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy with smoothed, and on request mixed, labels."""
-        images = batch.views["global"]
-        targets = F.one_hot(self.labels[batch.index.to(self.labels.device)], self.classifier.head.out_features).float()
-        images, targets = mix(images, targets, self.arguments.mixup, self.arguments.cutmix)
-        return {"loss": F.cross_entropy(self.classifier(images), targets, label_smoothing=self.arguments.smoothing)}
-
-
-def mix(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Blend the batch with itself reversed (mixup, arXiv 1710.09412), or paste a box (CutMix, 1905.04899).
-
-    images uint8 (B, C, H, W), targets (B, classes). `mixup`, `cutmix`: alphas of Beta(alpha, alpha), 0 is off;
-    with both on, one of them is drawn for each batch, as timm does.
-    """
-    alphas = [("mixup", mixup), ("cutmix", cutmix)]
-    enabled = [pair for pair in alphas if pair[1] > 0]
-    if not enabled:
-        return images, targets
-    how, alpha = enabled[int(torch.randint(len(enabled), ()))]
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    if how == "mixup":
-        images = (share * images + (1 - share) * images.flip(0)).round().to(torch.uint8)
-    else:
-        H, W = images.shape[-2:]
-        h, w = (round(side * math.sqrt(1 - share)) for side in (H, W))
-        top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
-        other = images.flip(0)[..., top : top + h, left : left + w]
-        images = images.clone()
-        images[..., top : top + h, left : left + w] = other
-        share = 1 - h * w / (H * W)  # of what was really pasted
-    return images, share * targets + (1 - share) * targets.flip(0)
+NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}
+HABIT = (
+    "best epoch: the highest accuracy on the test images at any look at them. It was chosen by the answer, as is the "
+    "field's habit, and is no estimate"
+)
 
 
 def main(argv: list[str]) -> int:
     """Arguments -> one training for each row and seed -> report. Returns the exit status."""
     stop = StopSignal()
-    arguments = options().parse_args(argv)
-    check(arguments)
+    arguments, recipe, config = read(argv)
     device = chosen_device(arguments.device)
+    check_tensorboard(config.tensorboard)
     job = begin("finetune", arguments, device=device, quiet=not first_process())
-    pooling = arguments.pool or job.subject.description.get("pooling", "mean")
+    recipe, config = resumed(job, recipe, config) if arguments.resume else (recipe, config)
+    pooling = config.pool or job.subject.description.get("pooling", "mean")
+    subject, note = at_size(job.subject, config.size, config.crop)
+    job.subject = dataclasses.replace(job.subject, description=subject.description)
+    if pooling != "mean" and not subject.description.get("num_prefix_tokens", 1):
+        raise Refusal(f"--pool {pooling}: {subject.description['name']} has no class token; use --pool mean")
+    if config.rand_augment is not None:  # tried once, before any time is spent
+        rand_augment(config.rand_augment, job.size, subject.description["mean"])
     processes.join(cpu=device.type == "cpu")
     accelerator = processes.accelerator(job.precision)
     job.device = accelerator.device
-    raw = job.pixels()  # also says which images can be read: a label must not meet another image
-    job.train, job.test = job.train.subset(raw.train_index), job.test.subset(raw.test_index)
-    arguments.batch = min(arguments.batch, len(job.train) // accelerator.num_processes * accelerator.num_processes)
+    config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
+    notes = [line for line in (note, changed, *unwise(config, len(job.train))) if line]
+    subjects = [("subject", subject)] if subject.state is not None else []
+    subjects += [("random", subject.untrained())] if arguments.baselines or not subjects else []
+    lock = prepare(job, recipe, config, accelerator)
+    identity = common_to_all(job, config, pooling)
 
-    subjects = [("subject", job.subject)] if job.subject.state is not None else []
-    subjects += [("random", job.subject.untrained())] if arguments.baselines or not subjects else []
-    found: dict[str, dict[str, list[float]]] = {}
-    notes: list[str] = []
-    for row, subject in subjects:
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for row, each in subjects:
         for seed in job.seeds:
-            job.say(f"{LABELS[row] if row == 'random' else subject.name}, seed {seed}:")
-            share, note = train(job, subject, seed, pooling, accelerator, stop)
+            job.say(f"{LABELS[row] if row == 'random' else each.name}, seed {seed}:")
+            history, added = train(job, config, each, seed, identity, folder_of(job), accelerator, stop)
             if stop.received is not None:
-                job.say("stopped: no report is written")
+                job.say("stopped: no report is written; the same command with --resume goes on")
                 return stop.status
-            found.setdefault(row, {}).setdefault(pooling, []).append(share)
-            notes += [note] if note and note not in notes else []
-    if not first_process():
-        return 0
-    if arguments.baselines:
-        linear = [
-            probe(
-                raw.train["pixels"], raw.train_labels, raw.test["pixels"], raw.test_labels, len(job.classes), seed=seed
-            )
-            for seed in job.seeds
-        ]
-        found["pixels"] = {"pixels": [result.accuracy for result in linear]}
-    values = {
-        row: {kind: accuracies(shares, len(job.test)) for kind, shares in kinds.items()} for row, kinds in found.items()
-    }
-    write(job, protocol(arguments, job, pooling) | {"notes": notes}, values, len(job.test))
-    rows = [
-        [names[row], kind_name(row, kind, job.size), percent(entry), interval(entry)]
-        for names in [LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}]
-        for row, kind, entry in ordered(values)
-    ]
-    tell(job, "finetuning accuracy (%)", "\n".join([table(["training of", "", "accuracy", "95 %"], rows), *notes]))
+            found.setdefault(row, []).append(history)
+            notes += [added] if added and added not in notes else []
+    if lock is not None:
+        lock.release()
+    if first_process():
+        report(job, recipe, config, pooling, found, notes)
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------ options
+
+
 def options() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line: what every evaluation takes, and a flag for every option of a recipe."""
     options = parser(__doc__ or "", precision=None)
     add = options.add_argument
-    add("--pool", choices=POOLINGS, help="tokens that the head sees (default: as the backbone was trained)")
-    add("--epochs", type=float, default=10, help="passes over the training images (default: 10)")
-    add("--steps", type=int, help="optimizer steps; goes before --epochs")
-    add("--batch", type=int, default=256, help="images per step over all processes (default: 256, or all there are)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate for 256 images (default: 1e-3)")
-    add("--min-lr", type=float, default=1e-6, help="learning rate at the end, for 256 images")
-    add("--warmup", type=float, default=0.1, help="share of the steps over which the rate rises (default: 0.1)")
-    add("--weight-decay", type=float, default=0.05)
-    add(
-        "--layer-decay",
-        type=float,
-        default=0.75,
-        help="of the learning rate, per block; 1 from scratch (default: 0.75)",
-    )
-    add("--drop-path", type=float, default=0.1, help="share of the blocks dropped in the last block (default: 0.1)")
-    add("--smoothing", type=float, default=0.1, help="of labels (default: 0.1)")
-    add("--mixup", type=float, default=0.0, help="alpha (MAE's 100 epochs: 0.8; default: 0, off)")
-    add("--cutmix", type=float, default=0.0, help="alpha (MAE's 100 epochs: 1.0; default: 0, off)")
-    add(
-        "--scale",
-        type=float,
-        default=0.35,
-        help="smallest share of an image that a training crop shows (default: 0.35)",
-    )
-    add("--flip", type=float, default=0.5, help="probability of a horizontal flip (default: 0.5)")
-    add("--jitter", type=float, default=0.8, help="probability of a change of colours (default: 0.8)")
-    add("--clip", type=float, default=0.0, help="largest gradient norm (default: 0, off)")
+    add("words", nargs="*", metavar="RECIPE|key=value", help="a recipe, and options by name")
+    add("--resume", action="store_true", help="go on with what was interrupted")
+    add("--overwrite", action="store_true", help="begin again where something was interrupted")
     add("--no-baselines", dest="baselines", action="store_false", help="neither from scratch nor raw pixels")
+    taken = {action.dest for action in options._actions}
+    for name, kind, default, about in configuration.fields(FinetuneConfig):
+        if name not in taken:
+            usual = "null" if default is None else default
+            add(f"--{name.replace('_', '-')}", dest=f"option.{name}", metavar=kind.split()[0].upper(),
+                help=f"{about} (default: {usual})".replace("%", "%%"))  # fmt: skip
     return options
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises Refusal for a number outside its range."""
-    above = {"epochs", "batch", "lr", "layer_decay", "scale"} | ({"steps"} if arguments.steps is not None else set())
-    most = {"warmup": 1, "layer_decay": 1, "drop_path": 0.99, "smoothing": 0.99, "scale": 1, "flip": 1, "jitter": 1}
-    least = ("min_lr", "weight_decay", "mixup", "cutmix", "clip")
-    for name in {*above, *most, *least}:
-        value = getattr(arguments, name)
-        low, high = ("above 0" if name in above else "at least 0"), most.get(name, math.inf)
-        if not (value > 0 if name in above else value >= 0) or not value <= high or math.isinf(value):
-            limit = "" if math.isinf(high) else f" and at most {high:g}"
-            raise Refusal(f"--{name.replace('_', '-')} {value}: expected a number {low}{limit}")
+def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, FinetuneConfig]:
+    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    # `--seeds 0 1 epochs=3`: argparse would take the last word for a seed
+    loose = [at for at, word in enumerate(argv) if re.match(r"\w+=", word) and at and not argv[at - 1].startswith("-")]
+    arguments = options().parse_intermixed_args([word for at, word in enumerate(argv) if at not in loose])
+    arguments.words += [argv[at] for at in loose]
+    recipes = [word for word in arguments.words if "=" not in word]
+    if len(recipes) > 1:
+        raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
+    flags = [(key.partition(".")[2], value) for key, value in vars(arguments).items() if key.startswith("option.")]
+    words = [f"{name}={value}" for name, value in flags if value is not None]
+    words += [word for word in arguments.words if "=" in word]
+    path = configuration.find_recipe(recipes[0], "evaluate") if recipes else None
+    config = configuration.load(FinetuneConfig, path, words)
+    check(config)
+    arguments.recipe, arguments.said = path, words
+    if arguments.ckpt == RANDOM:
+        arguments.like = arguments.like or config.like
+    return arguments, path.stem if path is not None else None, config
 
 
-def train(
-    job: Evaluation, subject: Subject, seed: int, pooling: str, accelerator: Accelerator, stop: StopSignal
-) -> tuple[float, str]:
-    """(test accuracy after the last step, what was added to the backbone)."""
-    arguments = job.arguments
-    backbone, note = subject.for_finetuning(seed, drop_path_rate=arguments.drop_path)
-    assert job.train.labels is not None
-    task = Finetuning(Classifier(backbone, pooling, len(job.classes)), torch.from_numpy(job.train.labels), arguments)
-    # layer decay spares what pretraining has learned: from scratch there is nothing to spare
-    layer_decay = arguments.layer_decay if subject.state is not None else None
-    groups = parameter_groups(task, arguments.weight_decay, layer_decay)
-    prepared, optimizer = accelerator.prepare(task, torch.optim.AdamW(groups, lr=0.0))
-    torch.manual_seed(
-        seed * accelerator.num_processes + accelerator.process_index
-    )  # drop path and mixing differ by rank
+def resumed(job: Evaluation, recipe: str | None, config: FinetuneConfig) -> tuple[str | None, FinetuneConfig]:
+    """The recipe and options that were stored when it was begun. Raises Refusal if others are given now."""
+    path = folder_of(job) / CONFIG
+    if not path.is_file():
+        raise Refusal(f"--resume: nothing was begun in {path.parent}: leave --resume out")
+    first = path.read_text().partition("\n")[0]
+    stored = configuration.load(FinetuneConfig, path, [])
+    if job.arguments.recipe is None:  # what is not said stays as it was
+        config = configuration.load(FinetuneConfig, path, job.arguments.said)
+    for name, before in dataclasses.asdict(stored).items():
+        now = getattr(config, name)
+        if now != before and name not in FREE:
+            raise Refusal(
+                f"--resume: {name}={now}, and {path.parent} was begun with {name}={before}: give the same options, or "
+                "none, or begin again with --overwrite"
+            )
+    return first.removeprefix("# recipe: ") if first.startswith("# recipe: ") else recipe, config
 
-    view = View(
-        list(job.size), scale=[arguments.scale, 1.0], flip=arguments.flip, jitter=arguments.jitter, grayscale=0.0
-    )
-    steps, scale = num_steps(arguments, len(job.train)), arguments.batch / 256
-    sampler = StepSampler(
-        len(job.train), arguments.batch, seed, steps, 0, accelerator.process_index, accelerator.num_processes
-    )
-    samples = Samples(job.train, {"global": view}, seed, backbone.channels)
-    progress = Progress(steps, 0, first_process())
-    try:
-        fit(
-            accelerator,
-            prepared,
-            iter(loader(samples, sampler, arguments.workers, pin=job.device.type == "cuda")),
-            optimizer,
-            lambda step: rate(
-                step, steps, round(arguments.warmup * steps), arguments.lr * scale, arguments.min_lr * scale
-            ),
-            steps=steps,
-            clip=arguments.clip,
-            log_every=max(1, steps // 10),
-            images_per_step=arguments.batch,
-            track=lambda step, record: None,
-            save=lambda step: None,
-            save_due=lambda step: False,
-            stop=stop,
-            progress=progress,
+
+def folder_of(job: Evaluation) -> Path:
+    """Where the trainings of a report lie."""
+    return job.out.with_suffix("")
+
+
+def prepare(job: Evaluation, recipe: str | None, config: FinetuneConfig, accelerator: Accelerator) -> RunLock | None:
+    """Make the folder of the trainings, with the options in it; what a finished finetuning left there goes. Raises
+    Refusal if an unfinished one would."""
+    folder, resume = folder_of(job), job.arguments.resume
+    left = unfinished(folder)
+    if left and not resume and not job.arguments.overwrite:
+        raise Refusal(
+            f"{left[0]} was interrupted: go on with --resume, or begin again with --overwrite (or elsewhere: --out)"
         )
-    finally:
-        progress.close()
-    share = judge(task.classifier, job.test, accelerator, job) if stop.received is None else math.nan
-    accelerator.free_memory(prepared, optimizer)
-    return share, note
+    accelerator.wait_for_everyone()
+    lock = None
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder, WAIT if resume else 0.0)
+        for old in [] if resume else [path for path in folder.glob("*-seed*") if path.is_dir()]:
+            shutil.rmtree(old)
+        head = f"# recipe: {recipe}\n" if recipe else "# no recipe\n"
+        if not resume:
+            (folder / CONFIG).write_text(head + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    accelerator.wait_for_everyone()
+    return lock
 
 
-@torch.no_grad()
-def judge(classifier: Classifier, test: Images, accelerator: Accelerator, job: Evaluation) -> float:
-    """Accuracy on `test`, each process on its share of the images, none counted twice."""
-    classifier.eval()
-    mine = test.subset(range(accelerator.process_index, len(test), accelerator.num_processes))
-    assert mine.labels is not None
-    labels = torch.from_numpy(mine.labels).to(accelerator.device)
-    counts = torch.zeros(2, dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)
-    counts = counts.to(accelerator.device)  # right, judged
-    backbone = classifier.backbone
-    for images, index in shown(mine, backbone.size, job.crop, backbone.channels, workers=job.arguments.workers):
-        with accelerator.autocast():
-            guesses = classifier(images.to(accelerator.device)).argmax(1)
-        counts[0] += (guesses == labels[index.to(labels.device)]).sum()
-        counts[1] += len(index)
-    right, judged = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
-    return right / judged
-
-
-def num_steps(arguments: argparse.Namespace, images: int) -> int:
-    """Optimizer steps of one training."""
-    return arguments.steps or max(1, round(arguments.epochs * (images // arguments.batch)))
-
-
-def protocol(arguments: argparse.Namespace, job: Evaluation, pooling: str) -> dict[str, Any]:
-    """The settings, as the report tells them."""
-    names = ["batch", "lr", "min_lr", "warmup", "weight_decay", "layer_decay", "drop_path", "clip"]
-    names += ["smoothing", "mixup", "cutmix", "scale", "flip", "jitter"]
+def common_to_all(job: Evaluation, config: FinetuneConfig, pooling: str) -> dict[str, Any]:
+    """What trainings must have in common with those they go on with."""
     return {
-        "id": "finetune/adamw",
+        "classes": len(job.classes),
+        "data": job.spec,
+        "training images": job.train.fingerprint(),
+        "test images": job.test.fingerprint(),
+        "model": job.subject.description["name"],
+        "size": list(job.size),
         "pooling": pooling,
-        "steps": num_steps(arguments, len(job.train)),
-        **{name: getattr(arguments, name) for name in names},
+        "precision": job.precision,
+        "batch": config.batch,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def report(
+    job: Evaluation,
+    recipe: str | None,
+    config: FinetuneConfig,
+    pooling: str,
+    found: dict[str, list[list[dict[str, Any]]]],
+    notes: list[str],
+) -> None:
+    """Write and tell what was found: {row: [history of each seed]}."""
+    values: dict[str, dict[str, Any]] = {}
+    for row, histories in found.items():
+        entry = accuracies([history[-1]["raw"] for history in histories], len(job.test))
+        if config.ema is not None:
+            entry["ema"] = accuracies([history[-1]["ema"] for history in histories], len(job.test))
+        best = [max(history, key=lambda look: max(look["raw"], look.get("ema", 0.0))) for history in histories]
+        shares = [max(look["raw"], look.get("ema", 0.0)) for look in best]
+        entry["best_on_test"] = {
+            "accuracy": sum(shares) / len(shares), "epochs": [look["epoch"] for look in best], "note": HABIT
+        }  # fmt: skip
+        entry["history"] = histories
+        values[row] = {pooling: entry}
+    if job.arguments.baselines:
+        raw = job.pixels()
+        sides = (raw.train["pixels"], raw.train_labels, raw.test["pixels"], raw.test_labels, len(job.classes))
+        shares = [probe(*sides, seed=seed).accuracy for seed in job.seeds]
+        values["pixels"] = {"pixels": accuracies(shares, len(job.test))}
+    write(job, protocol(job, recipe, config, pooling) | {"notes": notes}, values, len(job.test))
+    rows = []
+    for row, kind, entry in ordered(values):
+        best = entry.get("best_on_test")
+        average = [percent(entry["ema"]) if "ema" in entry else ""] if config.ema is not None else []
+        shown_best = f"{100 * best['accuracy']:.1f}*" if best else ""
+        rows.append([NAMES[row], kind_name(row, kind, job.size), percent(entry), interval(entry), *average, shown_best])
+    header = ["training of", "", "accuracy", "95 %", *(["average"] if config.ema is not None else []), "best epoch"]
+    tell(job, "finetuning accuracy (%)", "\n".join([table(header, rows), f"* {HABIT}", *notes]))
+
+
+def protocol(job: Evaluation, recipe: str | None, config: FinetuneConfig, pooling: str) -> dict[str, Any]:
+    """The settings, as the report tells them."""
+    quiet = {*FREE, "like", "size", "crop", "pool", "epochs", "steps", "judge_every"}
+    given = FinetuneConfig() if recipe is None else None
+    changed: list[str] = []
+    if recipe is not None:
+        path = configuration.find_recipe(recipe, "evaluate")
+        given = configuration.load(FinetuneConfig, path, []) if path.is_file() else None
+        before = dataclasses.asdict(given) if given is not None else {}
+        now = dataclasses.asdict(config)
+        changed = sorted(name for name in before if name not in FREE and before[name] != now[name])
+    name = "adamw" if recipe is None else recipe.removeprefix("finetune_")
+    return {
+        "id": f"finetune/{name}" + (f", changed: {', '.join(changed)}" if changed else ""),
+        "recipe": recipe,
+        "changed": changed,
+        "pooling": pooling,
+        "steps": num_steps(config, len(job.train)),
+        "epochs": num_steps(config, len(job.train)) / (len(job.train) // config.batch),
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in quiet},
         "layer_decay_from_scratch": 1.0,
         "selection": "none: the model after the last step",
-        "pixels": "a linear probe, as evaluate/linear.py" if arguments.baselines else None,
+        "pixels": "a linear probe, as evaluate/linear.py" if job.arguments.baselines else None,
     }
 
 

@@ -3,7 +3,8 @@
     python evaluate/knn.py --ckpt runs/quickstart-001
     accelerate launch evaluate/knn.py --ckpt timm:vit_small_patch16_224.dino --data PATH
 
-Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw pixels. One process.
+Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw pixels. Several processes
+extract the features together; one answers from them.
 """
 
 import sys
@@ -22,7 +23,7 @@ from common.errors import Refusal
 from common.features import MOST_UNREADABLE
 from common.metrics import accuracy
 from common.neighbors import knn_many
-from common.protocol import LABELS, alone, begin, parser
+from common.protocol import LABELS, begin, first_process, parser, together
 from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
 
 KS = (10, 20, 100, 200)  # DINO's
@@ -35,10 +36,9 @@ def main(argv: list[str]) -> int:
     options = parser(__doc__ or "")
     options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
     arguments = options.parse_args(argv)
-    if not alone("k-NN"):
-        return 0
     job = begin("knn", arguments)
     ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
+    together("k-NN")
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     judged = 0
     for split in job.splits():
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
             for k, guess in guesses.items():
                 by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
         judged = len(split.test_labels)
+    if not first_process():
+        return 0
     headline = HEADLINE if HEADLINE in ks else max(ks)
     values = {
         row: {

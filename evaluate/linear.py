@@ -1,9 +1,12 @@
-"""Linear probe of frozen features: heads for thirteen learning rates at once, one chosen on held-out training images.
+"""Linear probe of frozen features, by the field's protocols: all heads trained at once, one chosen on held-out images.
 
     python evaluate/linear.py --ckpt runs/quickstart-001
+    python evaluate/linear.py --ckpt runs/quickstart-001 --protocol dinov2
     accelerate launch evaluate/linear.py --ckpt random --like configs/pretrain/quickstart.yaml --seeds 0 1 2
 
-Writes RUN/evaluate/linear.json and prints a table that includes the untrained backbone and raw pixels. One process.
+`sweep` (the default) suits small data sets; dino, dinov2, dinov3, mae, ibot, logreg and ridge are as published. Writes
+RUN/evaluate/linear.json and prints a table that includes the untrained backbone and raw pixels. Several processes
+extract the features together; one trains the heads.
 """
 
 import sys
@@ -15,87 +18,236 @@ if not __package__:  # `python evaluate/linear.py` puts evaluate/ first, where `
 from common.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
-from collections.abc import Mapping, Sequence
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from common.errors import Refusal
-from common.probe import EPOCHS, HELD_OUT, MOMENTUM, MOST_STEPS, RATES, Probe, num_steps, probe
-from common.protocol import LABELS, alone, begin, parser
+from common.features import depth
+from common.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
+from common.probe_views import batches, view
+from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
+from common.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
+from common.regression import solved
 from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.tracking import clock
+
+CHOSEN = "chosen"  # the kind of features of a protocol in which several compete
 
 
 def main(argv: list[str]) -> int:
     """Arguments -> features -> heads -> report. Returns the exit status."""
-    options = parser(__doc__ or "")
-    add = options.add_argument
-    add("--epochs", type=float, default=EPOCHS, help=f"of the heads (default: {EPOCHS}; {MOST_STEPS:,} steps at most)")
-    add("--batch", type=int, default=256, help="feature vectors per step (default: 256)")
-    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates for a batch of 256")
-    arguments = options.parse_args(argv)
-    for name in ("epochs", "batch"):
-        if not getattr(arguments, name) > 0:
-            raise Refusal(f"--{name} {getattr(arguments, name)}: expected more than 0")
-    if not min(arguments.rates) > 0:
-        raise Refusal(f"--rates {min(arguments.rates)}: expected numbers above 0")
-    if not alone("the linear probe"):
-        return 0
+    arguments = options().parse_args(argv)
+    protocol = check(arguments)
     job = begin("linear", arguments)
     if len(job.train) == len(job.classes):
         raise Refusal(
             f"data={job.spec} has one training image per class: expected two, to choose a learning rate on one"
         )
+    changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "rates", "optimizer")}
+    protocol, modified = altered(protocol, changes, depth(job.subject.backbone()) if protocol.name == "mae" else 0)
+    together("the linear probe")
     found: dict[str, dict[str, list[Probe]]] = {}
-    judged = 0
-    for split in job.splits():
-        job.say(f"{len(arguments.rates)} heads on {', '.join(split.train)} of {LABELS[split.row]}")
+    notes, judged, fit = list(protocol.notes), 0, 0
+    for split in job.splits(protocol.blocks):
+        parts = {name: part for name, part in split.train.items() if name != "both"}
+        wanted, note = sets(protocol, parts, next(iter(parts.values())).shape[1])
+        notes += [note] if note and note not in notes else []
+        job.say(f"{protocol.name}: {', '.join(wanted)} of {LABELS[split.row]}")
         # the subject's features and raw pixels have no seed: only their heads' start, order and held-out images do
         for seed in job.seeds if split.seed is None else [split.seed]:
-            for kind, features in split.train.items():
-                result = probe(
-                    features, split.train_labels, split.test[kind], split.test_labels, len(job.classes),
-                    seed=seed, rates=arguments.rates, batch=arguments.batch, epochs=arguments.epochs,
-                )  # fmt: skip
+            for kind, result in answers(job, protocol, split, wanted, seed).items():
                 found.setdefault(split.row, {}).setdefault(kind, []).append(result)
+            fit = len(hold_out(split.train_labels, HELD_OUT, seed)[0])
         judged = len(split.test_labels)
-    values = {row: {kind: entry_of(probes, judged) for kind, probes in kinds.items()} for row, kinds in found.items()}
-    protocol = {
-        "id": "linear/sweep",
-        "optimizer": f"SGD, momentum {MOMENTUM}, no decay, cosine to 0 per step, learning rate * batch / 256",
-        "rates": arguments.rates,
-        "batch": arguments.batch,
-        "steps": num_steps(round(len(job.train) * (1 - HELD_OUT)), arguments.batch, arguments.epochs),
-        "features": "final norm, standardised by the training images' mean and variance",
+    if not first_process():
+        return 0
+    if protocol.training and protocol.training.batch > fit and protocol.name != "sweep":
+        modified.append(f"batch {fit:,}: all images there are")
+    if protocol.training and not arguments.augment and protocol.name != "sweep":
+        notes.append("trained on features of the evaluation transform; --augment trains on random crops, as published")
+    about = settings(job, protocol, modified, notes, fit)
+    by = "" if about["id"] == "linear/sweep" else f" by {about['id']}"
+    notes += [f"not as published: {', '.join(modified)}"] if modified and protocol.name != "sweep" else []
+    values = {row: entries(kinds, judged) for row, kinds in found.items()}
+    write(job, about, values, judged)
+    tell(job, f"linear probe accuracy (%){by}", shown(values, job.size, protocol, notes))
+    return 0
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    options = parser(__doc__ or "")
+    add = options.add_argument
+    add("--protocol", default="sweep", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: sweep)")
+    add("--augment", action="store_true", help="train on random crops, each seen by the backbone once: slow")
+    add("--epochs", type=float, help=f"of the heads (sweep: {EPOCHS}, {MOST_STEPS:,} steps at most)")
+    add("--batch", type=int, help="feature vectors per step (sweep: 256)")
+    add("--rates", type=float, nargs="+", help="learning rates for a batch of 256; C of logreg, l2 of ridge")
+    add("--optimizer", choices=("sgd", "lars", "adamw"), help="of the heads")
+    return options
+
+
+def check(arguments: argparse.Namespace) -> Protocol:
+    """The protocol. Raises Refusal for what it cannot do, and for a number outside its range."""
+    protocol = chosen(arguments.protocol)
+    for name in ("epochs", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise Refusal(f"--{name} {value}: expected more than 0")
+    for rate in arguments.rates or ():
+        if not 0 < rate < math.inf:
+            raise Refusal(f"--rates {rate}: expected numbers above 0")
+    if arguments.augment and protocol.training is None:
+        raise Refusal(
+            f"--augment: {protocol.name} is solved once from features that stay as they are; leave it out, or choose a "
+            "protocol that trains: sweep, dino, dinov2, dinov3, mae or ibot"
+        )
+    return protocol
+
+
+def answers(
+    job: Evaluation, protocol: Protocol, split: Split, wanted: Mapping[str, Sequence[str]], seed: int
+) -> dict[str, Probe]:
+    """{kind: result}: of class, mean and both, or of pixels; or of all the protocol's features and of the choice."""
+    sides = (split.train_labels, split.test, split.test_labels, len(job.classes))
+    after = progress(job)
+    if protocol.training is None:
+        return {
+            kind: solved(
+                protocol.name, split.train[kind], sides[0], split.test[kind], *sides[2:], protocol.strengths,
+                seed=seed, after=after,
+            )
+            for kind in wanted
+        }  # fmt: skip
+    train = partial(probes, split.train, *sides, training=protocol.training, seed=seed, after=after)
+    if job.arguments.augment and split.row != "pixels":
+        results = train(sets=wanted, batches=augmented(job, protocol, split, seed))
+    elif protocol.apart:  # each as if it were alone, in the order of images that this seed has always meant
+        results = {}
+        for kind, parts in wanted.items():
+            results |= train(sets={kind: parts}, generator=torch.Generator().manual_seed(seed))
+    else:
+        results = train(sets=wanted)
+    return results | ({} if protocol.apart or split.row == "pixels" else {CHOSEN: reduce(better, results.values())})
+
+
+def augmented(
+    job: Evaluation, protocol: Protocol, split: Split, seed: int
+) -> Callable[[Tensor, int, int], Iterator[Any]]:
+    """What makes batches of random crops of the images that train the heads."""
+    subject = job.subject if split.row == "subject" else job.subject.untrained()
+    backbone = subject.backbone(split.seed or 0).to(job.device)
+
+    def make(fit: Tensor, batch: int, steps: int) -> Iterator[Any]:
+        job.say(f"{steps:,} passes of the backbone over {batch:,} crops each: slow")
+        return batches(
+            backbone, subject.plan, job.train.subset(split.train_index[fit.cpu()].numpy()), batch=batch, steps=steps,
+            seed=seed, blocks=protocol.blocks, crop=view(job.size, protocol.interpolation),
+            device=job.device, precision=job.precision, workers=job.arguments.workers,
+        )  # fmt: skip
+
+    return make
+
+
+def progress(job: Evaluation, every: float = 15.0) -> Callable[[int, int], None]:
+    """Tells how far it is and how long it will take, every so many seconds."""
+    began = told = time.perf_counter()
+
+    def after(step: int, steps: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told > every and step < steps:
+            told = now
+            job.say(f"step {step:,}/{steps:,}, ETA {clock((now - began) / step * (steps - step))}")
+
+    return after
+
+
+def settings(
+    job: Evaluation, protocol: Protocol, modified: Sequence[str], notes: Sequence[str], fit: int
+) -> dict[str, Any]:
+    """What the report says of the protocol; `fit` images train the heads."""
+    about: dict[str, Any] = {
+        "id": "linear/" + protocol.name + "+augment" * job.arguments.augment + "-modified" * bool(modified),
+        **described(protocol),
+        "modified": list(modified),
+        "notes": list(notes),
         "selection": f"accuracy on {HELD_OUT:.0%} of the training images, stratified, which the heads never train on",
     }
-    write(job, protocol, values, judged)
-    tell(job, "linear probe accuracy (%)", shown(values, job.size, max(arguments.rates)))
-    return 0
+    if protocol.training is None:
+        refit = "; then fitted to all training images"
+        about["selection"] = about["selection"] + refit if len(protocol.strengths) > 1 else "none"
+        return about
+    crops = f"random crops of scale 0.08 to 1 and flips, {protocol.interpolation}; raw pixels as they are"
+    off = "off: the features of the evaluation transform, extracted once"
+    return about | {"steps": steps_of(protocol.training, fit), "augment": crops if job.arguments.augment else off}
+
+
+def entries(kinds: Mapping[str, list[Probe]], judged: int) -> dict[str, Any]:
+    """What the report says of one row: where features compete, of the choice and, in it, of each of them."""
+    found = {kind: entry_of(probes, judged) for kind, probes in kinds.items()}
+    if CHOSEN not in found:
+        return found
+    return {CHOSEN: found.pop(CHOSEN) | {"by_features": found}}
 
 
 def entry_of(probes: list[Probe], judged: int) -> dict[str, Any]:
     """What the report says of one kind of features of one row: one probe for each seed."""
     return accuracies([probe.accuracy for probe in probes], judged) | {
         "rate": [probe.rate for probe in probes],
+        "features": [probe.features for probe in probes],
+        "epoch": [probe.epoch for probe in probes],
         "held_out": [probe.held_out for probe in probes],
         "best_on_test": accuracies([probe.best_on_test for probe in probes], judged),
         "best_rate": [probe.best_rate for probe in probes],
+        "best_features": [probe.best_features for probe in probes],
+        "best_epoch": [probe.best_epoch for probe in probes],
+        "difference": [probe.difference for probe in probes],
     }
 
 
-def shown(values: Mapping[str, Any], size: Sequence[int], largest: float) -> str:
-    """The table, with what it should not be mistaken for; `largest` is the highest learning rate that was tried."""
-    header = ["features of", "", "accuracy", "95 %", "lr", "best on test*"]
+def shown(values: Mapping[str, Any], size: Sequence[int], protocol: Protocol, notes: Sequence[str]) -> str:
+    """The table, with what it should not be mistaken for."""
+    rate = {"logreg": "C", "ridge": "l2"}.get(protocol.name, "lr")
+    epochs = protocol.training is not None and protocol.training.every_epoch
+    header = [
+        "features of",
+        "",
+        "accuracy",
+        "95 %",
+        rate,
+        *(["epoch"] if epochs else []),
+        "best on test*",
+        "difference",
+    ]
     rows, edges = [], []
-    for row, kind, found in ordered(values):
-        label = [LABELS[row], kind_name(row, kind, size)]
-        rates = "/".join(f"{rate:g}" for rate in sorted(set(found["rate"])))
-        rows.append([*label, percent(found), interval(found), rates, percent(found["best_on_test"])])
-        if largest in found["rate"]:
+    for row, kind, found in in_order(values):
+        names = "/".join(dict.fromkeys(found["features"])) if kind == CHOSEN else kind_name(row, kind, size)
+        label = [LABELS[row], names]
+        tried = ["/".join(f"{each:g}" for each in sorted(set(found[name]))) for name in ("rate", "epoch")[: 1 + epochs]]
+        gap = f"{100 * sum(found['difference']) / len(found['difference']):+.1f}"
+        rows.append([*label, percent(found), interval(found), *tried, percent(found["best_on_test"]), gap])
+        if protocol.training and len(protocol.training.rates) > 1 and max(protocol.training.rates) in found["rate"]:
             edges.append(" ".join(label))
-    notes = ["* the field's habit: the best head on the test images themselves; optimistic, to compare with papers"]
+    told = ["* the field's habit: the best head on the test images themselves; optimistic, to compare with papers"]
     if edges:
-        notes.append(f"the largest learning rate was chosen for {', '.join(edges)}: larger --rates may do better")
-    return "\n".join([table(header, rows), *notes])
+        told.append(f"the largest learning rate was chosen for {', '.join(edges)}: larger --rates may do better")
+    return "\n".join([table(header, rows), *told, *notes])
+
+
+def in_order(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(row, kind, entry) in the order of the table."""
+    for row in LABELS:
+        if CHOSEN in values.get(row, {}):
+            yield row, CHOSEN, values[row][CHOSEN]
+        yield from ordered({row: values.get(row, {})})
 
 
 if __name__ == "__main__":

@@ -151,9 +151,11 @@ class BucketIds(nn.Module):
         if where is None or (kept is None and where.keys is None):
             return whole, whole
         if self not in where.found:
-            prefix = torch.arange(P, device=x.device).expand(len(x), P)
+            prefix = torch.arange(P, device=x.device).expand(x.shape[0], P)
             tokens = (
-                torch.arange(T, device=x.device).expand(len(x), T) if kept is None else torch.cat([prefix, kept + P], 1)
+                torch.arange(T, device=x.device).expand(x.shape[0], T)
+                if kept is None
+                else torch.cat([prefix, kept + P], 1)
             )
             keys = tokens if where.keys is None else tokens.gather(1, where.keys)
             ids = whole[:, 0][:, tokens[:, :, None], keys[:, None]]
@@ -256,7 +258,7 @@ class RelativeAttention(Attention):
 
     def _project(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, d), k and v (B, H, S, d): of all tokens, or k and v of those at keys (B, S)."""
-        B, H, d = len(x), self.num_heads, self.head_dim
+        B, H, d = x.shape[0], self.num_heads, self.head_dim
         if keys is None:
             q, k, v = self.qkv(x).view(B, -1, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
             return q, k, v

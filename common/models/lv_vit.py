@@ -69,7 +69,7 @@ def swap_box(tokens: Tensor, grid: tuple[int, int], box: Box) -> Tensor:
         raise ValueError(f"box {tuple(box)} (top, left, bottom, right) leaves the grid of {grid[0]}x{grid[1]} patches")
     if top >= bottom or left >= right:
         return tokens
-    mixed = tokens.reshape(len(tokens), *grid, -1).clone()
+    mixed = tokens.reshape(tokens.shape[0], *grid, -1).clone()
     mixed[:, top:bottom, left:right] = tokens.reshape(mixed.shape)[:, top:bottom, left:right].flip(0)
     return mixed.view(tokens.shape)
 
@@ -280,7 +280,7 @@ class LvVit(VisionTransformer):
         """timm's hook: patches (B, N, D) or (B, h, w, D) to (B, 1+N, D) with the class token and position embedding."""
         tokens = x.flatten(1, -2)
         token: Any = self.cls_token
-        cls = token.expand(len(tokens), -1, -1)
+        cls = token.expand(tokens.shape[0], -1, -1)
         if self.pos_embed is None:
             return self.pos_drop(torch.cat([cls, tokens], 1))
         embedding = self.position_embedding((x.shape[1], x.shape[2]) if x.ndim == 4 else self.patch_embed.grid_size)

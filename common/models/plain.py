@@ -43,7 +43,7 @@ def run(
     keys = None
     if plan.context is not None:
         P = model.num_prefix_tokens
-        prefix = torch.arange(P, device=tokens.device).expand(len(tokens), P)
+        prefix = torch.arange(P, device=tokens.device).expand(tokens.shape[0], P)
         keys = torch.cat([prefix, plan.context + P], 1)  # (B, S), the same in every layer (MP3, arXiv 2207.07611)
     where = Where(grid, plan.kept, keys, off=plan.position == "none")
     for i, block in enumerate(model.blocks):
@@ -65,7 +65,8 @@ def embed(
     if masked is not None:
         where_BN, token = masked
         tokens = torch.where(where_BN[..., None], token.to(tokens.dtype), tokens)
-    prefix = [getattr(model, name).expand(len(tokens), -1, -1) for name in PREFIX if _has(model, name)]
+    # .shape[0], here and elsewhere: torch.export makes a constant of len()
+    prefix = [getattr(model, name).expand(tokens.shape[0], -1, -1) for name in PREFIX if _has(model, name)]
     if plan.kept is not None:
         tokens = gather(
             tokens, plan.kept
@@ -73,7 +74,7 @@ def embed(
     if plan.position != "none" and model.pos_embed is not None:
         of_prefix, of_patches = _embeddings(model, grid)
         if plan.kept is not None:
-            of_patches = gather(of_patches.expand(len(tokens), -1, -1), plan.kept)
+            of_patches = gather(of_patches.expand(tokens.shape[0], -1, -1), plan.kept)
         if plan.visible is not None:
             assert hidden is not None
             of_patches = torch.where(plan.visible[..., None], of_patches, hidden.to(of_patches.dtype))

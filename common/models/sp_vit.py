@@ -239,7 +239,7 @@ class SpVit(LvVit):
         prefix: Any = self.cls_token
         for i, block in enumerate(self.blocks):
             if i == self.local_blocks:
-                tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], 1)
+                tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
             if i == 0:
                 if position and self.pos_embed is not None:
                     tokens = tokens + self.position_embedding(grid)

@@ -1,20 +1,41 @@
 """evaluate/finetune.py: layer decay, fresh positions, mixed labels, and the script in one process and in two."""
 
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pictures import write_images
+from PIL import Image
 
+from common import checkpoint, mixing, tracking
+from common.data.images import Arrays, Images
 from common.errors import Refusal
+from common.features import digest
+from common.finetune_options import FinetuneConfig, fit_batch
+from common.finetuning import HEAD, Classifier, Finetuning, at_size
 from common.optim import parameter_groups
+from common.sampling import Samples, StepSampler, generator
+from common.strong_augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
 from common.subjects import find
+from common.transforms import View
 
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs" / "evaluate").glob("finetune_*.yaml"))
 QUICK = ["--steps", "6", "--batch", "12", "--lr", "0.02", "--warmup", "0", "--threads", "1", "--device", "cpu"]
 
 
 def test_layer_decay_scales(make_run, script):
     backbone, _ = find(str(make_run("full", depth=3))).for_finetuning()
-    classifier = script("finetune").Classifier(backbone, "mean", 3)
+    classifier = Classifier(backbone, "mean", 3)
     scale = {}
     for group in parameter_groups(classifier, 0.05, layer_decay=0.5):
         for parameter in group["params"]:
@@ -60,19 +81,137 @@ def test_tables_inside_the_blocks_become_trainable_again():
     assert "relative_position_bias_table" in note and not backbone.without_position
 
 
-def test_mixed_labels_say_what_was_mixed(script):
-    mix = script("finetune").mix
+def test_mixed_labels_say_what_was_mixed():
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    images[2:] = 200
-    targets = torch.eye(2)[[0, 0, 1, 1]]
-    torch.manual_seed(0)
+    images[1::2] = 200  # each pair has a dark one, of class 0, and a bright one, of class 1
+    targets = torch.eye(2)[[0, 1, 0, 1]]
+    hows = set()
     for alphas in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-        for _ in range(5):
-            mixed, shares = mix(images, targets, *alphas)
+        for step in range(12):
+            mixture = mixing.draw(generator(0, 0, step, "mixing"), 8, 8, *alphas)
+            mixed, shares = mixing.mix(images, targets, mixture)
+            hows.add((alphas, mixture.box is None))
             assert mixed.dtype == torch.uint8
+            torch.testing.assert_close(shares.sum(1), torch.ones(4))
             brightness = mixed.float().mean((1, 2, 3)) / 200  # class 1 is bright: its share is seen in the image
             torch.testing.assert_close(brightness, shares[:, 1], atol=0.005, rtol=0)
-    assert mix(images, targets, 0.0, 0.0)[0] is images
+    assert hows == {((1.0, 0.0), True), ((0.0, 1.0), False), ((1.0, 1.0), True), ((1.0, 1.0), False)}
+    assert mixing.mix(images, targets, None)[0] is images
+    assert mixing.draw(generator(0, 0, 0), 8, 8, 0.0, 0.0) is None
+    assert mixing.draw(generator(0, 0, 0), 8, 8, 1.0, 1.0, probability=0.0) is None
+    with pytest.raises(ValueError, match="3 rows"):
+        mixing.partners(images[:3])
+
+
+def test_mixing_draws_what_timm_draws():
+    """Shares and box sizes have timm's distribution: means over many draws, five standard errors apart at most."""
+    from timm.data.mixup import rand_bbox
+
+    draws = [mixing.draw(generator(3, 0, step), 32, 24, 0.8, 1.0) for step in range(4000)]
+    boxed = [draw for draw in draws if draw.box is not None]
+    assert abs(len(boxed) - 2000) < 5 * 32
+    np.random.seed(0)
+    theirs = []
+    for share in np.random.beta(1.0, 1.0, 4000):
+        top, bottom, left, right = rand_bbox((32, 24), share)
+        theirs.append(1 - (bottom - top) * (right - left) / (32 * 24))
+    mine = [draw.share for draw in boxed]
+    assert abs(np.mean(mine) - np.mean(theirs)) < 5 * np.std(theirs) / len(boxed) ** 0.5 * 1.25
+    assert abs(np.std(mine) - np.std(theirs)) < 0.03
+    blended = np.array([draw.share for draw in draws if draw.box is None])
+    assert abs(blended.mean() - 0.5) < 0.04 and abs(blended.var() - 1 / (4 * 2.6)) < 0.01  # of Beta(0.8, 0.8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strong_augmentation_is_a_function_of_seed_epoch_and_index(channels):
+    grey = np.random.default_rng(0).integers(0, 256, (6, 24, 24), dtype=np.uint8)
+    images = Images(Arrays(grey, "grey"), "grey", labels=[0, 1, 0, 1, 0, 1], classes=("a", "b"))
+    samples = StrongSamples(images, {"global": View(16, grayscale=0.0, jitter=0.0)}, 5, channels, labelled=["what"])
+    samples.set_strength("rand-m9-mstd0.5-inc1", 0.5, [0.5] * channels, [0.2] * channels)
+    keys = [(epoch, index) for epoch in range(2) for index in range(6)]
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    whole = samples.__getitems__(keys)
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+    assert torch.get_rng_state().equal(before[2])
+    random.seed(99), np.random.seed(99)  # nothing of this matters
+    for at in (11, 3, 7):
+        assert samples.__getitems__([keys[at]]).views["global"][0].equal(whole.views["global"][at])
+    plain = Samples(images, samples.views, 5, channels).__getitems__(keys).views["global"]
+    changed = [not one.equal(two) for one, two in zip(whole.views["global"], plain, strict=True)]
+    assert 6 <= sum(changed) <= 12
+    assert whole.draws["what/label"].tolist() == [0, 1, 0, 1, 0, 1] * 2
+    assert whole.views["global"].shape == (12, channels, 16, 16)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_every_strength_of_rand_augment_runs(colours):
+    """Also the strongest: posterised to no bits at all, a picture is black (Pillow 13 raises ValueError for it)."""
+    pixels = np.random.default_rng(0).integers(1, 256, (12, 12, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels if colours == 3 else pixels[..., 0])
+    for spec in ("rand-m10-inc1", "rand-m0-mstd9", "rand-m9-mstd0.5-inc1", "rand-m20-mmax20-inc1"):
+        operation = rand_augment(spec, (12, 12), [0.5] * colours)
+        black = 0
+        for index in range(150):
+            with seeded(generator(0, 0, index)):
+                made = operation(picture)
+            assert made.mode == picture.mode and made.size == picture.size
+            black += not np.array(made).any()
+        assert spec != "rand-m10-inc1" or black
+
+
+def test_erased_boxes():
+    mean, std = [0.5, 0.4, 0.6], [0.1, 0.1, 0.1]
+    shares, values = [], []
+    for index in range(300):
+        image = erase(torch.full((3, 32, 32), 255, dtype=torch.uint8), generator(0, 0, index), 0.25, mean, std)
+        box = (image != 255).any(0)
+        if box.any():
+            rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
+            h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+            assert box.sum() == h * w  # one box, filled
+            shares.append(h * w / 1024)
+            values.append(image[:, box].float().mean(1) / 255)
+    assert 50 < len(shares) < 100  # a quarter of 300
+    assert min(shares) > 0.015 and max(shares) < 0.36
+    torch.testing.assert_close(torch.stack(values).mean(0), torch.tensor(mean), atol=0.01, rtol=0)
+    image = torch.full((1, 8, 8), 7, dtype=torch.uint8)
+    assert (erase(image, generator(0, 0, 0), 0.0, [0.5], [0.2]) == 7).all()
+
+
+def test_repeated_augmentation():
+    seen = [list(RepeatedSampler(30, 12, 1, 4, 0, rank, 2, 1, repeats=3)) for rank in range(2)]
+    steps = [one + two for one, two in zip(*seen, strict=True)]
+    assert steps == [step for (step,) in zip(RepeatedSampler(30, 12, 1, 4, repeats=3), strict=True)]
+    assert steps[3:] == list(RepeatedSampler(30, 12, 1, 4, 3, repeats=3))  # resumed
+    for step, keys in enumerate(steps):
+        assert len(keys) == len(set(keys)) == 12
+        assert {epoch // 3 for epoch, _ in keys} == {step // 2}
+        assert len({index for _, index in keys}) == 4
+        assert all(keys[i][1] != keys[i + 1][1] for i in range(0, 12, 2))  # partners in mixing are two images
+    parts = list(RepeatedSampler(30, 12, 1, 4, 0, 1, 2, 3, repeats=3))
+    whole = list(RepeatedSampler(30, 12, 1, 4, 0, 0, 2, 3, repeats=3))
+    assert [*whole[0], *parts[0], *whole[1], *parts[1], *whole[2], *parts[2]] == steps[0]
+    assert list(RepeatedSampler(30, 12, 1, 4)) == list(StepSampler(30, 12, 1, 4))
+
+
+def test_the_average_is_a_hand_written_one(make_run):
+    backbone, _ = find(str(make_run(depth=1))).for_finetuning()
+    task = Finetuning(Classifier(backbone, "mean", 3), FinetuneConfig(ema=0.75), 0, 4)
+    weights = task.classifier.head.weight
+    expected = weights.detach().clone()
+    for step in range(4):
+        with torch.no_grad():
+            weights += torch.randn(weights.shape, generator=torch.Generator().manual_seed(step))
+        task.after_step(taken=step != 2)
+        if step != 2:  # a step that was not taken moves nothing
+            expected = 0.75 * expected + 0.25 * weights.detach()
+    torch.testing.assert_close(task.average.head.weight, expected)
+    task.train()
+    assert not task.average.training and task.classifier.training
+    assert not any(parameter.requires_grad for parameter in task.average.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- the script
 
 
 def test_script_and_its_report(make_run, script, report_of, capsys):
@@ -98,17 +237,6 @@ def test_it_learns_and_repeats_itself(make_run, script, report_of):
     assert values[0]["subject"]["mean"]["accuracy"] > 0.8  # three colours
 
 
-def test_two_processes_count_every_test_image_once(make_run, run_script, report_of):
-    run = make_run()
-    done = run_script("finetune", "--ckpt", run, *QUICK, "--steps", "25", "--no-baselines", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finetuning accuracy (%)") == 1
-    report = report_of(run, "finetune")
-    assert report["data"]["test"]["judged"] == 21  # 11 and 10
-    share = report["values"]["subject"]["mean"]["accuracy"]
-    assert share > 0.8 and abs(share * 21 - round(share * 21)) < 1e-9
-
-
 def test_bad_numbers_are_refused(make_run, script):
     run, finetune = make_run(class_token=False, global_pool="avg"), script("finetune")
     for words in (["--lr", "0"], ["--layer-decay", "1.5"], ["--batch", "0"], ["--scale", "nan"], ["--steps", "0"]):
@@ -117,3 +245,251 @@ def test_bad_numbers_are_refused(make_run, script):
     with pytest.raises(Refusal, match="no class token"):
         finetune.main(["--ckpt", str(run), *QUICK, "--pool", "class"])
     assert not (run / "evaluate").exists()
+    finetune = finetune.main
+    for words, message in (
+        (["--epochs", "0"], "--epochs 0"),
+        (["epochs=0"], "--epochs 0"),
+        (["lr=nan"], "--lr nan"),
+        (["--ema", "1"], "--ema 1.0: expected a number at least 0 and below 1"),
+        (["learning_rate=1"], "unknown option 'learning_rate'"),
+        (["layerdecay=0.5"], "did you mean 'layer_decay'"),
+        (["--layerdecay", "0.5"], "did you mean '--layer-decay'"),
+        (["lr=high"], "wrong value for 'lr'"),
+        (["finetune_smal"], "did you mean 'finetune_small'"),
+        (["finetune_small", "finetune_mae_vit_base"], "expected one recipe"),
+        (["--warmup", "3 apples"], "--warmup='3 apples'"),
+        (["--pool", "clas"], "did you mean 'class'"),
+        (["--rand-augment", "strong-m9"], "--rand-augment strong-m9: timm cannot read it"),
+        (["--size", "30"], "30x30"),
+        (["--batch", "5", "--mixup", "1"], "choose a multiple of 2"),
+        (["--resume"], "nothing was begun"),
+    ):
+        with pytest.raises(Refusal, match=re.escape(message)):
+            finetune(["--ckpt", str(run), "--device", "cpu", "--threads", "1", *words])
+    assert not (run / "evaluate").exists()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains(path, make_run, script, report_of):
+    """Two steps of a tiny ViT with a class token, and the protocol says which recipe it was and what was changed."""
+    run = make_run(depth=2)
+    words = ["steps=2", "batch=12", "log_every=1", "tensorboard=false"]
+    words += ["ema=0.9"] if "deit" in path.stem else []
+    assert script("finetune").main([path.stem, "--ckpt", str(run), *words, "--no-baselines", "--threads", "1"]) == 0
+    report = report_of(run, "finetune")
+    kind = path.stem.removeprefix("finetune_")
+    assert report["protocol"]["id"].startswith(f"finetune/{kind}, changed: batch,")
+    assert "tensorboard" not in report["protocol"]["id"]
+    assert report["protocol"]["recipe"] == path.stem and {"batch", "steps"} <= set(report["protocol"]["changed"])
+    (entry,) = report["values"]["subject"].values()
+    assert ("ema" in entry) == (kind in ("deit_scratch", "small"))
+    assert entry["best_on_test"]["accuracy"] >= entry["accuracy"] == entry["history"][0][-1]["raw"]
+    metrics = [json.loads(line) for line in (run / "evaluate/finetune/trained-seed0/metrics.jsonl").open()]
+    assert [record["step"] for record in metrics] == [1, 2] and metrics[-1]["test/accuracy"] == entry["accuracy"]
+
+
+def test_recipes_hold_the_published_numbers():
+    from common.config import load
+
+    recipe = {path.stem.removeprefix("finetune_"): load(FinetuneConfig, path, []) for path in RECIPES}
+    at = lambda name: recipe[name].batch / 256  # noqa: E731
+    names = ("mae_vit_base", "droppos_vit_base", "ibot_vit_small", "deit_scratch")
+    mae, droppos, ibot, deit = (recipe[name] for name in names)
+    assert (mae.lr, droppos.lr) == (5e-4, 1e-3) and ibot.lr * at("ibot_vit_small") == 4e-3
+    assert deit.lr * at("deit_scratch") == 5e-4 * 1024 / 512
+    assert [each.layer_decay for each in (mae, droppos, ibot)] == [0.65, 0.75, 0.75]
+    assert [each.epochs for each in (mae, droppos, ibot, deit)] == [100, 100, 200, 300]
+    assert [each.warmup for each in (mae, droppos, ibot, deit)] == ["5 epochs", "5 epochs", "20 epochs", "5 epochs"]
+    for each in (mae, droppos, ibot, deit):
+        assert each.min_lr * each.batch / 256 == pytest.approx(1e-5 if each is deit else 1e-6)
+        assert (each.batch, each.weight_decay, each.drop_path, each.smoothing) == (1024, 0.05, 0.1, 0.1)
+        assert (each.mixup, each.cutmix, each.erasing, each.clip) == (0.8, 1.0, 0.25, 0.0)
+        assert each.rand_augment == "rand-m9-mstd0.5-inc1" and each.scale == 0.08
+    assert (deit.repeats, deit.ema, deit.like) == (3, 0.99996, "supervised/deit_small")
+
+
+def test_another_size_resizes_the_position_embedding(make_run, script, report_of):
+    run = make_run("full", depth=1)
+    assert script("finetune").main(["--ckpt", str(run), *QUICK, "--size", "16", "--crop", "1.0", "--no-baselines"]) == 0
+    report = report_of(run, "finetune")
+    assert report["protocol"]["transform"]["size"] == [16, 16] and report["protocol"]["transform"]["crop"] == 1.0
+    assert "8x8 px before, 16x16 now: position embedding resized from 2x2 to 4x4 patches" in report["protocol"]["notes"]
+    assert report["weights_digest"] == digest(find(str(run)).state)  # of the checkpoint, not of what was made of it
+    (folder,) = (run / "evaluate" / "finetune").glob("*-seed0")
+    backbone, _, description = checkpoint.load_backbone(folder)
+    assert backbone.model.pos_embed.shape == (1, 17, 32) and description["size"] == [16, 16]
+    # trained without position embedding: the fresh one has the right size too
+    run = make_run("none", depth=1)
+    assert script("finetune").main(["--ckpt", str(run), *QUICK, "--size", "[16,8]", "--no-baselines"]) == 0
+    notes = report_of(run, "finetune")["protocol"]["notes"]
+    assert any("fresh one" in note for note in notes) and not any("resized from" in note for note in notes)
+
+
+def test_resized_positions_are_interpolated_ones(make_run):
+    subject = find(str(make_run("full", depth=1)))
+    sized, _ = at_size(subject, 16, None)
+    old, new = subject.state["pos_embed"], sized.state["pos_embed"]
+    grid = old[:, 1:].reshape(1, 2, 2, 32).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(new[:, 1:], expected.flatten(2).transpose(1, 2))
+    assert new[:, :1].equal(old[:, :1]) and subject.state["pos_embed"] is old
+    same, note = at_size(subject, None, None)
+    assert note == "" and same.state is subject.state
+
+
+def losses(folder):
+    return [(record["step"], record["loss"].hex(), record.get("test/accuracy_ema"))
+            for record in map(json.loads, (folder / "metrics.jsonl").open())]  # fmt: skip
+
+
+STRONG = ["--steps", "10", "--batch", "12", "--lr", "0.02", "--warmup", "0", "--threads", "1", "--device", "cpu"]
+STRONG += ["--mixup", "0.8", "--cutmix", "1", "--rand-augment", "rand-m9-mstd0.5-inc1", "--erasing", "0.25"]
+STRONG += ["--drop-path", "0.3", "--ema", "0.8", "--repeats", "2", "--log-every", "1", "--checkpoint-every", "4"]
+
+
+def test_interrupted_it_goes_on_to_the_last_bit(make_run, script, report_of, monkeypatch, tmp_path):
+    run, main = make_run(depth=3), script("finetune").main
+    ask = ["--ckpt", str(run), *STRONG]
+    assert main([*ask, "--out", str(tmp_path / "peaceful")]) == 0
+    write = tracking.Tracker.write
+
+    def crash(self, step, record):
+        write(self, step, record)
+        if step == 6 and "random" in str(self.run):
+            raise RuntimeError("power cut, say")
+
+    monkeypatch.setattr(tracking.Tracker, "write", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(ask)
+    monkeypatch.setattr(tracking.Tracker, "write", write)
+    folder = run / "evaluate" / "finetune"
+    assert (folder / "trained-seed0" / "result.json").exists() and not (folder / "trained-seed0" / "state").exists()
+    assert [step for step, *_ in losses(folder / "random-seed0")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(Refusal, match="was interrupted: go on with --resume"):
+        main(ask)
+    with pytest.raises(Refusal, match=r"lr=0.01, and .* was begun with lr=0.02"):
+        main(["--ckpt", str(run), "--resume", "lr=0.01"])
+    with pytest.raises(Refusal, match="pool=mean, and"):
+        main(["finetune_mae_vit_base", "--ckpt", str(run), "--resume", *STRONG])
+    assert main(["--ckpt", str(run), "--resume", "--threads", "1", "--device", "cpu"]) == 0  # the options are known
+    for name in ("trained-seed0", "random-seed0"):
+        mine, theirs = losses(folder / name), losses(tmp_path / "peaceful" / "finetune" / name)
+        assert mine == theirs and [step for step, *_ in mine] == list(range(1, 11))
+        for file in (checkpoint.WEIGHTS, HEAD):
+            assert (folder / name / file).read_bytes() == (tmp_path / "peaceful/finetune" / name / file).read_bytes()
+    theirs = json.loads((tmp_path / "peaceful" / "finetune.json").read_text())
+    assert report_of(run, "finetune")["values"] == theirs["values"]
+
+
+def test_more_classes_than_it_was_begun_with(make_run, script, tmp_path, monkeypatch):
+    run, main = make_run(), script("finetune").main
+    write = tracking.Tracker.write
+
+    def crash(self, step, record):
+        write(self, step, record)
+        if step == 6:
+            raise RuntimeError("power cut, say")
+
+    monkeypatch.setattr(tracking.Tracker, "write", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["--ckpt", str(run), *QUICK, "--log-every", "1", "--checkpoint-every", "2", "--no-baselines"])
+    monkeypatch.setattr(tracking.Tracker, "write", write)
+    for part in ("train", "test"):
+        write_images(tmp_path / "hundred" / part, 1, names=[f"class{i:03d}" for i in range(100)])
+    with pytest.raises(Refusal, match="was begun with classes 3, and now it is 100"):
+        main(["--ckpt", str(run), "--resume", "--no-baselines", "--device", "cpu", "--threads", "1",
+              "--data", str(tmp_path / "hundred")])  # fmt: skip
+
+
+def test_grey_images_and_a_grey_model(make_run, script, report_of, tmp_path):
+    for part, seed in (("train", 0), ("test", 1)):
+        rng = np.random.default_rng(seed)
+        for name, value in (("dark", 60), ("light", 190)):
+            (tmp_path / "grey" / part / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.normal(value, 20, (8, 8)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "grey" / part / name / f"{i}.png")
+    run = make_run("full")
+    arguments = ["--data", str(tmp_path / "grey"), *QUICK, "--rand-augment", "rand-m9-n1", "--no-baselines"]
+    assert script("finetune").main(["--ckpt", str(run), *arguments]) == 0
+    assert report_of(run, "finetune")["data"]["classes"] == ["dark", "light"]
+    recipe = tmp_path / "grey.yaml"
+    recipe.write_text(
+        "model: {name: vit_tiny_patch16_224, mean: [0.5], std: [0.25], kwargs: {patch_size: 4, embed_dim: 32, "
+        "depth: 1, num_heads: 2}}\nviews: {global: {size: 8}}\nobjectives: {absolute: {}}\n"
+    )
+    out = ["--like", str(recipe), "--out", str(tmp_path / "out"), "--erasing", "0.5"]
+    assert script("finetune").main(["--ckpt", "random", *arguments, *out]) == 0
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert report["values"].keys() == {"random"} and report["subject"]["model"]["mean"] == [0.5]
+
+
+def test_words_may_follow_anything(script):
+    read = script("finetune").read
+    for words in (["lr=1", "--seeds", "0", "1", "epochs=3"], ["--seeds", "0", "1", "epochs=3", "lr=1"]):
+        arguments, recipe, config = read(["finetune_small", "--ckpt", "x", *words])
+        assert (arguments.seeds, recipe, config.epochs, config.lr, config.batch) == ([0, 1], "finetune_small", 3, 1, 64)
+    assert read(["--ckpt", "x=1", "--no-baselines", "lr=2"])[2].lr == 2
+
+
+def test_batches_fit_images_and_processes():
+    config = FinetuneConfig(batch=256, mixup=0.8)
+    fitted, note = fit_batch(config, 37, 3)
+    assert fitted.batch == 36 and "37 training images" in note
+    assert fit_batch(config, 1000, 4)[1] == ""
+    with pytest.raises(Refusal, match="multiple of 12"):
+        fit_batch(FinetuneConfig(batch=254, cutmix=1.0, accumulate=2), 1000, 3)
+    with pytest.raises(Refusal, match="fewer"):
+        fit_batch(config, 3, 2)
+
+
+def test_two_processes_have_the_losses_of_one_and_judge_no_image_twice(
+    make_run, run_script, script, report_of, tmp_path
+):
+    run = make_run("full", depth=2)
+    words = [*STRONG, "--drop-path", "0", "--no-baselines", "--steps", "12", "--ckpt", str(run)]
+    assert script("finetune").main([*words, "--out", str(tmp_path)]) == 0
+    done = run_script("finetune", *words, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finetuning accuracy (%)") == 1
+    places = (tmp_path / "finetune", run / "evaluate" / "finetune")
+    one, two = ([json.loads(line) for line in (place / "trained-seed0/metrics.jsonl").open()] for place in places)
+    assert len(one) == len(two) == 12
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    report = report_of(run, "finetune")
+    assert report["data"]["test"]["judged"] == 21  # 11 and 10
+    share = report["values"]["subject"]["mean"]["accuracy"]
+    assert share > 0.8 and abs(share * 21 - round(share * 21)) < 1e-9 and share == one[-1]["test/accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_it_goes_on_to_the_last_bit(make_run, run_script, tmp_path, processes):
+    run = make_run(depth=3)
+    words = ["--ckpt", str(run), *STRONG, "--steps", "120", "--no-baselines"]
+    done = run_script("finetune", *words, "--out", tmp_path / "peaceful", processes=processes)
+    assert done.returncode == 0, done.stderr
+    folder = run / "evaluate" / "finetune" / "trained-seed0"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = [sys.executable] if processes == 1 else torchrun
+    for kill in range(2):
+        child = subprocess.Popen(
+            [*start, str(ROOT / "evaluate" / "finetune.py"), *words, *(["--resume"] if kill else [])],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        deadline, enough = time.monotonic() + 100, 30 * (kill + 1)
+        while time.monotonic() < deadline and child.poll() is None:
+            if (folder / "metrics.jsonl").exists() and len(
+                (folder / "metrics.jsonl").read_text().splitlines()
+            ) > enough:
+                break
+            time.sleep(0.005)
+        assert child.poll() is None
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        assert not (folder / "result.json").exists() and list((folder / "state").glob("step_*"))
+    done = run_script("finetune", *words, "--resume", processes=processes)
+    assert done.returncode == 0 and "resumed after step" in done.stdout, done.stderr
+    assert losses(folder) == losses(tmp_path / "peaceful" / "finetune" / "trained-seed0")

@@ -47,6 +47,18 @@ def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_
     assert second["protocol"]["k"] == [10, 20]  # 100 and 200 are more than 36 images
 
 
+def test_two_processes_extract_together_and_report_what_one_does(make_run, run_script, report_of):
+    run = make_run()
+    done = run_script("knn", "--ckpt", run, "--seeds", "0", "1", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "k-NN: 2 processes extract features, the first one answers from them" in done.stdout
+    assert done.stdout.count("features of 36 images from run") == 1 == done.stdout.count("k-NN accuracy (%)")
+    together = report_of(run, "knn")
+    shutil.rmtree(run / "evaluate")
+    assert run_script("knn", "--ckpt", run, "--seeds", "0", "1").returncode == 0
+    assert together["values"] == report_of(run, "knn")["values"]
+
+
 def test_random_of_a_recipe_and_of_a_run(make_run, script, tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     knn, common = script("knn"), ["--threads", "1", "--device", "cpu", "--data", str(data)]

@@ -104,7 +104,7 @@ NUMBERS = "expected a number of at least"
         ("optimizer.betas=[0.9,nan]", ["optimizer.betas=[0.9, nan]"]),
         ("objectives.absolute.weight=-1", ["objectives.absolute.weight=-1.0", "expected a"]),
         ("objectives.absolute.weight=nan", ["objectives.absolute.weight=nan"]),
-        ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, dino"]),
+        ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, classification"]),
         ("objectives.relative.pairs=0", ["objectives.relative.pairs=0", "a number from 1 to 36"]),
         ("objectives.relative.pairs=37", ["objectives.relative.pairs=37", "6 patches"]),
         ("views.global.scale=[0.9,0.1]", ["scale=[0.9, 0.1]", "0 < low <= high <= 1"]),
@@ -185,7 +185,7 @@ def test_epochs_and_seeds_that_are_fine(inside, tiny):
         ("stesp: 10", ["unknown option 'stesp'", "did you mean 'steps'"]),
         ("steps: [", ["is not a YAML recipe"]),
         ("- steps", ["is not a recipe"]),
-        ("steps: 1", ["no objective to train", "absolute, dino, ibot, koleo, relative"]),
+        ("steps: 1", ["no objective to train", "absolute, classification, dino, ibot, koleo, relative"]),
         (
             "steps: 1\nviews: {other: {size: 24}}\nobjectives: {absolute: {view: other}}",
             ["objectives.absolute.view=other is 24x24", "views.global, 224x224"],

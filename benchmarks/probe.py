@@ -1,0 +1,170 @@
+"""What linear heads cost: many against one with the backbone in the loop, and features once against once an epoch.
+
+    python benchmarks/probe.py
+    python benchmarks/probe.py --model vit_small_patch16_224 --size 224 --batch 32 --rounds 3
+
+`heads`: a step of all of DINOv2's 52 heads on random crops, against a step of one, with the same passes of the backbone
+before them: at most 1.3 times one. `cache`: an epoch of DINOv2's 52 heads, and of one, from features that are there,
+against an epoch that runs the backbone again: at least 20 times faster. All alternate in one process, so that a noisy
+machine disturbs all alike, and ratios are of each round's own times. The images are the built-in ones.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import set_threads
+
+# isort: split
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from common.data import open_data
+from common.features import extract
+from common.models import Backbone, ModelConfig, create
+from common.probe import Heads, drawn
+from common.probe_views import batches, view
+from common.protocols import PROTOCOLS, sets
+
+BLOCKS, CLASSES = 4, 10
+HEADS_BOUND, CACHE_BOUND = 1.3, 20.0
+
+
+def made(every: bool, width: int, device: torch.device) -> list[Heads]:
+    """DINOv2's 52 heads, or the one on the last class token with the largest rate."""
+    protocol = PROTOCOLS["dinov2"]
+    assert protocol.training is not None
+    wanted, _ = sets(protocol, {"class", "mean", "class4", "mean4"}, width)
+    sizes = {"class": width, "mean": width, "class4": BLOCKS * width}
+    return [
+        Heads(
+            parts, sum(sizes[part] for part in parts), CLASSES, rates, torch.Generator().manual_seed(0), device=device
+        )
+        for parts, rates in (
+            [(parts, protocol.training.rates) for parts in wanted.values()]
+            if every
+            else [(wanted["last"], protocol.training.rates[-1:])]
+        )
+    ]  # fmt: skip
+
+
+def looped(backbone: Backbone, arguments: argparse.Namespace, every: bool) -> Callable[[], None]:
+    """A step with the backbone in the loop, as a function; without `every`, one block and one head."""
+    device = torch.device(arguments.device)
+    images = open_data("builtin").subset(range(arguments.images))
+    steps = len(images) // arguments.batch * 10_000
+    stream = batches(
+        backbone, None, images, batch=arguments.batch, steps=steps, seed=0, blocks=BLOCKS if every else 1,
+        crop=view(backbone.size, "bicubic"), device=device,
+    )  # fmt: skip
+    heads = made(every, backbone.width, device)
+
+    def step() -> None:
+        parts, labels = next(stream)
+        for each in heads:
+            each.step(parts, labels, 1.0)
+        synchronize(device)
+
+    return step
+
+
+def epochs(backbone: Backbone, arguments: argparse.Namespace, every: bool) -> tuple[Callable[[], None], ...]:
+    """(an epoch from features that are there, an epoch that computes them), as functions."""
+    device = torch.device(arguments.device)
+    images = open_data("builtin").subset(range(arguments.images))
+    assert images.labels is not None
+    labels = torch.from_numpy(images.labels).to(device)
+
+    def features() -> dict[str, Tensor]:
+        found = extract(
+            backbone, None, images, blocks=BLOCKS if every else 1, device=device, batch_size=arguments.batch
+        )
+        return {name: part.to(device) for name, part in found.items() if name != "index"}
+
+    there, rng = features(), torch.Generator().manual_seed(0)
+    heads = made(every, backbone.width, device)
+    stream: list[Iterator] = [drawn(there, labels, arguments.batch, rng)]
+
+    def cached() -> None:
+        for _ in range(len(labels) // arguments.batch):
+            parts, some = next(stream[0])
+            for each in heads:
+                each.step(parts, some, 1.0)
+        synchronize(device)
+
+    def again() -> None:
+        stream[0] = drawn(features(), labels, arguments.batch, rng)
+        cached()
+
+    return cached, again
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round, by turns; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if turn:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def paired(times: dict[str, list[float]], over: str, under: str) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def main() -> None:
+    """Print both comparisons, and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="vit_tiny_patch16_224")
+    add("--patch", type=int, default=4)
+    add("--size", type=int, default=32)
+    add("--batch", type=int, default=128)
+    add("--images", type=int, default=1280, help="of the built-in ones")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int)
+    add("--device", default="cpu")
+    arguments = parser.parse_args()
+    threads, _ = set_threads(arguments.threads)
+    torch.manual_seed(0)
+    backbone = create(ModelConfig(arguments.model, {"patch_size": arguments.patch}), arguments.size)
+    backbone.to(arguments.device).eval()
+    print(
+        f"{arguments.model}, patch {arguments.patch}, {arguments.size} px, batch {arguments.batch}, "
+        f"{arguments.images} built-in images, {arguments.device}, {threads} threads, {arguments.rounds} rounds"
+    )
+    step = timed({"52": looped(backbone, arguments, True), "1": looped(backbone, arguments, False)}, arguments.rounds)
+    heads = paired(step, "52", "1")
+    print(f"heads: a step of 52 {1000 * statistics.median(step['52']):.0f} ms, of 1 "
+          f"{1000 * statistics.median(step['1']):.0f} ms: {heads:.2f} times (at most {HEADS_BOUND})")  # fmt: skip
+    ratios = {}
+    for name, every in (("52", True), ("1", False)):
+        cached, again = epochs(backbone, arguments, every)
+        epoch = timed({"cached": cached, "again": again}, arguments.rounds)
+        ratios[name] = paired(epoch, "again", "cached")
+        print(f"cache, {name} head(s): an epoch {1000 * statistics.median(epoch['cached']):.0f} ms, with the backbone "
+              f"{1000 * statistics.median(epoch['again']):.0f} ms: {ratios[name]:.0f} times faster "
+              f"(at least {CACHE_BOUND:g})")  # fmt: skip
+    print(json.dumps({"heads": round(heads, 3), "cache_52": round(ratios["52"], 1), "cache_1": round(ratios["1"], 1)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""evaluate/explain.py: sheets and report as a user gets them, targets, and one line for each mistake."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pictures import write_images
+from PIL import Image
+
+from common.errors import Refusal
+
+CALM = ["--threads", "1", "--device", "cpu"]
+SHEETS = ("maps", "heads", "neighbors", "deletion")
+METHODS = ("attention", "rollout", "gradient x attention")
+
+
+def test_sheets_curves_and_report(make_run, script, report_of, capsys):
+    run = make_run("full", depth=2)
+    (run / "tb").mkdir()
+    assert script("explain").main(["--ckpt", str(run), "--images", "3", "--seed", "1", *CALM]) == 0
+    told = capsys.readouterr().out
+    report = report_of(run, "explain")
+    found = report["values"]["subject"]["deletion"]
+    assert found.keys() == {*METHODS, "random"} and report["data"]["test"]["judged"] == 21
+    start = {entry["curve"][0] for entry in found.values()}
+    assert max(start) - min(start) < 1e-5 and max(start) > 0.5  # nothing is deleted yet, and neighbours are near
+    for entry in found.values():
+        assert len(entry["curve"]) == 10 and len(set(entry["curve"])) > 3
+    for method in METHODS:
+        low, high = found[method]["gap_interval"]
+        assert low < found[method]["gap"] < high
+        assert found[method]["gap"] == pytest.approx(found["random"]["area"] - found[method]["area"], abs=1e-6)
+    assert report["protocol"]["target"] == "neighbors" and report["seeds"] == [1]
+    sizes = {name: Image.open(run / "evaluate" / "explain" / f"{name}.png").size for name in SHEETS}
+    assert sizes["maps"][0] == 6 + 5 * 118 and sizes["heads"][0] == 6 + 3 * 118 and sizes["neighbors"][0] == 6 + 9 * 118
+    assert list((run / "tb").glob("events*.explain")) and "and TensorBoard" in told
+    for words in ("cosine to the mean of its 8 nearest", "gradient x attention", "than random", "sheets:"):
+        assert words in told
+
+
+def test_the_same_again_and_another_seed(make_run, script, report_of):
+    run, explain = make_run(depth=2), script("explain")
+    values = []
+    for seed in ("0", "0", "1"):
+        assert explain.main(["--ckpt", str(run), "--seed", seed, "--images", "2", *CALM]) == 0
+        values.append(report_of(run, "explain")["values"])
+    assert values[0] == values[1] != values[2]
+
+
+def test_class_target_explains_the_logit_of_ridge(make_run, script, report_of, capsys):
+    run, explain = make_run(depth=2), script("explain")
+    assert explain.main(["--ckpt", str(run), "--target", "class", *CALM]) == 0
+    assert "logit of the class that ridge regression finds (100 % right)" in capsys.readouterr().out  # three colours
+    curve = report_of(run, "explain")["values"]["subject"]["deletion"]["random"]["curve"]
+    assert 0.5 < curve[0] < 1.5  # its targets are 1 and -1
+
+
+def test_untrained_and_unlabelled(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "colours", 8)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (tmp_path / "colours").rglob("*.png"):
+        file.rename(flat / f"{file.parent.name}-{file.name}")
+    explain = script("explain")
+    assert explain.main(["--ckpt", "random", "--data", str(flat), "--out", str(tmp_path / "out"), *CALM]) == 0
+    assert {file.name for file in (tmp_path / "out" / "explain").iterdir()} == {f"{name}.png" for name in SHEETS}
+    assert "a fixed fifth" in capsys.readouterr().out
+    with pytest.raises(Refusal, match="label"):
+        explain.main(["--ckpt", "random", "--data", str(flat), "--target", "class", *CALM])
+
+
+def test_mistakes_in_a_line(make_run, script):
+    run, explain = make_run(), script("explain")
+    for words, told in (
+        (["--images", "0"], "expected at least 1"),
+        (["--judged", "1"], "expected at least 1 and 2"),
+        (["--target", "clas"], "invalid choice: 'clas'"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            explain.main(["--ckpt", str(run), *words, *CALM])
+
+
+def test_cells_lie_where_they_should(script):
+    explain = script("explain")
+    image = torch.zeros(1, 4, 8, dtype=torch.uint8)
+    image[:, :, :4] = 255
+    picture = explain.cell(image)
+    assert picture.shape == (112, 112, 3) and (picture[:28] == 1).all() and (picture[84:] == 1).all()  # white around
+    assert (picture[28:84, :56] == 1).all() and (picture[28:84, 56:] == 0).all()
+    heat = explain.overlaid(np.zeros((112, 112, 3)), torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
+    assert heat[84:, 84:].mean() > 5 * heat[:28, :28].mean()
+    assert np.isfinite(explain.overlaid(np.zeros((112, 112, 3)), torch.ones(2, 2))).all()
+    colours = [[np.full((112, 112, 3), value) for value in (0.0, 0.25)], [np.full((112, 112, 3), 0.5)] * 2]
+    figure = explain.mosaic(colours, ["a", "b"], "title", "about")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., 0]
+    first, second = len(drawn) - 2 * 118 + 56, len(drawn) - 118 + 56
+    values = [int(drawn[row, column]) for row in (first, second) for column in (62, 180)]
+    assert values == pytest.approx([0, 64, 127, 127], abs=1)
