@@ -151,12 +151,9 @@ class BucketIds(nn.Module):
         if where is None or (kept is None and where.keys is None):
             return whole, whole
         if self not in where.found:
-            prefix = torch.arange(P, device=x.device).expand(x.shape[0], P)
-            tokens = (
-                torch.arange(T, device=x.device).expand(x.shape[0], T)
-                if kept is None
-                else torch.cat([prefix, kept + P], 1)
-            )
+            B = x.shape[0]
+            prefix, whole_row = (torch.arange(count, device=x.device).expand(B, count) for count in (P, T))
+            tokens = whole_row if kept is None else torch.cat([prefix, kept + P], 1)
             keys = tokens if where.keys is None else tokens.gather(1, where.keys)
             ids = whole[:, 0][:, tokens[:, :, None], keys[:, None]]
             mirrored = ids if where.keys is None else whole[:, 0][:, keys[:, :, None], tokens[:, None]]

@@ -163,6 +163,7 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
         torch.testing.assert_close(recomputed[key], gradient, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @every
 def test_a_compiled_block_is_the_same(name: str) -> None:
     model = redraw(own(name)).eval()

@@ -375,6 +375,7 @@ def by_processes(rank, processes):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rows_of_one():
     first, second = ranks(by_processes)
     parts = list(extract_parts(tiny(), TokenPlan("none"), many(None), feature_cache._ranges(35, 4), tolerated=0.1))

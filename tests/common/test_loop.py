@@ -220,6 +220,7 @@ def test_the_two_ways_to_clip_differ() -> None:
     assert per_tensor.states[-1] != together.states[-1]
 
 
+@pytest.mark.slow
 def test_what_one_process_meets_both_skip() -> None:
     told_by = ranks(one_meets_it)
     for kind in (NAN, INF, STEEP):

@@ -443,6 +443,7 @@ def test_batches_fit_images_and_processes():
         fit_batch(config, 3, 2)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_judge_no_image_twice(
     make_run, run_script, script, report_of, tmp_path
 ):

@@ -47,6 +47,7 @@ def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_
     assert second["protocol"]["k"] == [10, 20]  # 100 and 200 are more than 36 images
 
 
+@pytest.mark.slow
 def test_two_processes_extract_together_and_report_what_one_does(make_run, run_script, report_of):
     run = make_run()
     done = run_script("knn", "--ckpt", run, "--seeds", "0", "1", processes=2)

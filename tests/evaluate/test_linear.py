@@ -85,6 +85,7 @@ def test_steps_are_capped_and_never_zero():
     assert num_steps(1_281_167, 256, 50) == 12_500
 
 
+@pytest.mark.slow
 def test_script_in_two_processes(make_run, run_script, report_of):
     run = make_run()
     done = run_script("linear", "--ckpt", run, "--epochs", "30", "--batch", "16", processes=2)

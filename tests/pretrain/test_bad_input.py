@@ -104,7 +104,7 @@ NUMBERS = "expected a number of at least"
         ("optimizer.betas=[0.9,nan]", ["optimizer.betas=[0.9, nan]"]),
         ("objectives.absolute.weight=-1", ["objectives.absolute.weight=-1.0", "expected a"]),
         ("objectives.absolute.weight=nan", ["objectives.absolute.weight=nan"]),
-        ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, classification"]),
+        ("objectives.absolute.weight=0 objectives.relative.weight=0", ["no objective to train", "absolute, class"]),
         ("objectives.relative.pairs=0", ["objectives.relative.pairs=0", "a number from 1 to 36"]),
         ("objectives.relative.pairs=37", ["objectives.relative.pairs=37", "6 patches"]),
         ("views.global.scale=[0.9,0.1]", ["scale=[0.9, 0.1]", "0 < low <= high <= 1"]),

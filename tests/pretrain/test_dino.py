@@ -77,6 +77,7 @@ def test_gradient_is_that_of_the_published_loss() -> None:
         assert gradient[at].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does() -> None:
     both, other = ranks(together)
     assert both == other

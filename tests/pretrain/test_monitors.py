@@ -165,6 +165,7 @@ def test_frozen_features_by_hand() -> None:
     assert told["rankme/student"] != told["rankme/teacher"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_find_the_same() -> None:
     """35 and 11 images do not divide by two, and each share has one that cannot be read."""
     one, (first, second) = measured(), ranks(measured)
