@@ -263,6 +263,7 @@ def test_the_collapse_light() -> None:
     assert made.verdict({"loss": 1.0}) is None  # nothing was measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IBOT)
 def test_two_processes(name: str) -> None:
     """Loss, statistics, centre and gradients are those of one process with the joint batch, where one process has

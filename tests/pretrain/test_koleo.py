@@ -99,6 +99,7 @@ def test_one_image_has_no_neighbour() -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KOLEO)
 def test_two_processes(name: str) -> None:
     """Neighbours among all images give one process's loss and gradient of the joint batch; `local` gives the mean of
