@@ -134,6 +134,7 @@ def test_variants_train(inside: Main, tiny: list[str], tmp_path: Path, words: li
     load_backbone(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin", "nest"])
 def test_hierarchical_backbones_train(inside: Main, images: Path, tmp_path: Path, name: str) -> None:
     run, recipe = tmp_path / "run", tmp_path / f"{name}.yaml"
