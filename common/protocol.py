@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import collectives, processes, subjects
+from . import collectives, data, processes, subjects
 from .data import Images, labelled_splits
 from .errors import Refusal, nearest
 from .feature_cache import cached
 from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pixels, pooled
 from .launch import set_threads
 from .precision import DTYPES, refuse_impossible
+from .sampling import held_out
 from .subjects import Subject
 
 BLOCKS = 4  # the most that a protocol asks for
@@ -264,6 +265,26 @@ def begin(
         refuse_gaps(train, test, spec)
     quiet = quiet or not first_process()
     return Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
+
+
+def any_splits(spec: str, root: str | None) -> tuple[Images, Images, str]:
+    """(train, test, note): labelled where both are labelled, else without labels: for `begin`, of what needs none."""
+    train, test = data.open_data(spec, "train", root), data.find(spec, "test", root, True)
+    if _labelled(train) and (test is None or _labelled(test)):
+        return labelled_splits(spec, root)
+    note = f"as split in {spec}"
+    if test is None:
+        fit, held = held_out(len(train), 0.2, len(train))
+        train, test = train.subset(fit), train.subset(held)
+        note = f"no test split in {spec}: judged on a fixed fifth, which a pretraining on the same data has seen"
+    for images in (train, test):
+        images.labels = images.classes = None
+    return train, test, note
+
+
+def _labelled(images: Images) -> bool:
+    """Whether any of `images` has a label."""
+    return images.classes is not None and images.labels is not None and bool((images.labels >= 0).any())
 
 
 def chosen_device(wished: str | None) -> torch.device:

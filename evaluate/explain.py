@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import attribution, data
+from common import attribution
 from common.attribution import SHARES, Score, attend, attributions, components, deletion, random_orders, to_patches
 from common.checkpoint import write_atomically
 from common.data import Images, labelled_splits
@@ -46,10 +46,10 @@ from common.errors import Refusal
 from common.features import extract, shown
 from common.metrics import accuracy
 from common.models import Backbone
-from common.protocol import Evaluation, alone, begin, parser
+from common.protocol import Evaluation, alone, any_splits, begin, parser
 from common.report import table, write
 from common.ridge import scores
-from common.sampling import held_out, order
+from common.sampling import order
 
 IMAGES, JUDGED, REFERENCES = 8, 200, 2000  # drawn; whose patches are deleted; among which neighbours are looked for
 NEIGHBORS = 8  # of an image, on the sheet and in the target
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         raise Refusal(f"--images {arguments.images} --judged {arguments.judged}: expected at least 1 and 2")
     if not alone("explain"):
         return 0
-    job = begin("explain", arguments, splits=labelled_splits if arguments.target == "class" else splits)
+    job = begin("explain", arguments, splits=labelled_splits if arguments.target == "class" else any_splits)
     seed = job.seeds[0]
     most = max(arguments.images, arguments.judged)
     job.train, job.test = some(job.train, REFERENCES, seed), some(job.test, most, seed)
@@ -111,26 +111,6 @@ def main(argv: list[str]) -> int:
     write(job, protocol, {row: {"deletion": found}}, len(looked.images))
     tell(job, found, looked.said, folder, noted)
     return 0
-
-
-def splits(spec: str, root: str | None) -> tuple[Images, Images, str]:
-    """(train, test, note): labelled where both are labelled, else without labels, which only the class target needs."""
-    train, test = data.open_data(spec, "train", root), data.find(spec, "test", root, True)
-    if labelled(train) and (test is None or labelled(test)):
-        return labelled_splits(spec, root)
-    note = f"as split in {spec}"
-    if test is None:
-        fit, held = held_out(len(train), 0.2, len(train))
-        train, test = train.subset(fit), train.subset(held)
-        note = f"no test split in {spec}: a fixed fifth, which a pretraining on the same data has seen"
-    for images in (train, test):
-        images.labels = images.classes = None
-    return train, test, note
-
-
-def labelled(images: Images) -> bool:
-    """Whether any of `images` has a label."""
-    return images.classes is not None and images.labels is not None and bool((images.labels >= 0).any())
 
 
 def some(images: Images, most: int, seed: int) -> Images:

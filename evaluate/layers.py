@@ -30,18 +30,18 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from common import data, layerwise
+from common import layerwise
 from common.checkpoint import write_atomically
-from common.data import Images, labelled_splits
+from common.data import Images
 from common.errors import Refusal
 from common.layerwise import Layer, groups, independent, patches, read_position, sample
 from common.metrics import accuracy
 from common.models import Backbone, Features
 from common.neighbors import knn
 from common.precision import DTYPES
-from common.protocol import LABELS, Evaluation, alone, begin, parser
+from common.protocol import LABELS, Evaluation, alone, any_splits, begin, parser
 from common.report import accuracies, interval, leak_note, percent, table, write
-from common.sampling import held_out, order
+from common.sampling import order
 
 IMAGES, LEAST = 10_000, 10  # training images; a fifth as many are judged
 K, TEMPERATURE = 20, 0.07
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         raise Refusal(f"--images {arguments.images}: expected at least {LEAST}")
     if not alone("layers"):
         return 0
-    job = begin("layers", arguments, splits=splits)
+    job = begin("layers", arguments, splits=any_splits)
     job.train, job.test = some(job.train, arguments.images), some(job.test, arguments.images // 5)
     if len(job.train) < LEAST or len(job.test) < 2:
         raise Refusal(
@@ -101,26 +101,6 @@ def main(argv: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
-
-
-def splits(spec: str, root: str | None) -> tuple[Images, Images, str]:
-    """(train, test, note): labelled where both are labelled, else without labels, which position does not need."""
-    train, test = data.open_data(spec, "train", root), data.find(spec, "test", root, True)
-    if labelled(train) and (test is None or labelled(test)):
-        return labelled_splits(spec, root)
-    note = f"as split in {spec}"
-    if test is None:
-        fit, held = held_out(len(train), 0.2, len(train))
-        train, test = train.subset(fit), train.subset(held)
-        note = f"no test split in {spec}: judged on a fixed fifth, which a pretraining on the same data has seen"
-    for images in (train, test):
-        images.labels = images.classes = None
-    return train, test, note
-
-
-def labelled(images: Images) -> bool:
-    """Whether any of `images` has a label."""
-    return images.classes is not None and images.labels is not None and bool((images.labels >= 0).any())
 
 
 def some(images: Images, most: int) -> Images:
