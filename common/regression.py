@@ -1,4 +1,5 @@
-"""Linear classifiers that are solved and not trained: logistic regression, and ridge regression of any size.
+"""Linear classifiers that are solved and not trained: logistic regression, and the choice of its or ridge regression's
+strength.
 
 Letters: N images, D feature width, C classes.
 """
@@ -77,28 +78,6 @@ def predicted(weights: Tensor, biases: Tensor, features: Tensor, chunk: int = 81
     return torch.cat([(some.double() @ weights.T + biases).argmax(1) for some in features.split(chunk)])
 
 
-@torch.no_grad()
-def ridge_scores(features: Tensor, labels: Tensor, queries: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """(the classes among `labels` (C,), the scores of every query (Q, C), float64), as `ridge.scores` with the squared
-    weights penalised by `l2`; with many images D equations are solved in place of N."""
-    N, D = features.shape
-    if N <= D:
-        return scores(features, labels, queries, l2 / D)
-    classes, own = labels.unique(return_inverse=True)
-    targets_NC = 2 * F.one_hot(own, len(classes)).double() - 1
-    mean, spread = features.double().mean(0), features.double().std(0, correction=0)
-    spread = torch.where(spread > 0, spread, 1)
-    gram = l2 * torch.eye(D, dtype=torch.float64, device=features.device)
-    moments = gram.new_zeros(D, len(classes))
-    intercept = targets_NC.mean(0)
-    for x, targets in zip(features.split(8192), targets_NC.split(8192), strict=True):
-        x_bD = (x.double() - mean) / spread
-        gram += x_bD.T @ x_bD
-        moments += x_bD.T @ (targets - intercept)
-    weights = torch.linalg.solve(gram, moments)
-    return classes, torch.cat([(x.double() - mean) / spread @ weights + intercept for x in queries.split(8192)])
-
-
 def solved(
     how: str,
     train: Tensor,
@@ -126,7 +105,7 @@ def solved(
             if solver is not None:
                 weights, biases = solver.fit(strength)
                 return [predicted(weights, biases, each) for each in queries]
-            classes, found = ridge_scores(x, y, torch.cat(queries), strength)
+            classes, found = scores(x, y, torch.cat(queries), strength / x.shape[1])
             return list(classes[found.argmax(1)].split([len(each) for each in queries]))
 
         return fitted

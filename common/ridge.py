@@ -6,6 +6,7 @@ Letters: M labelled images, Q queries, D feature width, C classes.
 import torch
 from torch import Tensor
 
+PORTION = 8192  # images that are standardised at a time
 PENALTY = 0.1  # per feature; of 0.001 to 100 none is better for raw pixels and for an untrained ViT at once
 
 
@@ -28,9 +29,18 @@ def scores(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = P
     targets_MC = 2 * torch.nn.functional.one_hot(own, len(classes)).double() - 1
     mean, spread = features.double().mean(0), features.double().std(0, correction=0)
     spread = torch.where(spread > 0, spread, 1)
-    x_MD, x_QD = (features - mean) / spread, (queries - mean) / spread
-    M, D = x_MD.shape
+    M, D = features.shape
     intercept_C = targets_MC.mean(0)
-    # M equations in place of D: few images, many features
-    kernel_MM = x_MD @ x_MD.T + penalty * D * torch.eye(M, dtype=torch.float64, device=features.device)
-    return classes, x_QD @ (x_MD.T @ torch.linalg.solve(kernel_MM, targets_MC - intercept_C)) + intercept_C
+    targets_MC = targets_MC - intercept_C
+    eye = torch.eye(min(M, D), dtype=torch.float64, device=features.device)
+    if M <= D:  # M equations in place of D: few images, many features
+        x_MD = (features - mean) / spread
+        weights_DC = x_MD.T @ torch.linalg.solve(x_MD @ x_MD.T + penalty * D * eye, targets_MC)
+    else:  # in portions: the standardised images of a large set would not fit
+        gram_DD, moments_DC = penalty * D * eye, targets_MC.new_zeros(D, len(classes))
+        for x, targets in zip(features.split(PORTION), targets_MC.split(PORTION), strict=True):
+            x_bD = (x - mean) / spread
+            gram_DD += x_bD.T @ x_bD
+            moments_DC += x_bD.T @ targets
+        weights_DC = torch.linalg.solve(gram_DD, moments_DC)
+    return classes, torch.cat([(x - mean) / spread @ weights_DC + intercept_C for x in queries.split(PORTION)])

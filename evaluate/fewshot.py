@@ -30,8 +30,9 @@ from common.errors import Refusal
 from common.metrics import accuracy
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
 from common.protocols import L2
-from common.regression import Logistic, predicted, ridge_scores
+from common.regression import Logistic, predicted
 from common.report import accuracies, kind_name, ordered, percent, table, tell, write
+from common.ridge import scores as ridge_scores
 
 SHOTS = (1, 5, 10, 25)  # big_vision's
 SHARES = (0.01, 0.1)  # of the training images
@@ -136,7 +137,7 @@ def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str
     labels, results = split.train_labels[chosen], []
     for kind, features in split.train.items():
         few, test = features[chosen.to(features.device)], split.test[kind]
-        classes, scores = ridge_scores(few, labels, test, L2)
+        classes, scores = ridge_scores(few, labels, test, L2 / few.shape[1])
         results.append((kind, "ridge", accuracy(classes[scores.argmax(1)], split.test_labels)))
         solver = Logistic(F.normalize(few, dim=1), labels, num_classes)
         weights, biases = solver.fit(STRENGTH, iterations=ITERATIONS, tolerance=TOLERANCE)

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional as F
 
-from common.regression import Logistic, predicted, ridge_scores, solved
+from common.regression import Logistic, predicted, solved
 from common.ridge import scores
 
 
@@ -45,13 +45,12 @@ def test_ridge_of_any_size_is_scikit_learns(count: int) -> None:
     features, labels = data(count, 3)
     features[:, -1] = 7
     unseen, _ = data(40, 3, seed=1)
-    classes, found = ridge_scores(features, labels, unseen, 1024.0)
+    classes, found = scores(features, labels, unseen, 1024.0 / features.shape[1])
     mean, spread = features.double().mean(0), features.double().std(0, correction=0)
     known, asked = ((x.double() - mean) / torch.where(spread > 0, spread, 1) for x in (features, unseen))
     targets = 2.0 * (labels.numpy()[:, None] == classes.numpy()) - 1
     expected = Ridge(alpha=1024.0).fit(known.numpy(), targets).predict(asked.numpy())
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-8)
-    torch.testing.assert_close(found, scores(features, labels, unseen, 1024.0 / 12)[1])
 
 
 def test_the_strength_is_chosen_on_held_out_images_and_then_all_are_used() -> None:
