@@ -7,11 +7,12 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -161,7 +162,8 @@ class Training:
         self, folder: Path, identity: Mapping[str, Any], config: FinetuneConfig, accelerator: Accelerator
     ) -> None:
         self.folder, self.identity, self.config, self.accelerator = folder, dict(identity), config, accelerator
-        self.history: list[dict[str, Any]] = []  # {"step", "epoch", "raw", "ema"}, of looks at the test images
+        # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
+        self.history: list[dict[str, Any]] = []
         self.saved = time.monotonic()
 
     def result(self) -> list[dict[str, Any]] | None:
@@ -335,8 +337,10 @@ def _run(
 
     def look(step: int) -> dict[str, float | str]:
         judged = {"raw": task.classifier} | ({"ema": task.average} if task.average is not None else {})
-        shares = dict(zip(judged, judge(list(judged.values()), job, accelerator), strict=True))
-        training.history.append({"step": step, "epoch": step / per_epoch, **shares})
+        shares, images_of = judge(judged, job, accelerator)
+        for earlier in training.history:
+            earlier.pop("images", None)
+        training.history.append({"step": step, "epoch": step / per_epoch, **shares, "images": images_of})
         return {f"test/accuracy{'' if name == 'raw' else '_ema'}": share for name, share in shares.items()}
 
     progress = Progress(steps, start, main)
@@ -365,24 +369,36 @@ def _run(
 
 
 @torch.no_grad()
-def judge(classifiers: Sequence[Any], job: Evaluation, accelerator: Accelerator) -> list[float]:
-    """Accuracy of each on the test images, each process on its share of them, none counted twice."""
-    mine, device = (
-        job.test.subset(range(accelerator.process_index, len(job.test), accelerator.num_processes)),
-        accelerator.device,
-    )
-    assert mine.labels is not None
-    labels = torch.from_numpy(mine.labels).to(device)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    counts = torch.zeros(len(classifiers) + 1, dtype=wide, device=device)  # right, of each; judged
-    backbone = classifiers[0].backbone
-    for classifier in classifiers:
+def judge(
+    classifiers: Mapping[str, Any], job: Evaluation, accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Of each classifier on the test images, each process on its share of them, none counted twice: (accuracies, for
+    each whether every image was right, and which images could be "read": bits in hexadecimal, see `bits`)."""
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    mine = np.arange(rank, len(job.test), processes)
+    part = job.test.subset(mine)
+    assert part.labels is not None
+    labels = torch.from_numpy(part.labels).to(device)
+    backbone = next(iter(classifiers.values())).backbone
+    for classifier in classifiers.values():
         classifier.eval()
-    for images, index in shown(mine, backbone.size, job.crop, backbone.channels, workers=job.arguments.workers):
+    found: list[dict[str, np.ndarray]] = []
+    for images, index in shown(part, backbone.size, job.crop, backbone.channels, workers=job.arguments.workers):
         images, known = images.to(device), labels[index.to(device)]
-        for at, classifier in enumerate(classifiers):
-            with accelerator.autocast():
-                counts[at] += (classifier(images).argmax(1) == known).sum()
-        counts[-1] += len(index)
-    *right, judged = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
-    return [each / judged for each in right]
+        with accelerator.autocast():
+            right = {name: (each(images).argmax(1) == known).cpu().numpy() for name, each in classifiers.items()}
+        found.append({"at": mine[index.numpy()], **right})
+    if processes > 1:
+        found = gather_object(found)
+    at = np.concatenate([some["at"] for some in found])
+    whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
+    whole["read"][at] = True
+    for name in classifiers:
+        whole[name][at] = np.concatenate([some[name] for some in found])
+    shares = {name: float(whole[name].sum() / len(at)) for name in classifiers}
+    return shares, {name: np.packbits(each).tobytes().hex() for name, each in whole.items()}
+
+
+def bits(text: str, count: int) -> np.ndarray:
+    """(count,) bool of hexadecimal digits that `judge` made."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)

@@ -11,26 +11,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from torch import Tensor
 
 from . import config as configuration
-from .checkpoint import write_atomically
+from .checkpoint import sha256, write_atomically
+from .errors import Refusal
 from .features import KINDS, PIXELS, digest
 from .launch import active_pil
 from .metrics import wilson
 from .protocol import LABELS, Evaluation
 
+FORMAT = 1  # of reports; those written before there was a number read as 1
+WILSON = "95 %, Wilson, over test images; it covers neither seeds nor training"
 
-def write(job: Evaluation, protocol: Mapping[str, Any], values: Mapping[str, Any], judged: int) -> None:
+
+def write(
+    job: Evaluation,
+    protocol: Mapping[str, Any],
+    values: Mapping[str, Any],
+    judged: int,
+    *,
+    outcomes: Mapping[str, Mapping[str, Any]] | None = None,
+    index: Tensor | np.ndarray | None = None,
+    interval: str | None = WILSON,
+) -> None:
     """Write the report of `job` to its `out`, in one piece; `judged` test images were classified.
 
     values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels.
+    outcomes: {row: {kind: (S, K, ...)}}, of S seeds and K test images, which ones says `index` (K,): for an accuracy
+    whether each was right, bool; for an mIoU (S, K, C, 3) counts of pixels: intersection, predicted, labelled. They go
+    into NAME.outcomes.npz beside the report, so that runs can be compared image by image. `interval`: what those in
+    `values` are.
     """
     about, training = job.subject.description, job.subject.description.get("training", {})
     transform = {"name": "evaluation", "size": about["size"], "crop": job.crop, "interpolation": "bicubic"}
     state = job.subject.state
+    job.out.parent.mkdir(parents=True, exist_ok=True)
     content = {
+        "format": FORMAT,
         "evaluation": job.name,
         "protocol": {**protocol, "transform": transform, "precision": job.precision},
         "subject": {
@@ -54,15 +75,74 @@ def write(job: Evaluation, protocol: Mapping[str, Any], values: Mapping[str, Any
         },
         "seeds": job.seeds,
         "values": values,
-        "interval": "95 %, Wilson, over test images; it covers neither seeds nor training",
+        "interval": interval,
+        "outcomes": _write_outcomes(job.out, outcomes, index) if outcomes else None,
         "command": configuration.command_line(),
         "hardware": hardware(job.device, job.threads),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - job.began, 1),
     }
-    job.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index: Any) -> dict[str, str]:
+    arrays = {f"{row}/{kind}": np.asarray(each) for row, kinds in outcomes.items() for kind, each in kinds.items()}
+    arrays["index"] = np.asarray(index, dtype=np.int64)
+    for name, array in arrays.items():
+        assert name == "index" or array.shape[1] == len(arrays["index"]), (name, array.shape)
+    file = out.with_suffix(".outcomes.npz")
+
+    def save(aside: Path) -> None:
+        with aside.open("wb") as opened:  # np.savez would add .npz to a name
+            np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]  # its other argument is a bool
+
+    write_atomically(file, save)
+    return {"file": file.name, "sha256": sha256(file)}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(content of a report, its outcomes: "index" and "row/kind", as `write` stores them; empty where it has none).
+
+    Raises Refusal for what is no report, for one of another format, and for outcomes that are missing or not its own.
+    """
+    try:
+        content = json.loads(path.read_text())
+        known = isinstance(content, dict) and {"evaluation", "protocol", "values", "data"} <= content.keys()
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} cannot be read as a report: {error}; evaluate again") from None
+    if not known:
+        raise Refusal(f"{path} is no report of an evaluation: expected evaluation, protocol, data and values in it")
+    if content.get("format", 1) != FORMAT:
+        raise Refusal(
+            f"{path} has report format {content['format']}, this version reads format {FORMAT}: update poslabel, or "
+            "evaluate again"
+        )
+    about = content.get("outcomes")
+    if about is None:
+        return content, {}
+    file = path.with_name(str(about["file"]))
+    if not file.is_file() or sha256(file) != about["sha256"]:
+        state = "does not match it (SHA-256 differs)" if file.is_file() else "is missing"
+        raise Refusal(f"{path}: {file.name}, what became of each test image, {state}; evaluate again")
+    with np.load(file, allow_pickle=False) as arrays:
+        return content, {name: arrays[name] for name in arrays.files}
+
+
+class Outcomes:
+    """Gathers what became of each test image, row by row and seed by seed, for `write`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[np.ndarray]]] = {}
+
+    def add(self, row: str, kind: str, each: Tensor | np.ndarray) -> None:
+        """`each`: (K, ...) of the next seed."""
+        array = each.cpu().numpy() if isinstance(each, Tensor) else each
+        self.found.setdefault(row, {}).setdefault(kind, []).append(array)
+
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """{row: {kind: (S, K, ...)}}."""
+        return {row: {kind: np.stack(all_) for kind, all_ in kinds.items()} for row, kinds in self.found.items()}
 
 
 def leak_note(description: Mapping[str, Any]) -> str:

@@ -27,11 +27,10 @@ from torch.nn import functional as F
 
 from common import subsets
 from common.errors import Refusal
-from common.metrics import accuracy
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
 from common.protocols import L2
 from common.regression import Logistic, predicted
-from common.report import accuracies, kind_name, ordered, percent, table, tell, write
+from common.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
 from common.ridge import scores as ridge_scores
 
 SHOTS = (1, 5, 10, 25)  # big_vision's
@@ -50,21 +49,25 @@ def main(argv: list[str]) -> int:
     job = begin("fewshot", arguments)
     draws, skipped = possible(job, arguments)
     together("low-shot evaluation")
+    headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
     found: Found = {}
-    judged = 0
+    outcomes, index = Outcomes(), None
     for split in job.splits():
         job.say(f"{', '.join(draws)}, {arguments.draws} draws each, of {LABELS[split.row]}")
         for seed in job.seeds if split.seed is None else [split.seed]:
             for name, draw in draws.items():
                 for number in range(arguments.draws):
                     chosen = torch.from_numpy(draw(split.train_labels.cpu().numpy(), seed=seed, draw=number))
-                    for kind, classifier, share in judge(split, chosen.to(split.train_labels.device), len(job.classes)):
+                    for kind, classifier, right in judge(split, chosen.to(split.train_labels.device), len(job.classes)):
                         by_name = found.setdefault(split.row, {}).setdefault(kind, {}).setdefault(name, {})
-                        by_name.setdefault(classifier, []).append(share)
-        judged = len(split.test_labels)
+                        by_name.setdefault(classifier, []).append(right.double().mean().item())
+                        if (name, classifier) == (headline, "ridge"):
+                            outcomes.add(split.row, kind, right)
+        index = split.test_index
     if not first_process():
         return 0
-    headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
+    assert index is not None
+    judged = len(index)
     values = {
         row: {kind: entry_of(by_name, headline, judged) for kind, by_name in kinds.items()}
         for row, kinds in found.items()
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
         "std": "over draws and seeds",
         "notes": skipped,
     }
-    write(job, protocol, values, judged)
+    write(job, protocol, values, judged, outcomes=outcomes.arrays(), index=index)
     tell(job, "low-shot accuracy (%)", "\n".join([shown(values, list(draws), job.size), *skipped]))
     return 0
 
@@ -132,17 +135,18 @@ def possible(job: Evaluation, arguments: argparse.Namespace) -> tuple[dict[str, 
     return draws, skipped
 
 
-def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str, float]]:
-    """(kind, classifier, test accuracy) of every kind of features, with the training images `chosen` (n,)."""
+def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str, Tensor]]:
+    """(kind, classifier, whether each test image was right (K,)) of every kind of features, with the training images
+    `chosen` (n,)."""
     labels, results = split.train_labels[chosen], []
     for kind, features in split.train.items():
         few, test = features[chosen.to(features.device)], split.test[kind]
         classes, scores = ridge_scores(few, labels, test, L2 / few.shape[1])
-        results.append((kind, "ridge", accuracy(classes[scores.argmax(1)], split.test_labels)))
+        results.append((kind, "ridge", classes[scores.argmax(1)] == split.test_labels))
         solver = Logistic(F.normalize(few, dim=1), labels, num_classes)
         weights, biases = solver.fit(STRENGTH, iterations=ITERATIONS, tolerance=TOLERANCE)
         guesses = predicted(weights, biases, F.normalize(test, dim=1))
-        results.append((kind, "logreg", accuracy(guesses, split.test_labels)))
+        results.append((kind, "logreg", guesses == split.test_labels))
     return results
 
 

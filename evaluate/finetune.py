@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
@@ -35,10 +36,10 @@ from common import config as configuration
 from common import processes
 from common.errors import Refusal
 from common.finetune_options import FREE, FinetuneConfig, check, fit_batch, num_steps, unwise
-from common.finetuning import at_size, train, unfinished
+from common.finetuning import at_size, bits, train, unfinished
 from common.probe import probe
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
-from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.run_folder import CONFIG, WAIT, RunLock
 from common.strong_augment import rand_augment
 from common.subjects import RANDOM
@@ -209,10 +210,15 @@ def report(
 ) -> None:
     """Write and tell what was found: {row: [history of each seed]}."""
     values: dict[str, dict[str, Any]] = {}
+    outcomes, count = Outcomes(), len(job.test)
+    read = bits(next(iter(found.values()))[0][-1]["images"]["read"], count)
+    judged = int(read.sum())
     for row, histories in found.items():
-        entry = accuracies([history[-1]["raw"] for history in histories], len(job.test))
+        for history in histories:
+            outcomes.add(row, pooling, bits(history[-1].pop("images")["raw"], count)[read])
+        entry = accuracies([history[-1]["raw"] for history in histories], judged)
         if config.ema is not None:
-            entry["ema"] = accuracies([history[-1]["ema"] for history in histories], len(job.test))
+            entry["ema"] = accuracies([history[-1]["ema"] for history in histories], judged)
         best = [max(history, key=lambda look: max(look["raw"], look.get("ema", 0.0))) for history in histories]
         shares = [max(look["raw"], look.get("ema", 0.0)) for look in best]
         entry["best_on_test"] = {
@@ -223,9 +229,12 @@ def report(
     if job.arguments.baselines:
         raw = job.pixels()
         sides = (raw.train["pixels"], raw.train_labels, raw.test["pixels"], raw.test_labels, len(job.classes))
-        shares = [probe(*sides, seed=seed).accuracy for seed in job.seeds]
-        values["pixels"] = {"pixels": accuracies(shares, len(job.test))}
-    write(job, protocol(job, recipe, config, pooling) | {"notes": notes}, values, len(job.test))
+        probed = [probe(*sides, seed=seed) for seed in job.seeds]
+        for each in probed:
+            outcomes.add("pixels", "pixels", each.predictions == raw.test_labels.cpu())
+        values["pixels"] = {"pixels": accuracies([each.accuracy for each in probed], judged)}
+    about = protocol(job, recipe, config, pooling) | {"notes": notes}
+    write(job, about, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read))
     rows = []
     for row, kind, entry in ordered(values):
         best = entry.get("best_on_test")

@@ -24,7 +24,7 @@ from common.features import MOST_UNREADABLE
 from common.metrics import accuracy
 from common.neighbors import knn_many
 from common.protocol import LABELS, begin, first_process, parser, together
-from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 
 KS = (10, 20, 100, 200)  # DINO's
 HEADLINE = 20
@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
     together("k-NN")
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    judged = 0
+    headline = HEADLINE if HEADLINE in ks else max(ks)
+    outcomes, index = Outcomes(), None
     for split in job.splits():
         for kind, features in split.train.items():
             guesses = knn_many(
@@ -50,10 +51,12 @@ def main(argv: list[str]) -> int:
             by_k = found.setdefault(split.row, {}).setdefault(kind, {})
             for k, guess in guesses.items():
                 by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
-        judged = len(split.test_labels)
+            outcomes.add(split.row, kind, guesses[headline] == split.test_labels)
+        index = split.test_index
     if not first_process():
         return 0
-    headline = HEADLINE if HEADLINE in ks else max(ks)
+    assert index is not None
+    judged = len(index)
     values = {
         row: {
             kind: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in ks}}
@@ -62,7 +65,8 @@ def main(argv: list[str]) -> int:
         for row, kinds in found.items()
     }
     protocol = {"id": "knn/dino", "k": ks, "headline": headline, "temperature": TEMPERATURE, "similarity": "cosine"}
-    write(job, protocol, values, judged)
+    protocol["selection"] = f"none: k = {headline} whatever comes out"
+    write(job, protocol, values, judged, outcomes=outcomes.arrays(), index=index)
     tell(job, "k-NN accuracy (%)", shown(values, ks, headline, job.size))
     return 0
 

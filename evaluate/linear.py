@@ -35,7 +35,7 @@ from common.probe_views import batches, view
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
 from common.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
 from common.regression import solved
-from common.report import accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.tracking import clock
 
 CHOSEN = "chosen"  # the kind of features of a protocol in which several compete
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
     protocol, modified = altered(protocol, changes, depth(job.subject.backbone()) if protocol.name == "mae" else 0)
     together("the linear probe")
     found: dict[str, dict[str, list[Probe]]] = {}
-    notes, judged, fit = list(protocol.notes), 0, 0
+    outcomes, index = Outcomes(), None
+    notes, fit = list(protocol.notes), 0
     for split in job.splits(protocol.blocks):
         parts = {name: part for name, part in split.train.items() if name != "both"}
         wanted, note = sets(protocol, parts, next(iter(parts.values())).shape[1])
@@ -64,10 +65,12 @@ def main(argv: list[str]) -> int:
         for seed in job.seeds if split.seed is None else [split.seed]:
             for kind, result in answers(job, protocol, split, wanted, seed).items():
                 found.setdefault(split.row, {}).setdefault(kind, []).append(result)
+                outcomes.add(split.row, kind, result.predictions == split.test_labels.cpu())
             fit = len(hold_out(split.train_labels, HELD_OUT, seed)[0])
-        judged = len(split.test_labels)
+        index = split.test_index
     if not first_process():
         return 0
+    assert index is not None
     if protocol.training and protocol.training.batch > fit and protocol.name != "sweep":
         modified.append(f"batch {fit:,}: all images there are")
     if protocol.training and not arguments.augment and protocol.name != "sweep":
@@ -75,8 +78,9 @@ def main(argv: list[str]) -> int:
     about = settings(job, protocol, modified, notes, fit)
     by = "" if about["id"] == "linear/sweep" else f" by {about['id']}"
     notes += [f"not as published: {', '.join(modified)}"] if modified and protocol.name != "sweep" else []
-    values = {row: entries(kinds, judged) for row, kinds in found.items()}
-    write(job, about, values, judged)
+    values = {row: entries(kinds, len(index)) for row, kinds in found.items()}
+    told = {row: {kind: kinds[kind] for kind in values[row]} for row, kinds in outcomes.arrays().items()}
+    write(job, about, values, len(index), outcomes=told, index=index)
     tell(job, f"linear probe accuracy (%){by}", shown(values, job.size, protocol, notes))
     return 0
 
