@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -39,8 +40,9 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message}{near}; --help lists the options")
 
 
-def parser(script: str, precision: str | None = "fp32") -> Parser:
-    """The options that every evaluation takes; `script` is the docstring of the entry script."""
+def parser(script: str, precision: str | None = "fp32", crop: bool = False) -> Parser:
+    """The options that every evaluation takes, and with `crop` also --crop; `script` is the docstring of the entry
+    script."""
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="RUN|FILE|random|timm:NAME", help="what is judged")
@@ -53,6 +55,9 @@ def parser(script: str, precision: str | None = "fp32") -> Parser:
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     usual = precision or "as trained"
     add("--precision", choices=list(DTYPES), default=precision, help=f"of the backbone (default: {usual})")
+    if crop:
+        add("--crop", type=float, metavar="SHARE", help="of the short side that is shown; 0.875 is 224 of 256 pixels, as "
+            "DINO's, DINOv2's and MAE's (default: as the checkpoint says; timm says 0.9 of many)")  # fmt: skip
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
     return parser
@@ -251,7 +256,12 @@ def begin(
     if arguments.workers < 0 or min(arguments.seeds) < 0:
         raise Refusal("--workers and --seeds: expected numbers from 0")
     device = device or chosen_device(arguments.device)
+    crop = getattr(arguments, "crop", None)
+    if crop is not None and not 0 < crop <= 1:
+        raise Refusal(f"--crop {crop}: expected a share of the short side, above 0 and up to 1")
     subject = subjects.find(arguments.ckpt, arguments.like, arguments.weights)
+    if crop is not None:
+        subject = dataclasses.replace(subject, description=subject.description | {"crop": crop})
     training = subject.description.get("training", {})
     out = _out(arguments.out, subject, name)
     precision = arguments.precision or training.get("precision") or "fp32"

@@ -51,7 +51,7 @@ Values = dict[str, dict[str, Any]]  # row -> layer -> what was found
 
 def main(argv: list[str]) -> int:
     """Arguments -> tokens of every layer -> probes -> report and figure. Returns the exit status."""
-    options = parser(__doc__ or "")
+    options = parser(__doc__ or "", crop=True)
     options.add_argument(
         "--images", type=int, default=IMAGES, metavar="N",
         help=f"training images at most; a fifth as many test images (default: {IMAGES:,})",

@@ -45,6 +45,7 @@ class Files:
         return len(self.ends)
 
     def relative(self, i: int) -> str:
+        """Name of file `i` as seen from `root`."""
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.buffer[start : self.ends[i]].tobytes())
 

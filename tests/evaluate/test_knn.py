@@ -47,6 +47,17 @@ def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_
     assert second["protocol"]["k"] == [10, 20]  # 100 and 200 are more than 36 images
 
 
+def test_another_crop_of_the_test_images_is_another_transform(make_run, script, report_of):
+    run, knn = make_run(), script("knn")
+    arguments = ["--ckpt", str(run), "--threads", "1", "--device", "cpu"]
+    for crop in ("0.5", "1.0"):
+        assert knn.main([*arguments, "--crop", crop, "--out", str(run / "evaluate" / f"{crop}.json")]) == 0
+    narrow, whole = report_of(run, "0.5"), report_of(run, "1.0")
+    assert narrow["protocol"]["transform"]["crop"] == 0.5 and whole["protocol"]["transform"]["crop"] == 1.0
+    keys = [json.loads(file.read_text()) for file in (run / "evaluate" / "cache").glob("*/complete.json")]
+    assert len(keys) == 8  # subject and untrained, two splits, two crops
+
+
 @pytest.mark.slow
 def test_two_processes_extract_together_and_report_what_one_does(make_run, run_script, report_of):
     run = make_run()
@@ -117,6 +128,7 @@ def test_each_mistake_is_one_refusal_and_nothing_is_written(make_run, script, tm
     refused("no such folder", "--data", tmp_path / "nowhere")
     refused("--device quantum", "--device", "quantum")
     refused("--workers and --seeds", "--seeds", -1)
+    refused("--crop 1.5: expected a share", "--crop", 1.5)
 
     flat = tmp_path / "flat"
     write_images(flat, 3)

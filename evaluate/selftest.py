@@ -1,0 +1,153 @@
+"""Whether this evaluation is the field's: DINO's published ViT-S/16, judged here, against the authors' own figures.
+
+    python evaluate/selftest.py                                       # says what would be done
+    python evaluate/selftest.py --weights FILE --data IMAGENET        # k-NN and the linear probe
+    python evaluate/selftest.py --weights FILE --data IMAGENET --only knn
+
+FILE: the weights as their authors publish them (dino_deitsmall16_pretrain.pth) or as timm does. IMAGENET: train/ and
+val/ of ImageNet-1k, a folder for each class. Each figure comes from the evaluation's own script, run as a user would,
+and has to lie within a tolerance of the published one; the exit status is 1 if one does not. Reports go to --out.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # `python evaluate/selftest.py` puts evaluate/ first, where `import common` fails
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import entry  # first: it sets what torch reads when it is imported
+
+# isort: split
+import argparse
+import shlex
+import subprocess
+from dataclasses import dataclass
+
+from common import report, subjects
+from common.data import Images, labelled_splits
+from common.errors import Refusal
+from common.protocol import Parser, alone
+
+MODEL = "timm:vit_small_patch16_224.dino"
+PARAMETERS = 21_665_664
+CLASSES, TRAIN, TEST = 1000, 1_281_167, 50_000  # of ImageNet-1k
+
+
+@dataclass(frozen=True)
+class Check:
+    """One published figure and how it is found here."""
+
+    script: str
+    words: tuple[str, ...]
+    kind: str  # of features
+    protocol: str
+    published: float  # percent
+    tolerance: float  # points
+    cost: str
+    habit: bool = False  # the authors report the epoch that is best on the test images; ours stands beside it
+
+    def command(self, given: argparse.Namespace) -> list[str]:
+        """The command line, to which the data and the weights belong."""
+        shared = ["--ckpt", MODEL, "--weights", given.weights or "FILE", "--data", given.data or "IMAGENET"]
+        shared += ["--out", str(Path(given.out) / f"{self.script}.json"), "--workers", str(given.workers)]
+        shared += ["--device", given.device] if given.device else []
+        return [str(Path(__file__).with_name(f"{self.script}.py")), *shared, *self.words]
+
+
+# 224 of 256 pixels: timm's description of these weights says 0.9, the authors' evaluation has 0.875
+CROP = ("--crop", "0.875")
+CHECKS = {
+    "knn": Check(
+        "knn", (*CROP, "--k", "20"), "class", "knn/dino", 74.5, 0.3, "one pass over 1.3 million images"
+    ),
+    "linear": Check(
+        "linear", (*CROP, "--protocol", "dino", "--augment"), "chosen", "linear/dino+augment", 77.0, 0.5,
+        "100 passes over 1.3 million crops: hours on a GPU; nine tenths of the images train the head", habit=True,
+    ),
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Arguments -> each evaluation's own script -> verdicts. Returns the exit status."""
+    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = options.add_argument
+    add("--weights", metavar="FILE", help="of DINO's ViT-S/16")
+    add("--data", metavar="SPEC", help="ImageNet-1k: a folder with train/ and val/, or hf:NAME")
+    add("--only", choices=list(CHECKS), help="one of the checks")
+    add("--out", metavar="DIR", default="runs/selftest", help="where the reports go (default: runs/selftest)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
+    given = options.parse_args(argv)
+    if not alone("the self-test"):
+        return 0
+    checks = [check for name, check in CHECKS.items() if given.only in (None, name)]
+    if given.weights is None:
+        print(plan(checks, given))
+        return 0
+    model = subjects.find(MODEL, weights=given.weights).backbone().model
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if found != PARAMETERS:
+        raise Refusal(f"--weights {given.weights}: {found:,} parameters, and DINO's ViT-S/16 has {PARAMETERS:,}")
+    print(f"weights     {given.weights}: every tensor of ViT-S/16 is there, {found:,} parameters", flush=True)
+    if given.data is None:
+        raise Refusal(
+            "--data is missing: the published figures are of ImageNet-1k; expected a folder with its train/ and val/"
+        )
+    refuse_others(*labelled_splits(given.data, None)[:2], given.data)
+    verdicts = [judged(check, given) for check in checks]
+    print("\n" + "\n".join(line for line, _ in verdicts))
+    return 0 if all(passed for _, passed in verdicts) else 1
+
+
+def plan(checks: list[Check], given: argparse.Namespace) -> str:
+    """What would be done, in words."""
+    lines = ["nothing was checked: --weights is missing. What would be:", ""]
+    lines += [f"weights     DINO's ViT-S/16 (arXiv 2104.14294), {PARAMETERS:,} parameters: --weights FILE"]
+    lines += [f"data        ImageNet-1k, {TRAIN:,} training and {TEST:,} validation images: --data IMAGENET"]
+    for check in checks:
+        lines += [
+            f"{check.script:<11} {check.published} ± {check.tolerance} % expected ({check.cost}):",
+            f"            {shlex.join(['python', *check.command(given)])}",
+        ]
+    return "\n".join(lines)
+
+
+def refuse_others(train: Images, test: Images, spec: str) -> None:
+    """Raises Refusal unless these are ImageNet-1k's splits: its figures mean nothing on other images."""
+    found = len(train.classes or ()), len(train), len(test)
+    if found != (CLASSES, TRAIN, TEST):
+        raise Refusal(
+            f"--data {spec} has {found[0]:,} classes, {found[1]:,} training and {found[2]:,} test images: the "
+            f"published figures are of ImageNet-1k, which has {CLASSES:,}, {TRAIN:,} and {TEST:,}"
+        )
+
+
+def judged(check: Check, given: argparse.Namespace) -> tuple[str, bool]:
+    """(a line, whether the figure is the published one) of a check, which is run now. Raises Refusal if it fails."""
+    command = check.command(given)
+    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
+    status = subprocess.run([sys.executable, *command], check=False).returncode
+    if status:
+        raise Refusal(f"{check.script}.py ended with status {status}, see above: nothing is known of its figure")
+    content, _ = report.read(Path(given.out) / f"{check.script}.json")
+    found = content["values"]["subject"][check.kind]
+    share = found["best_on_test"]["accuracy"] if check.habit else found["accuracy"]
+    return verdict(check, content["protocol"]["id"], share)
+
+
+def verdict(check: Check, protocol: str, accuracy: float) -> tuple[str, bool]:
+    """(a line, whether the figure is the published one). Raises Refusal for that of another protocol."""
+    if protocol != check.protocol:
+        raise Refusal(f"the report is of protocol {protocol}, and {check.published} of {check.protocol}")
+    away = 100 * accuracy - check.published
+    passed = abs(away) <= check.tolerance
+    words = "as published" if passed else "NOT as published"
+    return (
+        f"{check.script:<7} {100 * accuracy:.2f} %, published {check.published} ± {check.tolerance}: {words} "
+        f"({away:+.2f})",
+        passed,
+    )
+
+
+if __name__ == "__main__":
+    entry(main)()
