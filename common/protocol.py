@@ -56,7 +56,7 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False) -> P
     usual = precision or "as trained"
     add("--precision", choices=list(DTYPES), default=precision, help=f"of the backbone (default: {usual})")
     if crop:
-        add("--crop", type=float, metavar="SHARE", help="of the short side that is shown; 0.875 is 224 of 256 pixels, as "
+        add("--crop", type=float, metavar="SHARE", help="of the short side that is shown: 0.875, 224 of 256 pixels, is "
             "DINO's, DINOv2's and MAE's (default: as the checkpoint says; timm says 0.9 of many)")  # fmt: skip
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")

@@ -25,6 +25,7 @@ from .metrics import wilson
 from .protocol import LABELS, Evaluation
 
 FORMAT = 1  # of reports; those written before there was a number read as 1
+CHOSEN = "chosen"  # the kind of features of a protocol in which several compete for one number
 WILSON = "95 %, Wilson, over test images; it covers neither seeds nor training"
 
 
@@ -175,7 +176,7 @@ def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:
 def ordered(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     """(row, kind, entry) of a report's values, in the order of a table."""
     for row in LABELS:
-        for kind in (*KINDS, "pixels"):
+        for kind in (CHOSEN, *KINDS, "pixels"):
             if kind in values.get(row, {}):
                 yield row, kind, values[row][kind]
 

@@ -35,10 +35,8 @@ from common.probe_views import batches, view
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
 from common.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
 from common.regression import solved
-from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.tracking import clock
-
-CHOSEN = "chosen"  # the kind of features of a protocol in which several compete
 
 
 def main(argv: list[str]) -> int:
@@ -232,7 +230,7 @@ def shown(values: Mapping[str, Any], size: Sequence[int], protocol: Protocol, no
         "difference",
     ]
     rows, edges = [], []
-    for row, kind, found in in_order(values):
+    for row, kind, found in ordered(values):
         names = "/".join(dict.fromkeys(found["features"])) if kind == CHOSEN else kind_name(row, kind, size)
         label = [LABELS[row], names]
         tried = ["/".join(f"{each:g}" for each in sorted(set(found[name]))) for name in ("rate", "epoch")[: 1 + epochs]]
@@ -244,14 +242,6 @@ def shown(values: Mapping[str, Any], size: Sequence[int], protocol: Protocol, no
     if edges:
         told.append(f"the largest learning rate was chosen for {', '.join(edges)}: larger --rates may do better")
     return "\n".join([table(header, rows), *told, *notes])
-
-
-def in_order(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(row, kind, entry) in the order of the table."""
-    for row in LABELS:
-        if CHOSEN in values.get(row, {}):
-            yield row, CHOSEN, values[row][CHOSEN]
-        yield from ordered({row: values.get(row, {})})
 
 
 if __name__ == "__main__":
