@@ -45,9 +45,9 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False) -> P
     script."""
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="RUN|FILE|random|timm:NAME", help="what is judged")
+    add("--ckpt", required=True, metavar="RUN|FILE|random|pixels|timm:NAME", help="what is judged")
     add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
-    add("--like", metavar="RUN|RECIPE", help="architecture of `random` (default: the quickstart recipe)")
+    add("--like", metavar="RUN|RECIPE", help="architecture of `random`, size of `pixels` (default: quickstart's)")
     add("--data", metavar="SPEC", help="images, labelled but for layers (default: what the run was trained on)")
     add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
     add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="of baselines and heads (default: 0)")
@@ -138,6 +138,11 @@ class Evaluation:
         return self.subject.description.get("crop", 0.875)
 
     @property
+    def raw(self) -> bool:
+        """Whether raw pixels alone are judged."""
+        return bool(self.arguments.ckpt == subjects.RAW)
+
+    @property
     def seeds(self) -> list[int]:
         """Seeds, as given."""
         return list(dict.fromkeys(self.arguments.seeds))
@@ -157,7 +162,9 @@ class Evaluation:
         rows: list[tuple[str, Subject, int | None]] = [
             ("random", self.subject.untrained(), seed) for seed in self.seeds
         ]
-        if self.subject.state is not None:
+        if self.raw:
+            rows = []
+        elif self.subject.state is not None:
             rows.insert(0, ("subject", self.subject, None))
         if collectives.processes() > 1:  # all at once, so that nobody waits for the first one's answers
             for row in rows:
@@ -246,16 +253,19 @@ def begin(
     *,
     device: torch.device | None = None,
     quiet: bool = False,
+    raw: bool = False,
     splits: Callable[[str, str | None], tuple[Images, Images, str]] = labelled_splits,
 ) -> Evaluation:
     """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be.
 
-    `splits`: (spec, root) -> (training images, test images, note); for what needs no labels, one that asks for none.
+    `raw`: whether --ckpt pixels can be judged, too. `splits`: (spec, root) -> (training images, test images, note); for what needs no labels, one that asks for none.
     """
     threads, _ = set_threads(arguments.threads)
     if arguments.workers < 0 or min(arguments.seeds) < 0:
         raise Refusal("--workers and --seeds: expected numbers from 0")
     device = device or chosen_device(arguments.device)
+    if arguments.ckpt == subjects.RAW and not raw:
+        raise Refusal(f"--ckpt pixels: raw pixels have no backbone, which {name} needs; use knn, linear or fewshot")
     crop = getattr(arguments, "crop", None)
     if crop is not None and not 0 < crop <= 1:
         raise Refusal(f"--crop {crop}: expected a share of the short side, above 0 and up to 1")

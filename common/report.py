@@ -58,8 +58,8 @@ def write(
         "subject": {
             "name": job.subject.name,
             "ckpt": job.arguments.ckpt,
-            "model": {name: about[name] for name in ("name", "kwargs", "size", "mean", "std")},
-            "position": about["position"],
+            "model": {name: about[name] for name in ("name", "kwargs", "size", "mean", "std")} if not job.raw else None,
+            "position": about["position"] if not job.raw else None,
             "recipe": training.get("recipe"),
             "trained_on": training.get("data"),
             "audit": training.get("audit"),
@@ -158,7 +158,8 @@ def tell(job: Evaluation, what: str, table: str) -> None:
     about = job.subject.description
     position = "" if about["position"] == "full" else ", without position embedding"
     size = "x".join(map(str, about["size"]))
-    job.say(f"\n{what} of {job.subject.name} ({about['name']}, {size} px{position}) on {job.spec}")
+    whose = f"raw pixels ({size} px)" if job.raw else f"{job.subject.name} ({about['name']}, {size} px{position})"
+    job.say(f"\n{what} of {whose} on {job.spec}")
     if leak := leak_note(about):
         job.say(leak)
     job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")

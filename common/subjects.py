@@ -24,7 +24,7 @@ from .models import Backbone, ModelConfig, create
 from .plan import TokenPlan
 from .transforms import PRESETS, View
 
-RANDOM, TIMM = "random", "timm:"
+RANDOM, RAW, TIMM = "random", "pixels", "timm:"
 POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
 OF_CLASS_TOKENS = (
     "dino",
@@ -85,18 +85,26 @@ class Subject:
 
 
 def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subject:
-    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), or `timm:NAME`.
+    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `pixels` (in its
+    size), or `timm:NAME`.
 
-    `like`: a run, or a pretraining recipe, for `random`. `weights`: a local file with timm's weights for `timm:NAME`.
+    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with timm's weights for `timm:NAME`.
     Raises Refusal.
     """
-    if like is not None and ckpt != RANDOM:
-        raise Refusal(f"--like {like} names the architecture of --ckpt random, and --ckpt is {ckpt}: leave it out")
+    if like is not None and ckpt not in (RANDOM, RAW):
+        raise Refusal(
+            f"--like {like} names the architecture of --ckpt random, or the size of pixels, and --ckpt is {ckpt}: leave "
+            "it out"
+        )
     if weights is not None and not ckpt.startswith(TIMM):
         raise Refusal(f"--weights {weights} goes with --ckpt timm:NAME; give a checkpoint of poslabel as --ckpt FILE")
     if ckpt == RANDOM:
         description = _like(like or "quickstart")
         return Subject(RANDOM, description, None, Path("runs", f"random-{description['name']}", "evaluate"))
+    if ckpt == RAW:
+        description = _like(like or "quickstart")
+        size = "x".join(map(str, description["size"]))
+        return Subject(RAW, description, None, Path("runs", f"pixels-{size}", "evaluate"))
     if ckpt.startswith(TIMM):
         return _published(ckpt.removeprefix(TIMM), weights)
     backbone, _, description = checkpoint.load_backbone(ckpt)

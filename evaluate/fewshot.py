@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     """Arguments -> features -> draws -> report. Returns the exit status."""
     arguments = options().parse_args(argv)
     check(arguments)
-    job = begin("fewshot", arguments)
+    job = begin("fewshot", arguments, raw=True)
     draws, skipped = possible(job, arguments)
     together("low-shot evaluation")
     headline = HEADLINE if HEADLINE in draws else list(draws)[-1]

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     options = parser(__doc__ or "", crop=True)
     options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
     arguments = options.parse_args(argv)
-    job = begin("knn", arguments)
+    job = begin("knn", arguments, raw=True)
     ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
     together("k-NN")
     found: dict[str, dict[str, dict[int, list[float]]]] = {}

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """Arguments -> features -> heads -> report. Returns the exit status."""
     arguments = options().parse_args(argv)
     protocol = check(arguments)
-    job = begin("linear", arguments)
+    job = begin("linear", arguments, raw=True)
     if len(job.train) == len(job.classes):
         raise Refusal(
             f"data={job.spec} has one training image per class: expected two, to choose a learning rate on one"

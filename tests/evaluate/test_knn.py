@@ -58,6 +58,22 @@ def test_another_crop_of_the_test_images_is_another_transform(make_run, script, 
     assert len(keys) == 8  # subject and untrained, two splits, two crops
 
 
+def test_raw_pixels_alone(make_run, script, report_of, tmp_path, data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = make_run()
+    arguments = ["--threads", "1", "--device", "cpu", "--k", "5"]
+    assert script("knn").main(["--ckpt", str(run), *arguments]) == 0
+    like = ["--ckpt", "pixels", "--like", str(run), "--data", str(data)]
+    assert script("knn").main([*like, *arguments]) == 0
+    assert "k-NN accuracy (%) of raw pixels (8x8 px) on" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "runs/pixels-8x8/evaluate/knn.json").read_text())
+    assert alone["values"] == {"pixels": report_of(run, "knn")["values"]["pixels"]}
+    assert alone["weights_sha256"] is alone["subject"]["model"] is None
+    for other in ("layers", "finetune", "explain"):
+        with pytest.raises(Refusal, match=f"raw pixels have no backbone, which {other} needs"):
+            script(other).main([*like])
+
+
 @pytest.mark.slow
 def test_two_processes_extract_together_and_report_what_one_does(make_run, run_script, report_of):
     run = make_run()
