@@ -6,7 +6,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 import inspect
 import re
 import warnings
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,27 +137,29 @@ class Backbone(nn.Module):
     def layers(
         self,
         images: Tensor,
-        last: int,
+        last: int | Sequence[int],
         plan: TokenPlan | None = None,
         hidden: Tensor | None = None,
         masked: plain.Masked | None = None,
+        norm: bool = True,
     ) -> list[Features]:
         """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
-        to each of a plain ViT's and, elsewhere, where timm applies it. Raises ValueError if there are fewer blocks."""
+        to each of a plain ViT's and, elsewhere, where timm applies it. `last` may also be the blocks themselves, from
+        0 and increasing: those above the deepest are not run. norm=False: tokens as the blocks leave them.
+        Raises ValueError if there are fewer blocks."""
         plan = plan or TokenPlan("none" if self.without_position else "full")
         if images.dtype == torch.uint8:
             # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
             images = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
-        if isinstance(self.model, VisionTransformer) and last > len(self.model.blocks):
-            raise ValueError(f"{self.config.name} has {len(self.model.blocks)} blocks; {last} were asked for")
+        wanted = self._wanted(last) if isinstance(self.model, VisionTransformer) else []
         if not self.plain and (masked is not None or not plan.whole):
             raise ValueError(f"{self.config.name} runs whole grids only, and takes no mask token")
         if isinstance(self.model, SpVit):
-            deep = self.model.run(images, last, position=plan.position == "full")
+            deep = self.model.run(images, wanted, plan.position == "full", norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, P, grid in deep]
         if isinstance(self.model, VisionTransformer):
             P = self.model.num_prefix_tokens
-            outputs = plain.run(self.model, images, last, plan, hidden, masked)
+            outputs = plain.run(self.model, images, wanted, plan, hidden, masked, norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
         if (plan.position == "none") != self.without_position and not self.indifferent:
             raise ValueError(
@@ -165,10 +167,20 @@ class Backbone(nn.Module):
                 f"{'without' if self.without_position else 'with'} position"
             )
         options: dict[str, Any] = {"return_prefix_tokens": True} if self.tells_prefix else {}
+        if not isinstance(last, int):
+            last, options = list(last), options | {"stop_early": True}
         maps = self.model.forward_intermediates(
-            images, indices=last, norm=True, output_fmt="NCHW", intermediates_only=True, **options
+            images, indices=last, norm=norm, output_fmt="NCHW", intermediates_only=True, **options
         )
         return [_from_map(plan, *output) if isinstance(output, tuple) else _from_map(plan, output) for output in maps]
+
+    def _wanted(self, last: int | Sequence[int]) -> list[int]:
+        """Blocks of a plain ViT, from 0, that `layers` is asked for."""
+        depth = len(self.model.blocks)
+        wanted = list(range(depth - last, depth) if isinstance(last, int) else last)
+        if not wanted or wanted[0] < 0 or wanted[-1] >= depth or sorted(set(wanted)) != wanted:
+            raise ValueError(f"{self.config.name} has {depth} blocks; {last} were asked for")
+        return wanted
 
     def prepare(self, plans: Set[PlanSpec]) -> None:
         """Tell the backbone which plans its passes will use, before it is trained.

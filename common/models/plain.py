@@ -4,7 +4,7 @@ timm's own forward cannot run a part of the grid: gathered tokens do not survive
 N = h*w patches, K of them kept, P prefix tokens, T = P + K tokens, S keys, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ Masked = tuple[Tensor, Tensor]  # which patches are masked, (B, N) bool, and the
 def run(
     model: Any,
     images: Tensor,
-    last: int,
+    wanted: Sequence[int],
     plan: TokenPlan,
     hidden: Tensor | None = None,
     masked: Masked | None = None,
+    norm: bool = True,
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """(final-norm tokens (B, T, D), grid) of each of the `last` blocks; prefix tokens are always kept and always keys.
+    """(tokens (B, T, D), grid) of each of the `wanted` blocks, counted from 0 and shallowest first; the final norm is
+    applied to each if `norm`. Prefix tokens are always kept and always keys; blocks above the deepest are not run.
 
     `hidden` (D,): what stands for a hidden position embedding, with position "partial" (DropPos, arXiv 2309.03576).
     `masked`: patches that are not shown (iBOT, arXiv 2111.07832); their position embeddings are.
@@ -51,8 +53,10 @@ def run(
             tokens = checkpoint(_block, block, tokens, where, use_reentrant=False)
         else:
             tokens = _block(block, tokens, where)
-        if i >= len(model.blocks) - last:
-            yield model.norm(tokens), grid
+        if i in wanted:
+            yield model.norm(tokens) if norm else tokens, grid
+        if i == wanted[-1]:
+            return
 
 
 def embed(

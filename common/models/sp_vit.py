@@ -250,13 +250,18 @@ class SpVit(LvVit):
                 tokens = block(tokens, where, position)
             yield tokens, int(i >= self.local_blocks), grid
 
-    def run(self, images: Tensor, last: int, position: bool = True) -> Iterator[tuple[Tensor, int, Grid]]:
-        """(tokens (B, P+N, D) after the final norm, P, grid) of each of the `last` blocks; P is 0 before the class
-        token joins. position=False: no position embedding, no prior and no convolution; what is left is what the zeros
-        around the image tell in the stem."""
+    def run(
+        self, images: Tensor, wanted: Sequence[int], position: bool = True, norm: bool = True
+    ) -> Iterator[tuple[Tensor, int, Grid]]:
+        """(tokens (B, P+N, D), P, grid) of each of the `wanted` blocks, counted from 0 and shallowest first, the final
+        norm applied if `norm`; P is 0 before the class token joins, and blocks above the deepest are not run.
+        position=False: no position embedding, no prior and no convolution; what is left is what the zeros around the
+        image tell in the stem."""
         for i, (tokens, P, grid) in enumerate(self._layers(images, position)):
-            if i >= len(self.blocks) - last:
-                yield self.norm(tokens), P, grid
+            if i in wanted:
+                yield self.norm(tokens) if norm else tokens, P, grid
+            if i == wanted[-1]:
+                return
 
     def forward_features(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, box: Box = NO_BOX) -> Tensor:
         """As LvVit's. Raises ValueError for a mask: before the class token joins it would fit no block."""

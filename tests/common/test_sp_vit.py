@@ -209,7 +209,7 @@ def test_nothing_tells_a_token_its_place_when_position_is_none() -> None:
 
     def tokens(of_patches: Tensor, position: bool) -> Tensor:
         model.patch_embed.forward = lambda images: of_patches
-        return next(iter(model.run(x, 1, position)))[0].detach()
+        return next(iter(model.run(x, [len(model.blocks) - 1], position)))[0].detach()
 
     for position, same in ((False, True), (True, False)):
         straight, permuted = tokens(patches, position), tokens(patches[:, order], position)
@@ -220,13 +220,14 @@ def test_nothing_tells_a_token_its_place_when_position_is_none() -> None:
 def test_layers_and_intermediates_agree_and_know_when_the_class_token_joins() -> None:
     model, x = make(img_size=(48, 80)).double().eval(), images(48, 80)
     by_hand.redraw(model)
-    runs = list(model.run(x, 3))
+    runs = list(model.run(x, [0, 1, 2]))
     assert [(tuple(tokens.shape), P, grid) for tokens, P, grid in runs] == [
         ((2, 15, 12), 0, (3, 5)),
         ((2, 15, 12), 0, (3, 5)),
         ((2, 16, 12), 1, (3, 5)),
     ]
-    assert len(list(model.run(x, 2))) == 2
+    (alone,) = model.run(x, [1], norm=False)
+    assert torch.equal(model.norm(alone[0]), runs[1][0])
     final, pairs = model.forward_intermediates(x, return_prefix_tokens=True, norm=True)
     assert torch.equal(final, runs[-1][0])
     for (maps, prefix), (tokens, P, _) in zip(pairs, runs, strict=True):
