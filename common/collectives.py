@@ -48,6 +48,15 @@ def largest(x: Tensor) -> Tensor:
     return _reduced(x, dist.ReduceOp.MAX) if processes() > 1 else x.detach()
 
 
+@torch.no_grad()
+def take_buffers(module: torch.nn.Module) -> None:
+    """Every process takes over the first one's buffers: a BatchNorm's statistics are of what a process has seen, and a
+    model that several processes judge has to be the same in all."""
+    if processes() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gathered(x: Tensor) -> Tensor:
     """The rows of all R processes in the order of their ranks, (n, ...) -> (R*n, ...), with gradient; every process has
     n of them. `x` itself where there is one process.

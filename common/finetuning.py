@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint, ema, mixing, subjects
+from . import checkpoint, collectives, ema, mixing, subjects
 from .errors import Refusal
 from .features import digest, shown
 from .finetune_options import FinetuneConfig, num_steps, rate_of
@@ -337,6 +337,7 @@ def _run(
 
     def look(step: int) -> dict[str, float | str]:
         judged = {"raw": task.classifier} | ({"ema": task.average} if task.average is not None else {})
+        collectives.take_buffers(task)  # a BatchNorm in the stem
         shares, images_of = judge(judged, job, accelerator)
         for earlier in training.history:
             earlier.pop("images", None)

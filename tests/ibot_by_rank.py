@@ -120,6 +120,10 @@ def told(rank: int) -> dict[str, Any]:
         "gathered": together.tolist(),
         "gradient": leaf.grad.tolist(),  # type: ignore[union-attr]
     }
+    norm = torch.nn.BatchNorm1d(2)
+    norm(10.0 * rank + torch.eye(2))
+    collectives.take_buffers(norm)
+    found["statistics"] = [norm.running_mean.tolist(), norm.num_batches_tracked.item()]  # type: ignore[union-attr,operator]
     if rank == 1:  # the other one does not have to come along
         with collectives.alone(), collectives.alone():
             same = [f(x) is x or torch.equal(f(x), x) for f in (collectives.total, collectives.largest)]

@@ -28,6 +28,7 @@ def test_two_processes() -> None:
         assert found["flags"] == found["any"] == [True, True, False]
         assert found["gathered"] == rows + [[value + 10 for value in row] for row in rows]
         assert found["untouched"]
+        assert found["statistics"] == [pytest.approx([0.05, 0.05]), 1]  # the first one's: 0.1 of a mean of 0.5
 
 
 def test_gathered_rows_hear_the_losses_of_all() -> None:
