@@ -6,13 +6,14 @@ Attention is read where it is applied: by hooks on `attn_drop`, with `fused_attn
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import lrp
 from .errors import Refusal
 from .models import Backbone, Features
 from .plan import TokenPlan
@@ -31,6 +32,7 @@ class Attended:
     features: Features
     pooled: Tensor  # (B, D), what stands for an image
     score: Tensor | None  # (B,)
+    relevances: list[Tensor] = field(default_factory=list)  # of the score, as gradients; empty without rules for them
 
 
 def pool(features: Features, pooling: str) -> Tensor:
@@ -41,16 +43,23 @@ def pool(features: Features, pooling: str) -> Tensor:
 def attend(
     backbone: Backbone, images: Tensor, plan: TokenPlan | None = None, pooling: str = "mean", score: Score | None = None
 ) -> Attended:
-    """Run `backbone`, in eval mode, on images (B, C, H, W) and keep every attention; with `score`, its gradients too.
+    """Run `backbone`, in eval mode, on images (B, C, H, W) and keep every attention; with `score`, its gradients too,
+    and its relevance (lrp.py) unless that is `unsupported` or the plan takes patches away.
 
     A block that has no prefix tokens yet (SP-ViT's first ones) is given rows and columns of zeros for them. Raises
     Refusal for a backbone whose blocks are none of a plain ViT's.
     """
     was_training = backbone.training
     seen: list[Tensor] = []
+    relevances: list[Tensor] = []
     backbone.eval()
     try:
-        with _watched(backbone, seen), torch.set_grad_enabled(score is not None):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_watched(backbone, seen))
+            stack.enter_context(torch.set_grad_enabled(score is not None))
+            recorded = None
+            if score is not None and (plan is None or plan.whole) and unsupported(backbone) is None:
+                recorded = stack.enter_context(lrp.recording(backbone.model))
             if score is not None:  # a backbone whose weights are frozen has gradients, too
                 if images.dtype == torch.uint8:
                     images = (images.float() / 255 - backbone.mean) / backbone.std
@@ -61,6 +70,8 @@ def attend(
             gradients: Sequence[Tensor] = ()
             if scores is not None:  # images do not meet in eval mode: the sum's gradient is each one's own
                 gradients = torch.autograd.grad(scores.sum(), seen, allow_unused=True, materialize_grads=True)
+            if score is not None and recorded is not None:
+                relevances = lrp.relevances(backbone.model, recorded, _start(features, pooling, score))
     finally:
         backbone.train(was_training)
     T = max(probabilities.shape[-1] for probabilities in seen)
@@ -70,7 +81,23 @@ def attend(
         features,
         pooled.detach(),
         None if scores is None else scores.detach(),
+        relevances,
     )
+
+
+def unsupported(backbone: Backbone) -> str | None:
+    """Why there is no transformer attribution for `backbone`; None if there is."""
+    reason = lrp.unsupported(backbone.model)
+    return reason and f"{backbone.config.name} has no transformer attribution: {reason}"
+
+
+def _start(features: Features, pooling: str, score: Score) -> Tensor:
+    """(B, T, D): relevance of the final tokens."""
+    P = features.prefix.shape[1]
+    tokens = torch.cat([features.prefix, features.tokens], 1).detach().requires_grad_(True)
+    pooled = pool(replace(features, prefix=tokens[:, :P], tokens=tokens[:, P:]), pooling)
+    (slope,) = torch.autograd.grad(score(pooled).sum(), tokens)
+    return lrp.start(tokens.detach(), slope)
 
 
 @contextlib.contextmanager
@@ -139,11 +166,13 @@ def _identity(heads: Tensor) -> Tensor:
 
 def attributions(attended: Attended, pooling: str) -> dict[str, Tensor]:
     """{method: (B, N)}, higher is more relevant: the last block's attention, rollout and, after a pass with a score,
-    gradient x attention."""
+    gradient x attention and, where it is supported, transformer attribution."""
     P = attended.features.prefix.shape[1]
     maps = {"attention": attended.probabilities[-1].mean(1), "rollout": rollout(attended.probabilities)}
     if attended.gradients:
         maps["gradient x attention"] = generic(attended.probabilities, attended.gradients)
+    if attended.relevances:
+        maps["transformer attribution"] = lrp.attribution(attended.gradients, attended.relevances)
     return {name: to_patches(relevance, P, pooling) for name, relevance in maps.items()}
 
 

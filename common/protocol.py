@@ -258,7 +258,8 @@ def begin(
 ) -> Evaluation:
     """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be.
 
-    `raw`: whether --ckpt pixels can be judged, too. `splits`: (spec, root) -> (training images, test images, note); for what needs no labels, one that asks for none.
+    `raw`: whether --ckpt pixels can be judged, too. `splits`: (spec, root) -> (training images, test images, note); for
+    what needs no labels, one that asks for none.
     """
     threads, _ = set_threads(arguments.threads)
     if arguments.workers < 0 or min(arguments.seeds) < 0:

@@ -41,12 +41,14 @@ def write(
 ) -> None:
     """Write the report of `job` to its `out`, in one piece; `judged` test images were classified.
 
+    protocol: at least its "id", and by what its heads were chosen, "selection".
     values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels.
     outcomes: {row: {kind: (S, K, ...)}}, of S seeds and K test images, which ones says `index` (K,): for an accuracy
     whether each was right, bool; for an mIoU (S, K, C, 3) counts of pixels: intersection, predicted, labelled. They go
     into NAME.outcomes.npz beside the report, so that runs can be compared image by image. `interval`: what those in
     `values` are.
     """
+    assert {"id", "selection"} <= protocol.keys()
     about, training = job.subject.description, job.subject.description.get("training", {})
     transform = {"name": "evaluation", "size": about["size"], "crop": job.crop, "interpolation": "bicubic"}
     state = job.subject.state

@@ -88,8 +88,8 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subj
     """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `pixels` (in its
     size), or `timm:NAME`.
 
-    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with timm's weights for `timm:NAME`.
-    Raises Refusal.
+    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with timm's weights for
+    `timm:NAME`. Raises Refusal.
     """
     if like is not None and ckpt not in (RANDOM, RAW):
         raise Refusal(

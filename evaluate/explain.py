@@ -3,10 +3,11 @@
     python evaluate/explain.py --ckpt runs/quickstart-001
     python evaluate/explain.py --ckpt runs/quickstart-001 --images 12 --seed 1 --target class
 
-Draws into RUN/evaluate/explain/: maps.png (attention of what stands for the image, rollout, gradient x attention, and
-patch features as colours), heads.png (attention by head), neighbors.png and deletion.png; and TensorBoard images if the
-run has tb/. Attributions are of the cosine between an image's feature and the mean of its neighbours' in the training
-images, both seen from the mean feature; with --target class, of the class that ridge regression finds.
+Draws into RUN/evaluate/explain/: maps.png (attention of what stands for the image, rollout, gradient x attention, for
+ViT, DeiT and LV-ViT transformer attribution, and patch features as colours), heads.png (attention by head),
+neighbors.png and deletion.png; and TensorBoard images if the run has tb/. Attributions are of the cosine between an
+image's feature and the mean of its neighbours' in the training images, both seen from the mean feature; with --target
+class, of the class that ridge regression finds.
 
 They are judged: where the patches that matter go first, the score should fall faster than where random ones do. The
 curves, their areas and the gap to random, with an interval over images, are printed and written to explain.json.
@@ -23,7 +24,7 @@ from common.launch import entry  # first: it sets what torch reads when it is im
 
 # isort: split
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,8 @@ from common.attribution import SHARES, Score, attend, attributions, components, 
 from common.checkpoint import write_atomically
 from common.data import Images, labelled_splits
 from common.errors import Refusal
-from common.features import extract, shown
+from common.feature_cache import cached
+from common.features import Part, cache_key, extract_parts, shown
 from common.metrics import accuracy
 from common.models import Backbone
 from common.protocol import Evaluation, alone, any_splits, begin, parser
@@ -57,11 +59,13 @@ DRAWS = 5  # random orders of deletion
 BATCH = 32  # images whose gradients are in memory at a time
 TARGETS = ("neighbors", "class")
 CELL, GAP, DPI = 112, 6, 110  # pixels of an image on a sheet, between two, and in an inch
-BLUE, ORANGE, GREEN, GREY, INK = "#0072b2", "#d55e00", "#009e73", "#6e6e6e", "#222222"  # told apart by everyone
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # told apart by everyone
+GREY, INK = "#6e6e6e", "#222222"
 CURVES = {
     "attention": (BLUE, "o"),
     "rollout": (GREEN, "s"),
     "gradient x attention": (ORANGE, "^"),
+    "transformer attribution": (PURPLE, "D"),
     "random": (GREY, ""),
 }
 
@@ -89,6 +93,7 @@ def main(argv: list[str]) -> int:
             f"{NEIGHBORS}, to find neighbours among, and 2"
         )
     backbone = job.subject.backbone(seed).to(job.device)
+    left_out = attribution.unsupported(backbone)
     looked = look(job, backbone)
     found, curves = fidelity(job, backbone, looked)
     folder = job.out.parent / job.out.stem
@@ -105,11 +110,13 @@ def main(argv: list[str]) -> int:
         "deleted": list(SHARES),
         "replaced_by": "mean colour of the image",
         "random_draws": DRAWS,
-        "interval_of_gap": "95 %, normal, paired over images",
+        "selection": "none",
+        "left_out": left_out,
     }
     row = "random" if job.subject.state is None else "subject"
-    write(job, protocol, {row: {"deletion": found}}, len(looked.images))
-    tell(job, found, looked.said, folder, noted)
+    gap = "95 %, normal, of the gap to random deletion, paired over images"
+    write(job, protocol, {row: {"deletion": found}}, len(looked.images), interval=gap)
+    tell(job, found, looked.said, left_out, folder, noted)
     return 0
 
 
@@ -142,9 +149,7 @@ def look(job: Evaluation, backbone: Backbone) -> Looked:
     """Features of the references, then the images, their neighbours and attributions."""
     about, plan = job.subject.description, job.subject.plan
     kind = pooling_of(job, backbone)
-    job.say(f"features of {len(job.train):,} training images, to find neighbours among")
-    seen = extract(backbone, plan, job.train, device=job.device, workers=job.arguments.workers, warn=job.say)
-    references = {"pooled": seen[kind].to(job.device), "index": seen["index"]}
+    references = references_of(job, backbone, kind)
     batches = list(
         shown(job.test, job.size, job.crop, len(about["mean"]), batch_size=BATCH, workers=job.arguments.workers)
     )
@@ -166,6 +171,21 @@ def look(job: Evaluation, backbone: Backbone) -> Looked:
     joined = {name: torch.cat([part[name] for part in maps]) for name in maps[0]}
     parts = torch.cat(tokens[: -(-k // BATCH)])[:k], torch.cat(heads)[:k]
     return Looked(images, index, pooled, *parts, joined, references, near, target, said, kind == "class")
+
+
+def references_of(job: Evaluation, backbone: Backbone, kind: str) -> dict[str, Tensor]:
+    """Features of the training images, pooled and index, (M, D) and (M,): from the cache of all evaluations."""
+    plan = job.subject.plan
+    settings: dict[str, Any] = {"device": job.device, "precision": job.precision}
+
+    def extract(parts: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
+        job.say(f"features of {len(job.train):,} training images, to find neighbours among")
+        workers = job.arguments.workers
+        return extract_parts(backbone, plan, job.train, parts, workers=workers, seen=seen, **settings)
+
+    key = cache_key(backbone, plan, job.train, **settings)
+    found = cached(job.out.parent / "cache", key, job.train, extract, job.say)
+    return {"pooled": found[kind].to(job.device), "index": found["index"]}
 
 
 def pooling_of(job: Evaluation, backbone: Backbone) -> str:
@@ -307,7 +327,9 @@ def mosaic(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: s
     step = CELL + GAP
     width, height = len(titles) * step + GAP, len(rows) * step
     lines = textwrap.wrap(about, max(40, width // 6))
-    head = 34 + 14 * len(lines) + 24  # pixels
+    words = [textwrap.wrap(word, 16) for word in titles]
+    above = 12 + 12 * max(map(len, words))  # pixels of the column titles
+    head = 34 + 14 * len(lines) + above
     canvas = np.ones((head + height, width, 3), np.float32)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
@@ -318,8 +340,9 @@ def mosaic(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: s
     text = partial(figure.text, va="top", color=INK)
     text(GAP / width, 1 - 8 / total, title, size=11, weight="bold")
     text(GAP / width, 1 - 30 / total, "\n".join(lines), size=7.5, color=GREY, linespacing=1.25)
-    for j, word in enumerate(titles):
-        text((GAP + j * step + CELL / 2) / width, 1 - (head - 16) / total, word, size=8, ha="center")
+    for j, parts in enumerate(words):
+        place = (GAP + j * step + CELL / 2) / width, 1 - (head - 8) / total
+        figure.text(*place, "\n".join(parts), size=8, ha="center", va="baseline", color=INK, linespacing=1.1)
     return figure
 
 
@@ -328,8 +351,8 @@ def falling(found: Mapping[str, Any], curves: Mapping[str, Tensor], title: str, 
     figure = Figure((6.4, 4.0), dpi=DPI, layout="constrained")
     axes: Axes = figure.subplots()
     percent = [100 * share for share in SHARES]
-    for name, (colour, marker) in CURVES.items():
-        curve = curves[name]
+    for name in (name for name in CURVES if name in curves):
+        (colour, marker), curve = CURVES[name], curves[name]
         mean, half = curve.mean(0), 1.96 * curve.std(0) / len(curve) ** 0.5
         label = f"{name}, area {found[name]['area']:.3f}"
         axes.plot(percent, mean, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
@@ -364,8 +387,10 @@ def tensorboard(job: Evaluation, sheets: Mapping[str, Figure]) -> bool:
     return True
 
 
-def tell(job: Evaluation, found: Mapping[str, Any], target: str, folder: Path, noted: bool) -> None:
-    """The areas, and whether each attribution is better than chance."""
+def tell(
+    job: Evaluation, found: Mapping[str, Any], target: str, left_out: str | None, folder: Path, noted: bool
+) -> None:
+    """The areas, whether each attribution is better than chance, and why one is missing."""
     lines = []
     for name, values in found.items():
         if name == "random":
@@ -376,6 +401,8 @@ def tell(job: Evaluation, found: Mapping[str, Any], target: str, folder: Path, n
         lines.append([name, verdict, f"{values['area']:.3f}", f"{values['gap']:+.3f}", f"{low:+.3f} to {high:+.3f}"])
     header = ["deleted first", "than random", "area", "below random", "95 %"]
     job.say(f"\nscore: {target}; {job.note}\n\n{table(header, lines)}")
+    if left_out is not None:
+        job.say(f"\n{left_out}")
     job.say(f"\nsheets: {folder}{' and TensorBoard' if noted else ''}\nreport: {job.out}")
 
 

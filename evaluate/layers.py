@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
             "features": "mean patch token",
             "similarity": "cosine",
         },
+        "selection": "none, but for the learning rate of the position probe",
         "norm": "the final norm after every block of a plain ViT, after the last stage elsewhere",
         "notes": notes,
     }

@@ -134,9 +134,13 @@ def test_the_only_patch_that_says_anything_is_found(name, pooling):
         without, with_it = (attribution.pool(backbone(batch, plan), pooling) for batch in (blank, planted))
     direction = F.normalize((with_it - without).mean(0), dim=0)  # a linear target that this patch decides
     attended = attend(backbone, planted, plan, pooling, lambda pooled: pooled @ direction)
-    relevance = attributions(attended, pooling)["gradient x attention"]
-    found, at = relevance.argmax(1), torch.arange(h * w)
-    assert torch.maximum((found // w - at // w).abs(), (found % w - at % w).abs()).max() <= int(stem)
+    maps = attributions(attended, pooling)
+    methods = {"gradient x attention"}
+    if name in ("vit", "deit, distilled", "vit, registers", "vit, no class token"):
+        methods.add("transformer attribution")  # of random weights behind a stem of random weights it is not so sharp
+    for method in methods:
+        found, at = maps[method].argmax(1), torch.arange(h * w)
+        assert torch.maximum((found // w - at // w).abs(), (found % w - at % w).abs()).max() <= int(stem), method
 
 
 def test_windows_are_no_attention_of_all_to_all():

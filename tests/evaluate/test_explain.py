@@ -1,5 +1,7 @@
 """evaluate/explain.py: sheets and report as a user gets them, targets, and one line for each mistake."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pictures import write_images
 from PIL import Image
 
+from common import checkpoint
 from common.errors import Refusal
+from common.models import ModelConfig, create
 
+TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CALM = ["--threads", "1", "--device", "cpu"]
 SHEETS = ("maps", "heads", "neighbors", "deletion")
-METHODS = ("attention", "rollout", "gradient x attention")
+METHODS = ("attention", "rollout", "gradient x attention", "transformer attribution")
 
 
 def test_sheets_curves_and_report(make_run, script, report_of, capsys):
@@ -32,10 +37,36 @@ def test_sheets_curves_and_report(make_run, script, report_of, capsys):
         assert found[method]["gap"] == pytest.approx(found["random"]["area"] - found[method]["area"], abs=1e-6)
     assert report["protocol"]["target"] == "neighbors" and report["seeds"] == [1]
     sizes = {name: Image.open(run / "evaluate" / "explain" / f"{name}.png").size for name in SHEETS}
-    assert sizes["maps"][0] == 6 + 5 * 118 and sizes["heads"][0] == 6 + 3 * 118 and sizes["neighbors"][0] == 6 + 9 * 118
+    assert sizes["maps"][0] == 6 + 6 * 118 and sizes["heads"][0] == 6 + 3 * 118 and sizes["neighbors"][0] == 6 + 9 * 118
     assert list((run / "tb").glob("events*.explain")) and "and TensorBoard" in told
-    for words in ("cosine to the mean of its 8 nearest", "gradient x attention", "than random", "sheets:"):
+    for words in ("cosine to the mean of its 8 nearest", "than random", "sheets:"):
         assert words in told
+    for name, values in found.items():  # its row of the table
+        assert f"{values['area']:.3f}" in next(line for line in told.splitlines() if line.startswith(f"{name}  "))
+    assert report["protocol"]["left_out"] is None and "no transformer attribution" not in told
+
+
+def test_training_images_are_extracted_once(make_run, script, report_of, capsys):
+    run, explain = make_run(depth=2), script("explain")
+    values, extracted = [], []
+    for words in ([], ["--target", "class"], ["--target", "class"]):
+        assert explain.main(["--ckpt", str(run), "--images", "2", *words, *CALM]) == 0
+        values.append(report_of(run, "explain")["values"])
+        extracted.append("features of 36 training images" in capsys.readouterr().out)
+    assert extracted == [True, False, False] and values[1] == values[2] != values[0]
+
+
+def test_what_cannot_be_attributed_is_left_out_with_the_reason(make_run, script, report_of, capsys):
+    run = make_run(depth=2)
+    bare = create(ModelConfig("vit_tiny_patch16_224", dict(TINY), irpe={"on": "k", "method": "product"}, crop=1.0), 8)
+    training = json.loads((run / "backbone.json").read_text())["training"]
+    checkpoint.export(run, bare, checkpoint.describe(bare, "full", "mean", training))
+    assert script("explain").main(["--ckpt", str(run), "--images", "2", *CALM]) == 0
+    told, report = capsys.readouterr().out, report_of(run, "explain")
+    assert report["values"]["subject"]["deletion"].keys() == {*METHODS[:3], "random"}
+    assert "has no transformer attribution: its rules are known for the blocks of ViT" in told
+    assert report["protocol"]["left_out"] in told
+    assert Image.open(run / "evaluate" / "explain" / "maps.png").width == 6 + 5 * 118
 
 
 def test_the_same_again_and_another_seed(make_run, script, report_of):
