@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import ctypes
 import functools
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,20 @@ def scripts() -> dict[str, Path]:
     """The entry scripts by the names that `poslabel NAME` takes."""
     named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("*.py"))}
     return {"pretrain": ROOT / "pretrain" / "run.py", "audit": ROOT / "pretrain" / "audit.py", **named}
+
+
+# set by a launcher for this process, and not for those that it starts
+LAUNCHED = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def run_script(name: str, words: Sequence[str]) -> int:
+    """Run `evaluate/NAME.py` with these arguments in a process of its own, whose output is shown; its exit status."""
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    command = [sys.executable, str(scripts()[name]), *words]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def main() -> None:

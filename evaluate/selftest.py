@@ -15,12 +15,11 @@ from pathlib import Path
 if not __package__:  # `python evaluate/selftest.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.launch import entry, run_script  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
 import shlex
-import subprocess
 from dataclasses import dataclass
 
 from common import report, subjects
@@ -47,11 +46,11 @@ class Check:
     habit: bool = False  # the authors report the epoch that is best on the test images; ours stands beside it
 
     def command(self, given: argparse.Namespace) -> list[str]:
-        """The command line, to which the data and the weights belong."""
+        """The script's arguments, to which the data and the weights belong."""
         shared = ["--ckpt", MODEL, "--weights", given.weights or "FILE", "--data", given.data or "IMAGENET"]
         shared += ["--out", str(Path(given.out) / f"{self.script}.json"), "--workers", str(given.workers)]
         shared += ["--device", given.device] if given.device else []
-        return [str(Path(__file__).with_name(f"{self.script}.py")), *shared, *self.words]
+        return [*shared, *self.words]
 
 
 # 224 of 256 pixels: timm's description of these weights says 0.9, the authors' evaluation has 0.875
@@ -107,7 +106,7 @@ def plan(checks: list[Check], given: argparse.Namespace) -> str:
     for check in checks:
         lines += [
             f"{check.script:<11} {check.published} ± {check.tolerance} % expected ({check.cost}):",
-            f"            {shlex.join(['python', *check.command(given)])}",
+            f"            {shlex.join(['python', f'evaluate/{check.script}.py', *check.command(given)])}",
         ]
     return "\n".join(lines)
 
@@ -125,9 +124,8 @@ def refuse_others(train: Images, test: Images, spec: str) -> None:
 def judged(check: Check, given: argparse.Namespace) -> tuple[str, bool]:
     """(a line, whether the figure is the published one) of a check, which is run now. Raises Refusal if it fails."""
     command = check.command(given)
-    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
-    status = subprocess.run([sys.executable, *command], check=False).returncode
-    if status:
+    print(f"\n{shlex.join([f'{check.script}.py', *command])}", flush=True)
+    if status := run_script(check.script, command):
         raise Refusal(f"{check.script}.py ended with status {status}, see above: nothing is known of its figure")
     content, _ = report.read(Path(given.out) / f"{check.script}.json")
     found = content["values"]["subject"][check.kind]

@@ -1,0 +1,126 @@
+"""How far other test images could move a number, and the difference of two: the percentile bootstrap over images.
+
+Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13. K test images are drawn K times with
+replacement, and the metric is computed of those drawn; the interval lies between quantiles of such draws. What is
+compared is drawn together (paired by image), so that images which are hard for both cancel.
+
+Outcomes are what is known of each test image. Of an accuracy: (K,) or, of S seeds, (S, K), True where the answer is
+right. Of a segmentation: (K, C, 3) or (S, K, C, 3) pixels of each class in the intersection, the prediction and the
+label. A metric turns sums over the images drawn into a number; it is computed of each seed, and averaged over seeds.
+
+It covers neither seeds nor training: another seed may move a number further than other images do. Where all outcomes
+are the same the interval has no width: there `metrics.wilson` knows more.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Metric = Callable[[np.ndarray, int], np.ndarray]  # (sums over images (..., [C, 3]), K) -> (...)
+
+DRAWS, LEVEL = 1000, 0.95
+AT_ONCE = 1 << 22  # counts in memory, 8 bytes each: 83 draws at a time of 50,000 images
+
+
+def mean(sums: np.ndarray, images: int) -> np.ndarray:
+    """Accuracy: sums (...) of right answers over so many `images`."""
+    return sums / images
+
+
+def miou(sums: np.ndarray, images: int) -> np.ndarray:
+    """Mean intersection over union of sums (..., C, 3) = intersection, prediction and label area: (...).
+
+    Classes that are neither predicted nor there are left out, in each draw anew, as the field's tools do; NaN if all
+    are.
+    """
+    intersection = sums[..., 0]
+    union = sums[..., 1] + sums[..., 2] - intersection
+    there = union > 0
+    shares = np.divide(intersection, union, out=np.zeros(union.shape), where=there)
+    count = there.sum(-1)
+    return np.divide(shares.sum(-1), count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def metric_of(outcomes: np.ndarray) -> Metric:
+    """What these outcomes are summed up to."""
+    return mean if np.ndim(outcomes) <= 2 else miou
+
+
+def estimate(outcomes: np.ndarray, metric: Metric | None = None) -> float:
+    """The metric of all images, averaged over seeds."""
+    by_seed = _by_seed(outcomes)
+    total = by_seed.sum(1, dtype=np.float64)
+    return float((metric or metric_of(outcomes))(total, by_seed.shape[1]).mean())
+
+
+def distribution(
+    several: Sequence[np.ndarray], metric: Metric | None = None, draws: int = DRAWS, seed: int = 0
+) -> np.ndarray:
+    """The metric of each of `several` outcomes of the same K images, in each of `draws` draws of images:
+    (len(several), draws), float64.
+
+    They see the same draws, so that differences between them are paired. `metric`: mean or miou, by the outcomes'
+    shape, unless given. The same seed gives the same draws, however many outcomes there are. Raises ValueError if the
+    numbers of images differ, or are 0.
+    """
+    found = [_by_seed(outcomes) for outcomes in several]
+    counts = {outcomes.shape[1] for outcomes in found}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"outcomes of {sorted(counts)} images: expected equally many, and at least one")
+    images = counts.pop()
+    flat = np.concatenate([_columns(outcomes) for outcomes in found], 1)  # (K, all columns)
+    rng = np.random.default_rng(seed)
+    results = np.empty((len(found), draws))
+    together = max(1, AT_ONCE // images)
+    for start in range(0, draws, together):
+        part = range(start, min(start + together, draws))
+        # how often each image is drawn: the counts of a multinomial, drawn one by one so that chunks change nothing
+        times = np.stack([np.bincount(rng.integers(0, images, images), minlength=images) for _ in part])
+        sums, at = times.astype(np.float64) @ flat, 0
+        for number, outcomes in enumerate(found):
+            S, _, *rest = outcomes.shape
+            width = S * int(np.prod(rest))
+            of_seeds = sums[:, at : at + width].reshape(len(part), S, *rest)
+            results[number, part.start : part.stop] = (metric or metric_of(outcomes))(of_seeds, images).mean(1)
+            at += width
+    return results
+
+
+def interval(
+    outcomes: np.ndarray, metric: Metric | None = None, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> tuple[float, float]:
+    """(low, high) of the metric of `outcomes`, for other test images of the same kind."""
+    return quantiles(distribution([outcomes], metric, draws, seed)[0], level)
+
+
+def difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    metric: Metric | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> tuple[float, float, float]:
+    """(a minus b, low, high), paired by image: both are of the same images in the same order. The seeds need not be
+    equally many."""
+    of_a, of_b = distribution([a, b], metric, draws, seed)
+    return estimate(a, metric) - estimate(b, metric), *quantiles(of_a - of_b, level)
+
+
+def quantiles(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """(low, high) between which the middle share `level` of the draws lies; NaN where a draw is."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _by_seed(outcomes: np.ndarray) -> np.ndarray:
+    """(S, K) or (S, K, C, 3)."""
+    outcomes = np.asarray(outcomes)
+    if outcomes.ndim not in (1, 2, 3, 4) or (outcomes.ndim > 2 and outcomes.shape[-1] != 3):
+        raise ValueError(f"outcomes {outcomes.shape}: expected (K,), (S, K), (K, C, 3) or (S, K, C, 3)")
+    return outcomes[None] if outcomes.ndim % 2 else outcomes
+
+
+def _columns(outcomes: np.ndarray) -> np.ndarray:
+    """(S, K, ...) as (K, S * ...), float64: whole numbers below 2^53 are exact."""
+    return np.moveaxis(outcomes, 1, 0).reshape(outcomes.shape[1], -1).astype(np.float64)

@@ -1,0 +1,257 @@
+"""Runs side by side: every evaluation in one table, with intervals, paired differences, costs, curves and pictures.
+
+    python evaluate/compare.py runs/first runs/second random pixels
+    python evaluate/compare.py runs/*-seed? runs/other --against runs/other --run knn linear --out comparison
+    python evaluate/compare.py runs/first runs/second --no-run
+
+Evaluations that are missing, or were made of other weights or data than now, are made first, by their own scripts.
+Runs that differ in nothing but their seed are one line. The words `random` and `pixels` add the baselines that the
+reports have. Writes compare.md, compare.csv, differences.csv and compare.html, a page that needs no other file. One
+process. The exit status is 1 if an evaluation failed; the table is made without it.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # `python evaluate/compare.py` puts evaluate/ first, where `import common` fails
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import entry, run_script, scripts  # first: it sets what torch reads when it is imported
+
+# isort: split
+import argparse
+import csv
+import io
+import os
+import shlex
+from collections.abc import Sequence
+
+from common.checkpoint import write_atomically
+from common.comparison.page import page
+from common.comparison.reports import (
+    APART,
+    COLUMNS,
+    WHOLE_DATA,
+    Run,
+    check_data,
+    entries,
+    fingerprints,
+    open_runs,
+    read_reports,
+)
+from common.comparison.rows import BASELINES, Comparison, compared, method, title_of
+from common.comparison.words import differences_table, notes, scores_table
+from common.errors import Refusal, nearest
+from common.protocol import Parser, alone
+
+USUAL = ("knn", "linear", "fewshot")
+POSSIBLE = (*COLUMNS, *APART)
+
+
+def main(argv: list[str]) -> int:
+    """Arguments -> reports, made where they are missing -> tables and page. Returns the exit status."""
+    arguments = options().parse_args(argv)
+    words, baselines = check(arguments)
+    if not alone("compare"):
+        return 0
+    out = folder(arguments.out)
+    runs = open_runs(words)
+    failed = [] if arguments.no_run else complete(runs, arguments)
+    for run in runs:
+        read_reports(run)
+    check_data(runs, arguments.data, arguments.data_root)
+    found = compared(runs, baselines, arguments.against, arguments.features)
+    found.notes = failed + found.notes
+    if not found.columns:
+        places = ", ".join(str(run.folder) for run in runs)
+        why = "; ".join(found.notes) or "run it without --no-run, or evaluate the runs first"
+        raise Refusal(f"no report to compare in {places}: {why}")
+    text = markdown(found)
+    out.mkdir(parents=True, exist_ok=True)
+    files = {
+        "compare.md": text,
+        "compare.csv": numbers(found),
+        "differences.csv": differences(found),
+        "compare.html": page(found),
+    }
+    for name, content in files.items():
+        write_atomically(out / name, lambda aside, content=content: aside.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+    print(f"\n{text}\ntables and page: {', '.join(str(out / name) for name in files)}", flush=True)
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = options.add_argument
+    add("words", nargs="+", metavar="RUN|random|pixels", help="run folders or weights files, and baselines")
+    add("--against", metavar="RUN|random|pixels", help="what differences are to (default: the first run)")
+    add("--run", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
+        f"(default: {' '.join(USUAL)}, where there are labels)")  # fmt: skip
+    add("--no-run", action="store_true", help="read what is there, and say what is missing")
+    add("--features", metavar="KIND", help="class, mean or both (default: chosen by the probe, or as trained)")
+    add("--data", metavar="SPEC", help="evaluate on this; reports of other data are made again")
+    add("--data-root", metavar="DIR", help="where a named data set is looked for")
+    add("--out", metavar="FOLDER", default="compare", help="of the tables and the page (default: compare)")
+    add("--device", help="of the evaluations that are made")
+    add("--workers", metavar="N", help="of the evaluations that are made")
+    add("--threads", metavar="N", help="of the evaluations that are made")
+    return options
+
+
+def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(runs, baselines) that are compared. Raises Refusal for what cannot be."""
+    baselines = [word for word in dict.fromkeys(arguments.words) if word in BASELINES]
+    words = [word for word in arguments.words if word not in BASELINES]
+    if not words:
+        raise Refusal(f"{', '.join(baselines)}: baselines stand beside a run, whose reports have them; give a run too")
+    if arguments.against in BASELINES and arguments.against not in baselines:
+        baselines.append(arguments.against)
+    if arguments.run and arguments.no_run:
+        raise Refusal("--run and --no-run: expected one of them")
+    for name in arguments.run or ():
+        if name not in POSSIBLE:
+            raise Refusal(
+                f"--run {name}: expected some of {', '.join(POSSIBLE)}{nearest(name, POSSIBLE)}; runs come before it"
+            )
+        if name not in scripts():
+            raise Refusal(f"--run {name}: this version has no evaluate/{name}.py")
+    return words, baselines
+
+
+def folder(word: str) -> Path:
+    """The folder of the output. Raises Refusal if it cannot be written."""
+    path = Path(word).absolute()
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise Refusal(f"--out {word} cannot be written: {parent} is read-only or no folder; choose another")
+    return Path(word)
+
+
+# ------------------------------------------------------------------------------------------------- what is missing
+
+
+def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
+    """Make the evaluations that are missing or stale, each by its own script; what failed, in words."""
+    for run in runs:
+        read_reports(run)
+    check_data(runs, arguments.data, arguments.data_root)
+    failed = []
+    for run in runs:
+        spec = arguments.data or run.training.get("data") or "builtin"
+        root = arguments.data_root or (run.training.get("data_root") if arguments.data is None else None)
+        for name in arguments.run or USUAL:
+            if name in run.reports and not run.reports[name].stale:
+                continue
+            labels = fingerprints(spec, root) if name in WHOLE_DATA else []
+            if isinstance(labels, Refusal):
+                line = f"{run.name}: {title_of(name)} is left out: {labels}"
+                print(line, flush=True)
+                failed += [line] if arguments.run else []
+                continue
+            why = f"{run.reports[name].stale}: " if name in run.reports else ""
+            command = ["--ckpt", run.word]
+            of_data = () if name == "segmentation" else ("data", "data_root")  # masks are not where labels are
+            for option in (*of_data, "device", "workers", "threads"):
+                value = getattr(arguments, option)
+                command += [f"--{option.replace('_', '-')}", value] if value is not None else []
+            print(f"\n{run.name}: {why}{shlex.join([f'{name}.py', *command])}", flush=True)
+            if status := run_script(name, command):
+                failed.append(f"{run.name}: evaluate/{name}.py failed with status {status}; its own words are above")
+                print(f"warning: {failed[-1]}", flush=True)
+    return failed
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def markdown(found: Comparison) -> str:
+    """The tables and what to know of them, aligned, so that they can be read as they are."""
+    parts = [f"# {plain(found.title)}", aligned(*scores_table(found))]
+    if any(gap.value is not None for gaps in found.gaps.values() for gap in gaps):
+        label = plain(found.rows[found.reference].label)
+        parts += [f"Differences to {label}, in points; * the interval excludes 0", aligned(*differences_table(found))]
+    parts.append("\n".join(f"- {plain(line)}" for line in notes(found)))
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(words: str) -> str:
+    """Text that Markdown takes as it is, on one line."""
+    for letter in "\\`*_<>|[]":
+        words = words.replace(letter, f"\\{letter}") if letter in "\\`<>|" else words
+    return " ".join(words.split())
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; numbers to the right."""
+    lines = [[plain(word) for word in line] for line in (header, *rows)]
+    widths = [max(3, *(len(line[at]) for line in lines)) for at in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(word.rjust(width) for word, width in zip(line[1:], widths[1:], strict=True))]
+        for line in [lines[0], rule, *lines[1:]]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def numbers(found: Comparison) -> str:
+    """compare.csv: every number of every report that was used, of every run; then each line of the table."""
+    header = ["run", "row", "column", "evaluation", "features", "setting", "metric", "value", "low", "high", "interval",
+              "std_over_seeds", "pretraining_seeds", "headline", "protocol", "data", "test_fingerprint",
+              "weights_sha256", "step", "report"]  # fmt: skip
+    lines: list[list[object]] = []
+    for run in found.runs:
+        for column, one in run.reports.items():
+            if one.stale:
+                continue
+            sha, step = one.content.get("weights_sha256"), one.content.get("step")
+            tail = [one.protocol, one.spec, one.test, sha, step, one.path]
+            for each in entries(one):
+                if each.row not in BASELINES or each.row in {row.kind for row in found.rows}:
+                    how = "" if each.low is None else str(one.content.get("interval") or "as reported")
+                    lines.append([run.name, each.row, column, one.content["evaluation"], *each[1:], how, None,
+                                  run.training.get("seed"), False, *tail])  # fmt: skip
+    for column, cells in found.cells.items():
+        for row, cell in zip(found.rows, cells, strict=True):
+            if cell.value is not None:
+                one = cell.reports[0]
+                alone = len(cell.reports) == 1
+                seeds = [run.training.get("seed") for run in row.runs if run.reports.get(column) in cell.reports]
+                lines.append([row.label, row.kind, column, one.content["evaluation"], cell.features,
+                              method(one).partition(", ")[2], one.metric, cell.value, cell.low, cell.high,
+                              cell.method, cell.std, " ".join(map(str, seeds if row.seeds else [])), True,
+                              one.protocol, one.spec,
+                              one.test, one.content.get("weights_sha256") if alone else None,
+                              one.content.get("step"), one.path if alone else None])  # fmt: skip
+    return written(header, lines)
+
+
+def differences(found: Comparison) -> str:
+    """differences.csv: each line of the table minus the reference."""
+    header = ["row", "against", "column", "difference", "low", "high", "excludes_0", "why_not"]
+    reference = found.rows[found.reference].label
+    lines = [
+        [row.label, reference, column, gap.value, gap.low, gap.high, None if gap.value is None else gap.clear, gap.why]
+        for column, gaps in found.gaps.items()
+        for number, (row, gap) in enumerate(zip(found.rows, gaps, strict=True))
+        if number != found.reference
+    ]
+    return written(header, lines)
+
+
+def written(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """As CSV; what is not known is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(["" if value is None else value for value in line] for line in lines)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    entry(main)()
