@@ -93,8 +93,8 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subj
     """
     if like is not None and ckpt not in (RANDOM, RAW):
         raise Refusal(
-            f"--like {like} names the architecture of --ckpt random, or the size of pixels, and --ckpt is {ckpt}: leave "
-            "it out"
+            f"--like {like} names the architecture of --ckpt random, or the size of pixels, and --ckpt is {ckpt}: "
+            "leave it out"
         )
     if weights is not None and not ckpt.startswith(TIMM):
         raise Refusal(f"--weights {weights} goes with --ckpt timm:NAME; give a checkpoint of poslabel as --ckpt FILE")
