@@ -34,6 +34,7 @@ from .strong_augment import RepeatedSampler, StrongSamples
 from .subjects import Subject
 from .tracking import Progress, Tracker
 from .transforms import View, height_width
+from .unreadable import watch
 
 HEAD = "head.safetensors"  # the linear layer, beside the backbone it belongs to
 LABELS = "classifier"  # the purpose under which a batch holds its labels
@@ -346,7 +347,8 @@ def _run(
 
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
-    with closing(readable(fresh, images, progress.say)) as batches, closing(progress), closing(tracker):
+    watched = watch(fresh, training.folder, images, config.log_every, progress.say)
+    with closing(watched) as batches, closing(progress), closing(tracker):
         fit(
             accelerator,
             prepared,

@@ -1,26 +1,20 @@
 """Exact resume: what is stored at a checkpoint, and how a run goes on from it."""
 
 import time
-from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 
 from common import checkpoint
 from common.errors import Refusal
-from common.sampling import Batch
 from common.tracking import Tracker
 from pretrain.assemble import Parts, commit
 from pretrain.config import store
 from pretrain.flight import random_state
 from pretrain.task import Pretraining
-
-UNREADABLE = "unreadable.txt"
-WORST = 0.01  # share of the images that may be unreadable
 
 
 class Checkpoints:
@@ -178,38 +172,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def watch(
-    batches: DataLoader, run: Path, total: int, together: int, say: Callable[[str], None]
-) -> Generator[Batch, None, None]:
-    """The same batches; each unreadable file among them is named once, on the screen and in run/unreadable.txt.
-
-    Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files
-    are more than one in a hundred of the `total` images, or no readable image is found in place of one.
-    """
-    path, process = run / UNREADABLE, PartialState()
-    known = set(path.read_text().splitlines()) if path.exists() else set()
-    fresh: list[str] = []
-    hopeless = False
-    for number, batch in enumerate(batches, 1):
-        fresh += [name for name in batch.unreadable if name not in known]
-        hopeless |= batch.hopeless
-        if process.num_processes == 1 or number % together == 0 or number == len(batches):
-            told = [(fresh, hopeless)]
-            if process.num_processes > 1:
-                told = gather_object(told)
-            names = sorted({name for names, _ in told for name in names})
-            known.update(names)
-            if names and process.is_main_process:
-                with path.open("a") as file:
-                    file.writelines(f"{name}\n" for name in names)
-                for name in names:
-                    say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
-            if any(despair for _, despair in told) or len(known) > WORST * total:
-                raise Refusal(
-                    f"{len(known)} of {total} images cannot be read, more than {WORST:.0%}: mend or remove the files "
-                    f"listed in {path}"
-                )
-            fresh = []
-        yield batch

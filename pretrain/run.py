@@ -22,13 +22,14 @@ from common.loop import fit
 from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
 from common.tracking import Progress, Tracker, check_tensorboard
+from common.unreadable import watch
 from pretrain import monitors
 from pretrain.assemble import assemble, fit_options, optimizer_for, schedule_for
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
 from pretrain.flight import FlightRecorder
 from pretrain.replay import replay
-from pretrain.resume import Checkpoints, seed_process, watch
+from pretrain.resume import Checkpoints, seed_process
 from pretrain.summary import begun, ended
 
 

@@ -1,0 +1,49 @@
+"""Files that cannot be read while something trains: named once, written down, and too many of them end the training."""
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from .errors import Refusal
+from .features import MOST_UNREADABLE
+from .sampling import Batch
+
+UNREADABLE = "unreadable.txt"
+
+
+def watch(
+    batches: DataLoader, folder: Path, total: int, together: int, say: Callable[[str], None]
+) -> Generator[Batch, None, None]:
+    """The same batches; each unreadable file among them is named once, on the screen and in folder/unreadable.txt.
+
+    Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files
+    are more than one in a hundred of the `total` images, or no readable image is found in place of one.
+    """
+    path, process = folder / UNREADABLE, PartialState()
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    fresh: list[str] = []
+    hopeless = False
+    for number, batch in enumerate(batches, 1):
+        fresh += [name for name in batch.unreadable if name not in known]
+        hopeless |= batch.hopeless
+        if process.num_processes == 1 or number % together == 0 or number == len(batches):
+            told = [(fresh, hopeless)]
+            if process.num_processes > 1:
+                told = gather_object(told)
+            names = sorted({name for names, _ in told for name in names})
+            known.update(names)
+            if names and process.is_main_process:
+                with path.open("a") as file:
+                    file.writelines(f"{name}\n" for name in names)
+                for name in names:
+                    say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
+            if any(despair for _, despair in told) or len(known) > MOST_UNREADABLE * total:
+                raise Refusal(
+                    f"{len(known)} of {total} images cannot be read, more than {MOST_UNREADABLE:.0%}: mend or remove "
+                    f"the files listed in {path}"
+                )
+            fresh = []
+        yield batch
