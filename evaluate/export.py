@@ -32,7 +32,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
@@ -45,6 +44,7 @@ from common.checkpoint import sha256
 from common.errors import Refusal
 from common.features import shown
 from common.models import Backbone
+from common.models.backbone import timm_arguments
 from common.models.irpe import PUBLISHED
 from common.plan import TokenPlan
 from common.protocol import Parser, alone
@@ -215,14 +215,12 @@ def timm_call(subject: Subject) -> dict[str, Any]:
     altered = {name: about["kwargs"].get(name, usual) for name, usual in SWIN_AS_IN_TIMM.items()}
     if altered != SWIN_AS_IN_TIMM:
         raise Refusal(f"--to timm: its Swin was altered ({altered}), which no timm.create_model repeats; {elsewhere}")
-    with mock.patch.object(timm, "create_model", wraps=timm.create_model) as made:
-        backbone = checkpoint.build(about)
-    kwargs = {name: value for name, value in made.call_args.kwargs.items() if name not in SWIN_AS_IN_TIMM}
+    backbone = checkpoint.build(about)
     if about["position"] == "none" and getattr(backbone.model, "rope", None) is not None:
         raise Refusal(
             f"--to timm: {about['name']} was trained without its rotary embedding, which timm would add; {elsewhere}"
         )
-    return {"name": made.call_args.args[0], "kwargs": kwargs}
+    return {"name": about["name"], "kwargs": timm_arguments(backbone.config, backbone.size)}
 
 
 def state_for_timm(backbone: Backbone, position: str) -> dict[str, Tensor]:

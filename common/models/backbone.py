@@ -303,29 +303,13 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
             f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one "
             "positive std per mean"
         )
-    kwargs = {"num_classes": 0, "img_size": (h, w), **config.kwargs}
-    swin = {key.removeprefix("swin_"): kwargs.pop(key) for key in SWIN if key in kwargs}
     known = list(inspect.signature(add_irpe).parameters)[1:]
     if unknown := sorted(set(config.irpe or {}) - set(known)):
         raise Refusal(
             f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
         )
-    if len(config.mean) != 3 or "in_chans" in kwargs:
-        kwargs.setdefault("in_chans", len(config.mean))
-        if kwargs["in_chans"] != len(config.mean):
-            raise Refusal(
-                f"model.kwargs.in_chans={kwargs['in_chans']} but model.mean has {len(config.mean)} values: "
-                "give one mean and one std per input channel"
-            )
-    module = timm.model_entrypoint(config.name.split(".")[0]).__module__.rsplit(".", 1)[-1]
-    if module == "vision_transformer":
-        kwargs.setdefault(
-            "global_pool", ""
-        )  # nothing here pools inside the model, and without a class token timm could not
-    if module in ("beit", "eva"):
-        kwargs.setdefault("global_pool", "token")  # else, pooled, they normalise after pooling: no final norm on tokens
-    if module in ("vision_transformer", "deit", "irpe"):
-        kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
+    kwargs = timm_arguments(config, (h, w))
+    swin = {key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
@@ -360,6 +344,28 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
 
         print(begin_from(backbone, init, config.weights))
     return backbone
+
+
+def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """The keywords with which timm.create_model makes what `create` builds upon. Raises Refusal if they disagree."""
+    kwargs = {"num_classes": 0, "img_size": size, **config.kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in SWIN}
+    if len(config.mean) != 3 or "in_chans" in kwargs:
+        kwargs.setdefault("in_chans", len(config.mean))
+        if kwargs["in_chans"] != len(config.mean):
+            raise Refusal(
+                f"model.kwargs.in_chans={kwargs['in_chans']} but model.mean has {len(config.mean)} values: "
+                "give one mean and one std per input channel"
+            )
+    module = timm.model_entrypoint(config.name.split(".")[0]).__module__.rsplit(".", 1)[-1]
+    if module == "vision_transformer":
+        # nothing here pools inside the model, and without a class token timm could not
+        kwargs.setdefault("global_pool", "")
+    if module in ("beit", "eva"):
+        kwargs.setdefault("global_pool", "token")  # else, pooled, they normalise after pooling: no final norm on tokens
+    if module in ("vision_transformer", "deit", "irpe"):
+        kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
+    return kwargs
 
 
 def _fix_sincos(model: Any, name: str) -> None:
