@@ -89,7 +89,6 @@ class FinetuneConfig:
     """Write TensorBoard's event files."""
 
 
-FREE = ("log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard")  # may differ at a resume
 ABOVE = ["epochs", "steps", "batch", "accumulate", "lr", "layer_decay", "scale", "repeats", "crop", "log_every"]
 ABOVE += ["checkpoint_every", "keep"]  # 0 is too little
 LEAST = ("min_lr", "weight_decay", "mixup", "cutmix", "clip", "judge_every", "checkpoint_minutes")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from .unreadable import watch
 
 HEAD = "head.safetensors"  # the linear layer, beside the backbone it belongs to
 LABELS = "classifier"  # the purpose under which a batch holds its labels
-WORST = 0.01  # share of the images that may be unreadable
 
 
 # ----------------------------------------------------------------------------------------------- what is trained
@@ -136,20 +135,6 @@ class Finetuning(nn.Module):
         if self.average is not None and taken:
             assert self.config.ema is not None
             ema.follow(self.average, self.classifier, self.config.ema)
-
-
-def readable(batches: Iterable[Batch], total: int, say: Callable[[str], None]) -> Generator[Batch, None, None]:
-    """The same batches; each unreadable file among them is named once. Raises Refusal if they are more than one in a
-    hundred of the `total` images."""
-    known: set[str] = set()
-    for batch in batches:
-        for name in batch.unreadable:
-            if name not in known:
-                known.add(name)
-                say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
-        if batch.hopeless or len(known) > WORST * total:
-            raise Refusal(f"{len(known)} of {total} images cannot be read, more than {WORST:.0%}: mend or remove them")
-        yield batch
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -264,13 +249,6 @@ class Training:
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def unfinished(folder: Path) -> list[Path]:
-    """Trainings below `folder` that were interrupted after a checkpoint."""
-    return sorted(
-        path.parents[1] for path in folder.glob("*/state/step_*") if not (path.parents[1] / "result.json").exists()
-    )
 
 
 # --------------------------------------------------------------------------------------------------- the training

@@ -125,8 +125,8 @@ def fit(
         if skipped_in_a_row >= most_skipped or (step == steps and skipped_in_a_row > 1):
             raise Refusal(
                 f"the loss or its gradient was not finite in {skipped_in_a_row} steps in a row up to step {step}: "
-                "lower the learning rate, clip gradients, or use precision=bf16 or fp32; none of them was taken, and the "
-                "last checkpoint is intact"
+                "lower the learning rate, clip gradients, or use precision=bf16 or fp32; none of them was taken, and "
+                "the last checkpoint is intact"
             )
         seconds += time.perf_counter() - begun
 

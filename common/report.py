@@ -56,7 +56,7 @@ def write(
     content = {
         "format": FORMAT,
         "evaluation": job.name,
-        "protocol": {**protocol, "transform": transform, "precision": job.precision},
+        "protocol": {"transform": transform, "precision": job.precision, **protocol},
         "subject": {
             "name": job.subject.name,
             "ckpt": job.arguments.ckpt,
@@ -155,10 +155,11 @@ def leak_note(description: Mapping[str, Any]) -> str:
     return "its recipe leaks the answer of its position task, and was run with allow_leak=true"
 
 
-def tell(job: Evaluation, what: str, table: str) -> None:
-    """Print a table below what it is about, and where its report is."""
+def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
+    """Print a table below what it is about, and where its report is. `frozen`: whether the backbone is as it was
+    trained, also without position embedding."""
     about = job.subject.description
-    position = "" if about["position"] == "full" else ", without position embedding"
+    position = "" if about["position"] == "full" or not frozen else ", without position embedding"
     size = "x".join(map(str, about["size"]))
     whose = f"raw pixels ({size} px)" if job.raw else f"{job.subject.name} ({about['name']}, {size} px{position})"
     job.say(f"\n{what} of {whose} on {job.spec}")

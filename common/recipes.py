@@ -1,0 +1,152 @@
+"""Evaluations that train by a recipe: their command line, the folder their trainings lie in, and how they go on.
+
+A recipe is a file of configs/evaluate; flags and key=value words change its options, which are a dataclass.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from . import config as configuration
+from .errors import Refusal
+from .protocol import Evaluation
+from .run_folder import CONFIG, WAIT, RunLock
+from .subjects import RANDOM
+
+FREE = ("log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard")  # may differ at a resume
+Config = TypeVar("Config")
+
+
+def add_options(options: argparse.ArgumentParser, kind: type) -> None:
+    """--resume, --overwrite, recipe and key=value words, and a flag for every option of the dataclass `kind` that
+    `options` has not yet."""
+    add = options.add_argument
+    add("words", nargs="*", metavar="RECIPE|key=value", help="a recipe, and options by name")
+    add("--resume", action="store_true", help="go on with what was interrupted")
+    add("--overwrite", action="store_true", help="begin again where something was interrupted")
+    taken = {action.dest.removeprefix("option.") for action in options._actions}
+    for name, noun, default, about in configuration.fields(kind):
+        if name in taken:
+            continue
+        usual = "null" if default is None else default
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if noun == "bool" else {}
+        add(f"--{name.replace('_', '-')}", dest=f"option.{name}", metavar=noun.split()[0].upper(), **bare,
+            help=f"{about} (default: {usual})".replace("%", "%%"))  # fmt: skip
+
+
+def read(
+    options: argparse.ArgumentParser, kind: type[Config], argv: Sequence[str]
+) -> tuple[argparse.Namespace, str | None, Config]:
+    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or of another type."""
+    # `--seeds 0 1 epochs=3`: argparse would take the last word for a seed
+    loose = [at for at, word in enumerate(argv) if re.match(r"\w+=", word) and at and not _takes(argv[at - 1], options)]
+    arguments = options.parse_intermixed_args([word for at, word in enumerate(argv) if at not in loose])
+    arguments.words += [argv[at] for at in loose]
+    recipes = [word for word in arguments.words if "=" not in word]
+    if len(recipes) > 1:
+        raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
+    flags = [(key.partition(".")[2], value) for key, value in vars(arguments).items() if key.startswith("option.")]
+    words = [f"{name}={value}" for name, value in flags if value is not None]
+    words += [word for word in arguments.words if "=" in word]
+    path = configuration.find_recipe(recipes[0], "evaluate") if recipes else None
+    config = configuration.load(kind, path, words)
+    arguments.recipe, arguments.said = path, words
+    if arguments.ckpt == RANDOM:
+        arguments.like = arguments.like or config.like  # type: ignore[attr-defined]
+    return arguments, path.stem if path is not None else None, config
+
+
+def _takes(word: str, options: argparse.ArgumentParser) -> bool:
+    """Whether `word` is a flag that needs a word behind it."""
+    action = options._option_string_actions.get(word)
+    return action is not None and action.nargs is None
+
+
+def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Config) -> tuple[str | None, Config]:
+    """The recipe and options that were stored when it was begun. Raises Refusal if others are given now."""
+    path = folder_of(job) / CONFIG
+    if not path.is_file():
+        raise Refusal(f"--resume: nothing was begun in {path.parent}: leave --resume out")
+    first = path.read_text().partition("\n")[0]
+    stored = configuration.load(kind, path, [])
+    if job.arguments.recipe is None:  # what is not said stays as it was
+        config = configuration.load(kind, path, job.arguments.said)
+    for name, before in _values(stored).items():
+        now = getattr(config, name)
+        if now != before and name not in FREE:
+            raise Refusal(
+                f"--resume: {name}={now}, and {path.parent} was begun with {name}={before}: give the same options, or "
+                "none, or begin again with --overwrite"
+            )
+    return first.removeprefix("# recipe: ") if first.startswith("# recipe: ") else recipe, config
+
+
+def folder_of(job: Evaluation) -> Path:
+    """Where the trainings of a report lie."""
+    return job.out.with_suffix("")
+
+
+def prepare(job: Evaluation, recipe: str | None, config: Any, accelerator: Accelerator) -> RunLock | None:
+    """Make the folder of the trainings, with the options in it; what finished ones left there goes. The first process
+    holds a lock on it. Raises Refusal if it holds what was interrupted, unless that is to be resumed or overwritten."""
+    folder, resume = folder_of(job), job.arguments.resume
+    left = interrupted(folder, job.out)
+    if left and not resume and not job.arguments.overwrite:
+        raise Refusal(
+            f"{left[0]} was interrupted: go on with --resume, or begin again with --overwrite (or elsewhere: --out)"
+        )
+    accelerator.wait_for_everyone()
+    lock = None
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder, WAIT if resume else 0.0)
+        for old in [] if resume else [path for path in folder.glob("*-seed*") if path.is_dir()]:
+            shutil.rmtree(old)
+        head = f"# recipe: {recipe}\n" if recipe else "# no recipe\n"
+        if not resume:
+            (folder / CONFIG).write_text(head + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    accelerator.wait_for_everyone()
+    return lock
+
+
+def interrupted(folder: Path, report: Path) -> list[Path]:
+    """Trainings below `folder` that were interrupted after a checkpoint, or that were done when another was: no
+    `report` tells of them yet."""
+    cut = {path.parents[1] for path in folder.glob("*/state/step_*") if not (path.parents[1] / "result.json").exists()}
+    written = report.stat().st_mtime if report.is_file() else 0.0
+    done = {path.parent for path in folder.glob("*-seed*/result.json") if path.stat().st_mtime > written}
+    return sorted(cut) + sorted(done - cut)
+
+
+def identity(job: Evaluation, batch: int) -> dict[str, Any]:
+    """What trainings must have in common with those they go on with."""
+    return {
+        "classes": len(job.classes),
+        "data": job.spec,
+        "training images": job.train.fingerprint(),
+        "test images": job.test.fingerprint(),
+        "model": job.subject.description["name"],
+        "size": list(job.size),
+        "precision": job.precision,
+        "batch": batch,
+    }
+
+
+def changed(recipe: str | None, config: Any) -> list[str]:
+    """Names of the options that are not as in the recipe's file, if there is one."""
+    path = configuration.find_recipe(recipe, "evaluate") if recipe is not None else None
+    if path is None or not path.is_file():
+        return []
+    before, now = _values(configuration.load(type(config), path, [])), _values(config)
+    return sorted(name for name in before if name not in FREE and before[name] != now[name])
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)

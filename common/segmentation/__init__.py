@@ -1,0 +1,1 @@
+"""Semantic segmentation: data with masks, its transforms, heads, training, sliding windows and scores."""

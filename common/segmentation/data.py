@@ -1,0 +1,349 @@
+"""Images whose every pixel has a class: ADE20K's folders, any folder of images and index masks, and built-in scenes.
+
+Letters: n images, C classes, H x W pixels. In memory a pixel without a class is IGNORED, whatever the file says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data import UNLABELLED, Images, open_data
+from ..data.decode import ORIENTATION
+from ..data.folder import Files, scan
+from ..data.images import Arrays
+from ..errors import Refusal
+from ..launch import usable_cores
+from ..sampling import generator, held_out
+
+IGNORED = UNLABELLED  # in memory
+VOID = {1: (255,), 2: (255, 65535)}  # values of files of so many bytes a pixel that mean "ignore this pixel"
+ADE_CLASSES = 150
+ADE_NAMES = "objectInfo150.txt"  # comes with ADE20K; the last column is the name
+CLASSES = "classes.txt"
+TEST_NAMES = ("val", "validation", "test")
+MOST_CLASSES = 1 << 15  # an int16 holds them
+MASK_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")  # of PIL; the others hold colours
+LAYOUTS = (
+    "images/training, annotations/training and the same with validation (ADE20K), images/train, masks/train and the "
+    "same with val, train/images, train/masks and the same with val, or images and masks"
+)
+
+CANVAS = 64  # pixels of a built-in scene, each side
+ITEMS = (1, 4)  # fewest and most items in it
+SCENES = {"train": 2000, "test": 400}
+SOLID = 24  # grey levels above which a pixel belongs to an item; fainter ones are its blurred rim
+PLACES = 10  # tried for an item; the one that covers the least of others is taken
+
+
+class Masks(Protocol):
+    """Where masks come from. Must survive pickling, because spawned workers get a copy."""
+
+    def read(self, i: int) -> np.ndarray:
+        """int16 (H, W) of classes, or IGNORED."""
+        ...
+
+    def identity(self) -> bytes:
+        """Bytes that change with the content and not with the place it is kept in."""
+        ...
+
+
+class Scenes(Images):
+    """Images with a mask each. `pixels` (n, C) int64: how many pixels of each class every image has."""
+
+    def __init__(
+        self, source: Any, where: str, classes: Sequence[str], masks: Masks, pixels: np.ndarray, indices: Any = None
+    ) -> None:
+        super().__init__(source, where, None, classes, indices)
+        self._masks, self.pixels = masks, pixels
+
+    def mask(self, i: int) -> Tensor:
+        """Classes of the pixels of image `i`, int16 (H, W); IGNORED where there is none."""
+        return torch.from_numpy(self._masks.read(self._locate(i)))
+
+    def subset(self, indices: Any) -> Scenes:
+        """The images at `indices`, in that order."""
+        chosen = super().subset(indices)
+        rows = np.arange(len(self))[np.asarray(indices)]
+        return Scenes(self._source, self.where, self.classes or (), self._masks, self.pixels[rows], chosen._indices)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of what is in here, masks included."""
+        return hashlib.sha256(super().fingerprint().encode() + self._masks.identity()).hexdigest()[:16]
+
+
+def open_scenes(spec: str, root: str | None = None) -> tuple[Scenes, Scenes, str]:
+    """(training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
+
+    Every mask is read once, so that a label that is no class is met before anything is trained. `root` is not used.
+    """
+    if spec == "builtin":
+        return compose("train"), compose("test"), f"scenes of 1-4 items of Fashion-MNIST on {CANVAS}x{CANVAS} pixels"
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
+    if (folder / "annotations" / "training").is_dir():
+        return _open_ade(folder)
+    split, held = _find_splits(folder)
+    if held is not None and _pictures(held[0]) == 0:
+        raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
+    names = _named(folder, *(pair for pair in (split, held) if pair is not None))
+    train = _survey(*split, names)
+    if held is None:
+        fit, rest = held_out(len(train), 0.2, len(train))
+        if not len(rest):
+            raise Refusal(f"no test images in {spec}: of {len(train)} none can be held out; expected five or more")
+        train, test = train.subset(fit), train.subset(rest)
+        note = f"no test split in {spec}: judged on a fixed fifth, which a pretraining on the same data has seen"
+    else:
+        test, note = _survey(*held, names), f"as split in {spec}"
+    train, test = _with_classes(train, test, spec, names)
+    return train, test, note + _never_seen(train)
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Class indices as a file holds them, int32 (H, W), IGNORED where it says to ignore: 255, and of 16 bits also
+    65535. Of a palette's picture it is the indices, whatever their colours. Raises Refusal for colours."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in MASK_MODES or image.format == "JPEG":
+                what = "a JPEG, which changes values" if image.format == "JPEG" else f"a picture of mode {image.mode}"
+                raise Refusal(
+                    f"the mask {path} is {what}: expected a PNG of one channel with class indices (mode L, P or 16 "
+                    "bits), 255 where there is none"
+                )
+            if image.format == "PNG" and {"L;2", "L;4"} & {str(tile[3]) for tile in image.tile}:
+                raise Refusal(
+                    f"the mask {path} is a grey PNG of less than 8 bits a pixel, whose values are stretched when it is "
+                    "read: write it with 8 bits, or with a palette"
+                )
+            values = np.asarray(image)
+    except Refusal:
+        raise
+    except Exception as error:  # decoders raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refusal(f"the mask {path} cannot be read: {reason}; write it anew") from None
+    deep = values.dtype.itemsize > 1
+    values = values.astype(np.int32)
+    values[np.isin(values, VOID[2 if deep else 1])] = IGNORED
+    return values
+
+
+class _FileMasks:
+    """Masks in files. `reduce`: label 0 is ignored, and label 1 the first class (ADE20K)."""
+
+    def __init__(self, files: Files, reduce: bool) -> None:
+        self.files, self.reduce = files, reduce
+
+    def read(self, i: int) -> np.ndarray:
+        values = read_mask(self.files.name(i))
+        if self.reduce:
+            values = np.where(values > 0, values - 1, IGNORED)
+        if values.size and int(values.max()) >= MOST_CLASSES:
+            raise Refusal(
+                f"the mask {self.files.name(i)} has label {int(values.max())}: expected class indices below "
+                f"{MOST_CLASSES:,}, or 255 or 65535 where there is none"
+            )
+        return values.astype(np.int16)
+
+    def identity(self) -> bytes:
+        return self.files.identity() + bytes([self.reduce])
+
+
+def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool = False) -> Scenes:
+    """The images of a folder with their masks, all of which are looked at. Raises Refusal."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise Refusal(f"no folder {folder}; expected {LAYOUTS}")
+    found, _ = scan(str(images))
+    by_stem = {os.path.splitext(name)[0]: name for name in scan(str(masks))[0]}
+    lacking = [os.fsdecode(name) for name in found if os.path.splitext(name)[0] not in by_stem]
+    if lacking:
+        more = ", …" if len(lacking) > 3 else ""
+        raise Refusal(
+            f"{len(lacking)} of {len(found)} images in {images} have no mask of the same stem in {masks}: "
+            f"{', '.join(lacking[:3])}{more}; add their masks, or remove them"
+        )
+    if not found:
+        raise Refusal(f"no images in {images}; expected {LAYOUTS}")
+    source = Files(str(images), found)
+    read = _FileMasks(Files(str(masks), [by_stem[os.path.splitext(name)[0]] for name in found]), reduce)
+
+    def look(i: int) -> np.ndarray:
+        values = read.read(i)
+        size = _size(source.name(i))
+        if size is not None and size != values.shape:
+            raise Refusal(
+                f"the mask {read.files.name(i)} is of {values.shape[1]}x{values.shape[0]} pixels and its image "
+                f"{source.name(i)} of {size[1]}x{size[0]}: expected the same"
+            )
+        highest = int(values.max(initial=IGNORED))
+        if names is not None and highest >= len(names):
+            raise Refusal(
+                f"the mask {read.files.name(i)} has label {highest + reduce}: expected {int(reduce)} to "
+                f"{len(names) - 1 + reduce} of {len(names)} classes, or 255"
+            )
+        return np.bincount(values[values != IGNORED].ravel(), minlength=len(names or ()))
+
+    with ThreadPoolExecutor(min(16, usable_cores())) as threads:
+        rows = list(threads.map(look, range(len(found))))
+    width = max(len(row) for row in rows)
+    pixels = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64)
+    return Scenes(source, str(images), names or [str(k) for k in range(width)], read, pixels)
+
+
+def _size(path: str) -> tuple[int, int] | None:
+    """(height, width) of a picture, upright; None if it cannot be read, which is told where it is used."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:
+        return None
+
+
+def _pictures(folder: Path) -> int:
+    return len(scan(str(folder))[0]) if folder.is_dir() else 0
+
+
+def _find_splits(folder: Path) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
+    """(images, masks) of the training split, and of the test split if there is one."""
+    for inner in (lambda kind, split: folder / kind / split, lambda kind, split: folder / split / kind):
+        train = inner("images", "train"), inner("masks", "train")
+        if train[0].is_dir():
+            tests = [(inner("images", name), inner("masks", name)) for name in TEST_NAMES]
+            return train, next((pair for pair in tests if pair[0].is_dir()), None)
+    if not (folder / "images").is_dir():
+        raise Refusal(f"data={folder} has no masks that are found: expected {LAYOUTS}")
+    return (folder / "images", folder / "masks"), None
+
+
+def _named(folder: Path, *pairs: tuple[Path, Path]) -> list[str] | None:
+    """Names of the classes, a line each: of the folder, or of its splits, which have to agree. Raises Refusal."""
+    if (folder / CLASSES).is_file():
+        return _lines(folder / CLASSES)
+    files = [place / CLASSES for pair in pairs for place in (pair[1], pair[1].parent) if (place / CLASSES).is_file()]
+    lists = list(dict.fromkeys(tuple(_lines(file)) for file in files))
+    if len(lists) > 1:
+        raise Refusal(
+            f"classes differ between the splits of {folder}: {files[0]} has {', '.join(lists[0])}; {files[-1]} has "
+            f"{', '.join(lists[-1])}; expected the same ones"
+        )
+    return list(lists[0]) if lists else None
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def _with_classes(train: Scenes, test: Scenes, spec: str, names: Sequence[str] | None) -> tuple[Scenes, Scenes]:
+    """Both with the same classes; without names it is those whose labels occur. Raises Refusal."""
+    if names is None:
+        seen = [np.flatnonzero(split.pixels.sum(0)).tolist() for split in (train, test)]
+        if not set(seen[1]) <= set(seen[0]):
+            raise Refusal(
+                f"classes differ between the splits of {spec}: training masks have labels {_listed(seen[0])}, test "
+                f"masks {_listed(seen[1])}; expected none that training lacks, or all of them named in {CLASSES}"
+            )
+        test.classes, lacking = train.classes, len(train.classes or ()) - test.pixels.shape[1]
+        test.pixels = np.pad(test.pixels, ((0, 0), (0, max(0, lacking))))[:, : len(train.classes or ())]
+    for what, split in (("training", train), ("test", test)):
+        if not split.pixels.sum():
+            raise Refusal(f"data={spec}: all {what} masks say to ignore every pixel (255); expected class indices")
+    if len(train.classes or ()) < 2:
+        raise Refusal(
+            f"data={spec} has one class, {_listed(train.classes or ())}: expected two or more; 255 means that a pixel "
+            "is ignored, so write masks of black and white as 0 and 1"
+        )
+    return train, test
+
+
+def _never_seen(train: Scenes) -> str:
+    """A note about classes of which no training pixel is; or nothing."""
+    empty = [name for name, count in zip(train.classes or (), train.pixels.sum(0), strict=True) if not count]
+    return f"; {len(empty)} classes have no training pixel: {_listed(empty, 5)}" if empty else ""
+
+
+def _listed(labels: Sequence[Any], most: int = 20) -> str:
+    more = f", … ({len(labels)} in all)" if len(labels) > most else ""
+    return ", ".join(map(str, labels[:most])) + more
+
+
+def _open_ade(folder: Path) -> tuple[Scenes, Scenes, str]:
+    """ADE20K's layout: label 0, "other", is ignored, and labels 1 to 150 are the classes."""
+    names = [str(k + 1) for k in range(ADE_CLASSES)]
+    if (folder / CLASSES).is_file():
+        names = _lines(folder / CLASSES)
+    elif (folder / ADE_NAMES).is_file():
+        listed = [line.split("\t")[-1].strip() for line in _lines(folder / ADE_NAMES)][1:]
+        names = listed if len(listed) == ADE_CLASSES else names
+    test = folder / "images" / "validation", folder / "annotations" / "validation"
+    if not _pictures(test[0]):
+        raise Refusal(f"no test images in {test[0]}: add some, with their masks in {test[1]}")
+    splits = [
+        _survey(folder / "images" / split, folder / "annotations" / split, names, reduce=True)
+        for split in ("training", "validation")
+    ]
+    train, validation = _with_classes(splits[0], splits[1], str(folder), names)
+    return train, validation, f"as split in {folder}; label 0 is ignored{_never_seen(train)}"
+
+
+# ----------------------------------------------------------------------------------------------- built-in scenes
+
+
+class ArrayMasks:
+    """Masks in memory: int16 (n, H, W)."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def read(self, i: int) -> np.ndarray:
+        """int16 (H, W), a copy."""
+        return self.values[i].copy()
+
+    def identity(self) -> bytes:
+        """Of the values and their shape."""
+        return hashlib.sha256(repr(self.values.shape).encode() + self.values.tobytes()).digest()
+
+
+def in_memory(images: np.ndarray, masks: np.ndarray, classes: Sequence[str], where: str = "memory") -> Scenes:
+    """Scenes of uint8 (n, H, W) or (n, H, W, 3) and masks (n, H, W) with IGNORED where there is no class."""
+    pixels = np.stack([np.bincount(mask[mask != IGNORED].ravel(), minlength=len(classes)) for mask in masks])
+    held = ArrayMasks(masks.astype(np.int16))
+    return Scenes(Arrays(images, where), where, classes, held, pixels.astype(np.int64))
+
+
+def compose(split: str, count: int | None = None) -> Scenes:
+    """Items of the built-in images of `split` on black canvases, with masks: background is class 0.
+
+    Scene i is a function of (split, i): training scenes are made of training images, test scenes of test images.
+    """
+    items = open_data("builtin", split)
+    assert items.labels is not None and items.classes is not None
+    count = SCENES[split] if count is None else count
+    images = np.zeros((count, CANVAS, CANVAS), np.uint8)
+    masks = np.zeros((count, CANVAS, CANVAS), np.int16)
+    for i in range(count):
+        rng = generator(0, 0, i, "scene")
+        for at in rng.integers(len(items), size=rng.integers(ITEMS[0], ITEMS[1] + 1)):
+            item = items.read(int(at), 1)[0].numpy()
+            solid = item > SOLID
+            room = CANVAS - item.shape[0] + 1
+            places = [(slice(y, y + item.shape[0]), slice(x, x + item.shape[1])) for y, x in
+                      rng.integers(room, size=(PLACES, 2)).tolist()]  # fmt: skip
+            place = min(places, key=lambda place: int(((masks[i][place] > 0) & solid).sum()))
+            images[i][place][solid] = item[solid]
+            masks[i][place][solid] = items.labels[at] + 1
+    return in_memory(images, masks, ("background", *items.classes), f"builtin scenes ({split})")

@@ -1,0 +1,248 @@
+"""Semantic segmentation from a backbone: a linear layer on its tokens, UperNet, or votes of patches most alike.
+
+    accelerate launch evaluate/segmentation.py --ckpt runs/quickstart-001
+    accelerate launch evaluate/segmentation.py --ckpt runs/quickstart-001 --head knn
+    accelerate launch evaluate/segmentation.py --ckpt runs/quickstart-001 --head upernet --steps 1000
+    accelerate launch evaluate/segmentation.py segmentation_ade20k_linear --ckpt runs/mine --data ADEChallengeData2016
+    accelerate launch evaluate/segmentation.py segmentation_lvvit_s --ckpt runs/mine --data PATH --multi-scale
+    accelerate launch evaluate/segmentation.py --ckpt runs/mine --resume
+
+--data is `builtin` (items of Fashion-MNIST on a canvas, with their masks), ADE20K's folder, or one with images/train,
+masks/train, images/val, masks/val, whose masks are PNGs of class indices with 255 where there is none. A recipe is a
+file, or a name in configs/evaluate; flags and key=value words change it. The last step's model is judged. Beside it
+stand an untrained backbone, for a frozen one also raw pixels, and the class that most training pixels are of. Writes
+RUN/evaluate/segmentation.json (of other heads segmentation_HEAD.json) and, in a folder of the same name,
+predictions.png and a folder for each training. One process or many (DDP).
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # `python evaluate/segmentation.py` puts evaluate/ first, where `import common` fails
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.launch import StopSignal, entry  # first: it sets what torch reads when it is imported
+
+# isort: split
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common import processes, recipes
+from common.errors import Refusal
+from common.finetuning import at_size
+from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
+from common.report import Outcomes, interval, percent, table, tell, write
+from common.segmentation.data import CANVAS, Scenes, open_scenes
+from common.segmentation.inference import MULTI, SINGLE, stride_of
+from common.segmentation.options import (
+    SegmentationConfig,
+    check,
+    fit_batch,
+    is_frozen,
+    peak_of,
+    rate_of,
+)
+from common.segmentation.pictures import sheet
+from common.segmentation.scores import constant, majority, summary
+from common.segmentation.training import Found, answer
+from common.subjects import Subject
+from common.tracking import check_tensorboard
+
+NAMES = LABELS | {"majority": "majority class"}
+WHAT = "95 %, bootstrap over test images; it covers neither seeds nor training"
+
+
+def main(argv: list[str]) -> int:
+    """Arguments -> one training for each row and seed -> report and pictures. Returns the exit status."""
+    stop = StopSignal()
+    arguments, recipe, config = read(argv)
+    device = chosen_device(arguments.device)
+    check_tensorboard(config.tensorboard)
+    name = "segmentation" if config.head == "linear" else f"segmentation_{config.head}"
+    job = begin(name, arguments, device=device, quiet=not first_process(), splits=open_scenes)
+    job.name = "segmentation"
+    recipe, config = recipes.resumed(job, SegmentationConfig, recipe, config) if arguments.resume else (recipe, config)
+    subject, note = resized(job, config)
+    processes.join(cpu=device.type == "cpu")
+    accelerator = processes.accelerator(job.precision)
+    job.device = accelerator.device
+    config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
+    notes = [line for line in (note, changed, rate_of(config)[1]) if line]
+    lock = recipes.prepare(job, recipe, config, accelerator)
+    identity = recipes.identity(job, config.batch)
+
+    found: dict[str, list[Found]] = {}
+    for row, each in rows(config, subject, arguments.baselines):
+        for seed in job.seeds:
+            job.say(f"{each.name if row == 'subject' else LABELS[row]}, seed {seed}:")
+            one, added = answer(job, config, row, each, seed, identity, recipes.folder_of(job), accelerator, stop)
+            if one is None:
+                job.say("stopped: no report is written; the same command with --resume goes on")
+                return stop.status
+            found.setdefault(row, []).append(one)
+            notes += [added] if added and added not in notes else []
+    if lock is not None:
+        lock.release()
+    if first_process():
+        picture = draw(job, found)
+        report(job, recipe, config, found, notes, picture)
+    return 0
+
+
+def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[tuple[str, Subject]]:
+    """What is compared: the subject, an untrained backbone and, where no backbone is trained, patches of raw pixels."""
+    chosen = [("subject", subject)] if subject.state is not None else []
+    if baselines or not chosen:
+        chosen.append(("random", subject.untrained()))
+    if baselines and is_frozen(config) and config.head != "upernet":  # pixels have no blocks
+        chosen.append(("pixels", subject.untrained()))
+    return chosen
+
+
+def resized(job: Evaluation, config: SegmentationConfig) -> tuple[Subject, str]:
+    """(the subject for crops of the size that is asked for, what was done to it). Raises Refusal."""
+    subject, size = job.subject, config.size
+    if size is None and job.spec == "builtin":
+        size = [min(CANVAS, side) for side in subject.description["size"]]
+    if config.mode == "whole":  # test images have any size
+        about = subject.description
+        about = about | {"kwargs": {**about["kwargs"], "dynamic_img_size": True}}
+        subject = dataclasses.replace(subject, description=about)
+        try:
+            subject.backbone()
+        except Refusal:
+            raise Refusal(f"--mode whole: {about['name']} takes images of one size only; use --mode slide") from None
+    subject, note = at_size(subject, size, None)
+    job.subject = dataclasses.replace(job.subject, description=subject.description)
+    stride_of(config, job.size)
+    return subject, note
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line: what every evaluation takes, and a flag for every option of a recipe."""
+    options = parser(__doc__ or "", precision=None)
+    switch = options.add_mutually_exclusive_group()
+    switch.add_argument("--frozen", dest="option.frozen", action="store_const", const="true", help="keep the backbone")
+    switch.add_argument(
+        "--end-to-end", dest="option.frozen", action="store_const", const="false", help="train the backbone too"
+    )
+    recipes.add_options(options, SegmentationConfig)
+    options.add_argument(
+        "--no-baselines", dest="baselines", action="store_false", help="neither an untrained backbone nor raw pixels"
+    )
+    return options
+
+
+def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, SegmentationConfig]:
+    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    arguments, recipe, config = recipes.read(options(), SegmentationConfig, argv)
+    check(config)
+    return arguments, recipe, config
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def report(
+    job: Evaluation,
+    recipe: str | None,
+    config: SegmentationConfig,
+    found: dict[str, list[Found]],
+    notes: list[str],
+    picture: Path,
+) -> None:
+    """Write and tell what was found: {row: [of each seed]}."""
+    assert isinstance(job.train, Scenes) and isinstance(job.test, Scenes)
+    values: dict[str, dict[str, Any]] = {}
+    outcomes, read = Outcomes(), next(iter(found.values()))[0].read
+    for row, each in found.items():
+        values[row] = {config.head: summary(np.stack([one.counts[SINGLE][read] for one in each]), job.classes)}
+        for one in each:
+            outcomes.add(row, config.head, one.counts[SINGLE][read])
+        if all(MULTI in one.counts for one in each):
+            several = summary(np.stack([one.counts[MULTI][read] for one in each]), job.classes)
+            values[row][config.head]["multi_scale"] = several
+        values[row][config.head]["history"] = [one.history for one in each]
+    chosen = majority(job.train.pixels)
+    answers = constant(job.test.pixels[read], chosen)[None]
+    values["majority"] = {"majority": summary(answers, job.classes) | {"class": job.classes[chosen]}}
+    about = protocol(job, recipe, config) | {"notes": notes, "picture": str(picture)}
+    judged = int(read.sum())
+    write(job, about, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read), interval=WHAT)
+    multi = any("multi_scale" in kinds.get(config.head, {}) for kinds in values.values())
+    lines = []
+    for row, kinds in values.items():
+        (kind, one), = kinds.items()  # fmt: skip
+        score = percent(one["multi_scale"]) if "multi_scale" in one else ""
+        right = f"{100 * one['pixel_accuracy']:.1f}"
+        label = one.get("class", kind)
+        lines.append([NAMES[row], label, percent(one), interval(one), *([score] if multi else []), right])
+    header = ["", "", "mIoU", "95 %", *(["multi-scale"] if multi else []), "pixel accuracy"]
+    below = [*best_and_worst(values, config.head), *notes, f"predictions: {picture}"]
+    how = "" if is_frozen(config) else ", end to end"
+    tell(job, f"segmentation, {config.head}{how}: mIoU (%)", "\n".join([table(header, lines), *below]), is_frozen(config))
+
+
+def best_and_worst(values: dict[str, dict[str, Any]], head: str, count: int = 3) -> list[str]:
+    """A line about single classes of the first row."""
+    first = next(iter(values.values()))[head]["per_class"]
+    known = sorted(((value, name) for name, value in first.items() if value is not None), reverse=True)
+    said = [", ".join(f"{name} {100 * value:.1f}" for value, name in some) for some in (known[:count], known[-count:])]
+    return [f"best classes: {said[0]}; worst: {said[1]}"] if len(known) >= 2 * count else []
+
+
+def protocol(job: Evaluation, recipe: str | None, config: SegmentationConfig) -> dict[str, Any]:
+    """The settings, as the report tells them."""
+    changed = recipes.changed(recipe, config)
+    quiet = {*recipes.FREE, "like", "size", "short", "long", "frozen", "mode", "stride", "judge_every"}
+    name = config.head if recipe is None else recipe.removeprefix("segmentation_")
+    return {
+        "id": f"segmentation/{name}" + (f", changed: {', '.join(changed)}" if changed else ""),
+        "metric": "mIoU",
+        "recipe": recipe,
+        "changed": changed,
+        "frozen": is_frozen(config),
+        "transform": {
+            "name": f"segmentation, {config.mode}",
+            "size": list(job.size),
+            "stride": list(stride_of(config, job.size)),
+            "short": config.short,
+            "long": config.long,
+            "interpolation": "bilinear",
+        },
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in quiet},
+        "lr": peak_of(config),
+        "judged_at": "the size of the image as it is stored",
+        "ignored_in_loss": "counted as 0 in the mean over all pixels, as mmsegmentation's",
+        "layer_decay_from_scratch": None,
+        "selection": "none: the model after the last step",
+    }
+
+
+def draw(job: Evaluation, found: dict[str, list[Found]]) -> Path:
+    """Write predictions.png of the first row, and show it beside the curves of the run if it has some."""
+    first = next(iter(found.values()))[0]
+    path = recipes.folder_of(job) / "predictions.png"
+    assert isinstance(job.test, Scenes)
+    drawn = sheet(first.model, job.test, first.view, len(job.subject.description["mean"]), job.device)
+    Image.fromarray(drawn).save(path)
+    folder = job.subject.folder.parent / "tb"
+    if job.subject.state is not None and job.arguments.out is None and folder.is_dir():
+        from torch.utils.tensorboard import SummaryWriter  # seconds
+
+        step = job.subject.description.get("training", {}).get("step", 0)
+        with SummaryWriter(str(folder), filename_suffix=".segmentation") as writer:
+            writer.add_image(job.out.stem, drawn, step, dataformats="HWC")
+    return path
+
+
+if __name__ == "__main__":
+    entry(main)()
