@@ -188,7 +188,8 @@ def report(
     header = ["", "", "mIoU", "95 %", *(["multi-scale"] if multi else []), "pixel accuracy"]
     below = [*best_and_worst(values, config.head), *notes, f"predictions: {picture}"]
     how = "" if is_frozen(config) else ", end to end"
-    tell(job, f"segmentation, {config.head}{how}: mIoU (%)", "\n".join([table(header, lines), *below]), is_frozen(config))
+    shown = "\n".join([table(header, lines), *below])
+    tell(job, f"segmentation, {config.head}{how}: mIoU (%)", shown, is_frozen(config))
 
 
 def best_and_worst(values: dict[str, dict[str, Any]], head: str, count: int = 3) -> list[str]:

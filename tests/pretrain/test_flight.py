@@ -159,8 +159,8 @@ def test_two_processes_record_together_and_repeat_together(train: Train, tiny: l
     ended = train(*tiny, *SHORT, *DINO, *BROKEN, f"run={run}", processes=2)
     assert ended.status != 0
     assert [line for line in ended.stderr.splitlines() if line.startswith("error:")] == [
-        "error: the loss or its gradient was not finite in 4 steps in a row up to step 5: lower the learning rate, clip "
-        "gradients, or use precision=bf16 or fp32; none of them was taken, and the last checkpoint is intact"
+        "error: the loss or its gradient was not finite in 4 steps in a row up to step 5: lower the learning rate, "
+        "clip gradients, or use precision=bf16 or fp32; none of them was taken, and the last checkpoint is intact"
     ]
     checkpoint.load_backbone(run / "state" / "step_00000001")
     folder = run / "flight" / "step_00000002"
