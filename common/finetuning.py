@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import checkpoint, collectives, ema, mixing, subjects
 from .errors import Refusal
-from .features import digest, shown
+from .features import MOST_UNREADABLE, digest, shown
 from .finetune_options import FinetuneConfig, num_steps, rate_of
 from .launch import StopSignal
 from .loop import fit
@@ -364,14 +364,21 @@ def judge(
     for classifier in classifiers.values():
         classifier.eval()
     found: list[dict[str, np.ndarray]] = []
-    for images, index in shown(part, backbone.size, job.crop, backbone.channels, workers=job.arguments.workers):
+    sight = {"size": backbone.size, "crop": job.crop, "channels": backbone.channels}
+    for images, index in shown(part, **sight, workers=job.arguments.workers, tolerated=1.0):  # all decide together
         images, known = images.to(device), labels[index.to(device)]
         with accelerator.autocast():
             right = {name: (each(images).argmax(1) == known).cpu().numpy() for name, each in classifiers.items()}
         found.append({"at": mine[index.numpy()], **right})
     if processes > 1:
         found = gather_object(found)
-    at = np.concatenate([some["at"] for some in found])
+    at = np.concatenate([np.zeros(0, int), *(some["at"] for some in found)])
+    lost = len(job.test) - len(at)
+    if lost > MOST_UNREADABLE * len(job.test):
+        raise Refusal(
+            f"{lost} of {len(job.test)} test images in {job.test.where} cannot be read, more than "
+            f"{MOST_UNREADABLE:.0%}: mend or remove those named above"
+        )
     whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
     whole["read"][at] = True
     for name in classifiers:

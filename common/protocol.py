@@ -40,14 +40,16 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message}{near}; --help lists the options")
 
 
-def parser(script: str, precision: str | None = "fp32", crop: bool = False) -> Parser:
-    """The options that every evaluation takes, and with `crop` also --crop; `script` is the docstring of the entry
-    script."""
+def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False) -> Parser:
+    """The options that every evaluation takes, with `crop` also --crop, and with `raw` --ckpt pixels; `script` is the
+    docstring of the entry script."""
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="RUN|FILE|random|pixels|timm:NAME", help="what is judged")
+    word = "RUN|FILE|random|pixels|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
+    add("--ckpt", required=True, metavar=word, help="what is judged")
     add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
-    add("--like", metavar="RUN|RECIPE", help="architecture of `random`, size of `pixels` (default: quickstart's)")
+    add("--like", metavar="RUN|RECIPE", help=f"architecture of `random`{', size of `pixels`' if raw else ''} "
+        "(default: the quickstart recipe's)")  # fmt: skip
     add("--data", metavar="SPEC", help="images, labelled but for layers (default: what the run was trained on)")
     add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
     add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="of baselines and heads (default: 0)")
@@ -265,12 +267,10 @@ def begin(
     if arguments.workers < 0 or min(arguments.seeds) < 0:
         raise Refusal("--workers and --seeds: expected numbers from 0")
     device = device or chosen_device(arguments.device)
-    if arguments.ckpt == subjects.RAW and not raw:
-        raise Refusal(f"--ckpt pixels: raw pixels have no backbone, which {name} needs; use knn, linear or fewshot")
     crop = getattr(arguments, "crop", None)
     if crop is not None and not 0 < crop <= 1:
         raise Refusal(f"--crop {crop}: expected a share of the short side, above 0 and up to 1")
-    subject = subjects.find(arguments.ckpt, arguments.like, arguments.weights)
+    subject = subjects.find(arguments.ckpt, arguments.like, arguments.weights, raw)
     if crop is not None:
         subject = dataclasses.replace(subject, description=subject.description | {"crop": crop})
     training = subject.description.get("training", {})

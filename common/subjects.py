@@ -84,9 +84,9 @@ class Subject:
         return backbone, note
 
 
-def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subject:
-    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `pixels` (in its
-    size), or `timm:NAME`.
+def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bool = False) -> Subject:
+    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
+    `raw`, `pixels` (in the size of `like`).
 
     `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with timm's weights for
     `timm:NAME`. Raises Refusal.
@@ -102,6 +102,10 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None) -> Subj
         description = _like(like or "quickstart")
         return Subject(RANDOM, description, None, Path("runs", f"random-{description['name']}", "evaluate"))
     if ckpt == RAW:
+        if not raw:
+            raise Refusal(
+                "--ckpt pixels: raw pixels have no backbone, which is needed here; use knn, linear or fewshot"
+            )
         description = _like(like or "quickstart")
         size = "x".join(map(str, description["size"]))
         return Subject(RAW, description, None, Path("runs", f"pixels-{size}", "evaluate"))

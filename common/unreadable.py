@@ -23,7 +23,8 @@ def watch(
     are more than one in a hundred of the `total` images, or no readable image is found in place of one.
     """
     path, process = folder / UNREADABLE, PartialState()
-    known = set(path.read_text().splitlines()) if path.exists() else set()
+    listed = set(path.read_text().splitlines()) if path.exists() else set()  # said before an interruption
+    known: set[str] = set()
     fresh: list[str] = []
     hopeless = False
     for number, batch in enumerate(batches, 1):
@@ -35,10 +36,11 @@ def watch(
                 told = gather_object(told)
             names = sorted({name for names, _ in told for name in names})
             known.update(names)
-            if names and process.is_main_process:
+            unsaid = [name for name in names if name not in listed]
+            if unsaid and process.is_main_process:
                 with path.open("a") as file:
-                    file.writelines(f"{name}\n" for name in names)
-                for name in names:
+                    file.writelines(f"{name}\n" for name in unsaid)
+                for name in unsaid:
                     say(f"warning: unreadable image, another takes its place ({len(known)} of {total} so far): {name}")
             if any(despair for _, despair in told) or len(known) > MOST_UNREADABLE * total:
                 raise Refusal(

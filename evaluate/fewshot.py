@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = parser(__doc__ or "", crop=True)
+    options = parser(__doc__ or "", crop=True, raw=True)
     add = options.add_argument
     shots, shares = " ".join(map(str, SHOTS)), " ".join(map(str, SHARES))
     add("--shots", type=int, nargs="*", metavar="K", help=f"labelled images of each class (default: {shots})")

@@ -33,7 +33,7 @@ TEMPERATURE = 0.07
 
 def main(argv: list[str]) -> int:
     """Arguments -> features -> votes -> report. Returns the exit status."""
-    options = parser(__doc__ or "", crop=True)
+    options = parser(__doc__ or "", crop=True, raw=True)
     options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
     arguments = options.parse_args(argv)
     job = begin("knn", arguments, raw=True)

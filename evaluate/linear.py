@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = parser(__doc__ or "", crop=True)
+    options = parser(__doc__ or "", crop=True, raw=True)
     add = options.add_argument
     add("--protocol", default="sweep", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: sweep)")
     add("--augment", action="store_true", help="train on random crops, each seen by the backbone once: slow")

@@ -173,7 +173,7 @@ def test_so_many_in_a_row_stop_the_run() -> None:
     story = told([NAN, NAN, GOOD, NAN, NAN, GOOD], most_skipped=3)
     assert story.taken == [False, False, True, False, False, True], "never three in a row"
     assert story.tracked[-1]["skipped"] == 4
-    with pytest.raises(Refusal, match=r"not finite in 3 steps in a row up to step 4.*optimizer\.lr.*intact"):
+    with pytest.raises(Refusal, match=r"not finite in 3 steps in a row up to step 4.*learning rate.*intact"):
         told([GOOD, NAN, NAN, NAN, GOOD], most_skipped=3)
 
 

@@ -70,8 +70,10 @@ def test_raw_pixels_alone(make_run, script, report_of, tmp_path, data, monkeypat
     assert alone["values"] == {"pixels": report_of(run, "knn")["values"]["pixels"]}
     assert alone["weights_sha256"] is alone["subject"]["model"] is None
     for other in ("layers", "finetune", "explain"):
-        with pytest.raises(Refusal, match=f"raw pixels have no backbone, which {other} needs"):
+        with pytest.raises(Refusal, match="raw pixels have no backbone, which is needed"):
             script(other).main([*like])
+    with pytest.raises(Refusal, match="raw pixels have no backbone"):
+        script("export").main(["--ckpt", "pixels"])
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ SIZES: dict[str, tuple[int, list[str]]] = {
 }
 
 
-SLOW = ("nest_tiny_relative",)  # as its twin, and no smaller
+SLOW = ("nest_tiny_absolute", "nest_tiny_relative")  # as their twin, and no smaller
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES])
