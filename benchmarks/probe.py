@@ -30,9 +30,9 @@ from torch import Tensor
 from common.data import open_data
 from common.features import extract
 from common.models import Backbone, ModelConfig, create
-from common.probe import Heads, drawn
-from common.probe_views import batches, view
-from common.protocols import PROTOCOLS, sets
+from common.probing.probe import Heads, drawn
+from common.probing.protocols import PROTOCOLS, sets
+from common.probing.views import batches, view
 
 BLOCKS, CLASSES = 4, 10
 HEADS_BOUND, CACHE_BOUND = 1.3, 20.0

@@ -15,7 +15,7 @@ from .data import Images
 from .features import shown
 from .models import Features
 from .positions import distances
-from .probe import probe
+from .probing.probe import probe
 
 TRAIN_TOKENS = 2**16  # of a layer that train its probe: with fewer, the probe of a 14x14 grid learns them by heart
 TEST_TOKENS = 2**15

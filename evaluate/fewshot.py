@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import subsets
 from common.errors import Refusal
+from common.probing import subsets
+from common.probing.protocols import L2
+from common.probing.regression import Logistic, predicted
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
-from common.protocols import L2
-from common.regression import Logistic, predicted
 from common.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
 from common.ridge import scores as ridge_scores
 

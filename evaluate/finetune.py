@@ -30,12 +30,12 @@ import numpy as np
 
 from common import processes, recipes
 from common.errors import Refusal
-from common.finetune_options import FinetuneConfig, check, fit_batch, num_steps, unwise
-from common.finetuning import at_size, bits, train
-from common.probe import probe
+from common.finetuning.augment import rand_augment
+from common.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
+from common.finetuning.training import at_size, bits, train
+from common.probing.probe import probe
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
 from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
-from common.strong_augment import rand_augment
 from common.tracking import check_tensorboard
 
 NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}

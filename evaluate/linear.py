@@ -30,11 +30,11 @@ from torch import Tensor
 
 from common.errors import Refusal
 from common.features import depth
-from common.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
-from common.probe_views import batches, view
+from common.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
+from common.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
+from common.probing.regression import solved
+from common.probing.views import batches, view
 from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
-from common.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
-from common.regression import solved
 from common.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.tracking import clock
 

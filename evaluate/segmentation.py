@@ -34,7 +34,7 @@ from PIL import Image
 
 from common import processes, recipes
 from common.errors import Refusal
-from common.finetuning import at_size
+from common.finetuning.training import at_size
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
 from common.report import Outcomes, interval, percent, table, tell, write
 from common.segmentation.data import CANVAS, Scenes, open_scenes

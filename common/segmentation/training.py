@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import checkpoint
 from ..features import digest
-from ..finetuning import Training
+from ..finetuning.training import Training
 from ..launch import StopSignal
 from ..loop import fit
 from ..optim import parameter_groups

@@ -7,8 +7,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.probe import EPS, Heads, Probe, Training, better, drawn, num_steps, probes, share_of_peak, steps_of, train
-from common.probe_views import batches, parts_of, view
+from common.probing.probe import (
+    EPS,
+    Heads,
+    Probe,
+    Training,
+    better,
+    drawn,
+    num_steps,
+    probes,
+    share_of_peak,
+    steps_of,
+    train,
+)
+from common.probing.views import batches, parts_of, view
 
 CLASSES = 3
 SETS = {"last": ("class",), "last 4": ("class4",), "last 4 + mean": ("class4", "mean")}

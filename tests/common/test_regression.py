@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional as F
 
-from common.regression import Logistic, predicted, solved
+from common.probing.regression import Logistic, predicted, solved
 from common.ridge import scores
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from pictures import write_images
 
-from common import subsets
 from common.errors import Refusal
+from common.probing import subsets
 
 CALM = ["--threads", "1", "--device", "cpu"]
 LABELS = np.array([0] * 40 + [2] * 30 + [5] * 7)

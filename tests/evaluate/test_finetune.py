@@ -16,15 +16,16 @@ import torch
 from pictures import write_images
 from PIL import Image
 
-from common import checkpoint, mixing, tracking
+from common import checkpoint, tracking
 from common.data.images import Arrays, Images
 from common.errors import Refusal
 from common.features import digest
-from common.finetune_options import FinetuneConfig, fit_batch
-from common.finetuning import HEAD, Classifier, Finetuning, at_size
+from common.finetuning import mixing
+from common.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
+from common.finetuning.options import FinetuneConfig, fit_batch
+from common.finetuning.training import HEAD, Classifier, Finetuning, at_size
 from common.optim import parameter_groups
 from common.sampling import Samples, StepSampler, generator
-from common.strong_augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
 from common.subjects import find
 from common.transforms import View
 

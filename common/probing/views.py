@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .data import Images
-from .features import depth
-from .models import Backbone
-from .plan import TokenPlan
-from .precision import DTYPES
-from .sampling import Samples, StepSampler, loader
-from .transforms import View
+from ..data import Images
+from ..features import depth
+from ..models import Backbone
+from ..plan import TokenPlan
+from ..precision import DTYPES
+from ..sampling import Samples, StepSampler, loader
+from ..transforms import View
 
 SCALE = [0.08, 1.0]  # RandomResizedCrop's own, which every protocol leaves as it is
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import Refusal, nearest
+from ..errors import Refusal, nearest
 from .probe import MOMENTUM, Training
 
 BLOCKS = 4

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import Refusal
+from ..errors import Refusal
 
 
 def ordered(labels: np.ndarray, seed: int, draw: int = 0) -> dict[int, np.ndarray]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .metrics import accuracy
+from ..metrics import accuracy
+from ..ridge import scores
 from .probe import HELD_OUT, Probe, hold_out
-from .ridge import scores
 
 ITERATIONS, TOLERANCE = 1000, 1e-12  # DINOv2's (eval/log_regression.py)
 

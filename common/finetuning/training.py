@@ -1,0 +1,393 @@
+"""Finetuning with labels: what is trained, the loop over it, and the checkpoints from which it goes on.
+
+Letters: B images, K classes.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checkpoint, collectives, ema, subjects
+from ..errors import Refusal
+from ..features import MOST_UNREADABLE, digest, shown
+from ..launch import StopSignal
+from ..loop import fit
+from ..models import Backbone
+from ..optim import parameter_groups
+from ..protocol import Evaluation
+from ..sampling import Batch, generator, loader
+from ..subjects import Subject
+from ..tracking import Progress, Tracker
+from ..transforms import View, height_width
+from ..unreadable import watch
+from . import mixing
+from .augment import RepeatedSampler, StrongSamples
+from .options import FinetuneConfig, num_steps, rate_of
+
+HEAD = "head.safetensors"  # the linear layer, beside the backbone it belongs to
+LABELS = "classifier"  # the purpose under which a batch holds its labels
+
+
+# ----------------------------------------------------------------------------------------------- what is trained
+
+
+def at_size(subject: Subject, size: Any, crop: float | None) -> tuple[Subject, str]:
+    """(the subject for images of another size and test crop, what was done to it).
+
+    A learned absolute position embedding is resized, bicubic; sines and cosines are those of the new grid. Raises
+    Refusal where the architecture does not take the size.
+    """
+    about = subject.description
+    new = list(height_width(size)) if size is not None else list(about["size"])
+    changed = about | {"size": new, "crop": about.get("crop", 0.875) if crop is None else crop}
+    if new == list(about["size"]):
+        return dataclasses.replace(subject, description=changed), ""
+    backbone = checkpoint.build(changed)
+    changed |= {"grid": list(backbone.grid)}
+    if subject.state is None:
+        return dataclasses.replace(subject, description=changed), ""
+    old = tuple(about.get("grid") or checkpoint.build(about).grid)
+    state, own = dict(subject.state), backbone.model.state_dict()
+    note = f"{about['size'][0]}x{about['size'][1]} px before, {new[0]}x{new[1]} now"
+    if "pos_embed" in own and (about["position"] == "none" or about.get("position_embedding") == "sincos"):
+        state["pos_embed"] = own["pos_embed"]  # the former is to be replaced by a fresh one, of this shape
+    elif subjects.resized(state, own, old, backbone.grid):
+        (h, w), (new_h, new_w) = old, backbone.grid
+        note += f": position embedding resized from {h}x{w} to {new_h}x{new_w} patches"
+    return dataclasses.replace(subject, description=changed, state=state), note
+
+
+class Classifier(nn.Module):
+    """A backbone, its pooled final-norm tokens, and a linear layer."""
+
+    def __init__(self, backbone: Backbone, pooling: str, num_classes: int) -> None:
+        super().__init__()
+        if pooling != "mean" and not backbone.num_prefix_tokens:
+            raise Refusal(f"--pool {pooling}: {backbone.config.name} has no class token; use --pool mean")
+        self.backbone, self.pooling = backbone, pooling
+        self.head = nn.Linear(backbone.width * (2 if pooling == "both" else 1), num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> logits (B, K), float32."""
+        features = self.backbone(images)
+        parts = {"mean": features.tokens.mean(1)}
+        if self.pooling != "mean":
+            parts["class"] = features.prefix[:, 0]
+        return self.head(
+            torch.cat([parts[kind] for kind in ("class", "mean") if self.pooling in (kind, "both")], 1)
+        ).float()
+
+
+class Finetuning(nn.Module):
+    """What is trained: a batch of images in, {"loss"} out. It is also `fit`'s observer: it counts steps, and moves the
+    average of the weights, `average`, if there is one."""
+
+    def __init__(self, classifier: Classifier, config: FinetuneConfig, seed: int, steps: int) -> None:
+        super().__init__()
+        self.classifier, self.config, self.seed, self.steps = classifier, config, seed, steps
+        self.average: Any = ema.copy_of(classifier) if config.ema is not None else None
+        self.done = 0  # steps before this one
+
+    def train(self, mode: bool = True) -> "Finetuning":
+        """As every module; the average stays in eval mode."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed, and on request mixed, labels.
+
+        What is mixed, and how, is a function of (seed, step): neither processes nor an interruption change it.
+        """
+        config, images = self.config, batch.views["global"]
+        labels = batch.draws[f"{LABELS}/label"]
+        targets = F.one_hot(labels, self.classifier.head.out_features).float()
+        if config.mixup > 0 or config.cutmix > 0:
+            rng, (h, w) = generator(self.seed, 0, self.done, "mixing"), images.shape[-2:]
+            mixture = mixing.draw(rng, h, w, config.mixup, config.cutmix, config.mix, config.switch)
+            images, targets = mixing.mix(images, targets, mixture)
+        return {"loss": F.cross_entropy(self.classifier(images), targets, label_smoothing=config.smoothing)}
+
+    def begin_step(self, progress: float, measured: bool) -> None:
+        """Before a step, of which `progress` of the training is done."""
+        self.done = round(progress * self.steps)
+
+    def before_update(self) -> None:
+        """Gradients are there."""
+
+    def after_step(self, taken: bool) -> None:
+        """The average follows, by timm's rule: from the first step on, and by a constant share."""
+        if self.average is not None and taken:
+            assert self.config.ema is not None
+            ema.follow(self.average, self.classifier, self.config.ema)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Training:
+    """The folder of one training: metrics.jsonl, tb/, state/ while it lasts, and at its end the finetuned backbone,
+    its head and result.json."""
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], config: FinetuneConfig, accelerator: Accelerator
+    ) -> None:
+        self.folder, self.identity, self.config, self.accelerator = folder, dict(identity), config, accelerator
+        # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
+        self.history: list[dict[str, Any]] = []
+        self.saved = time.monotonic()
+
+    def result(self) -> list[dict[str, Any]] | None:
+        """The history of a training that is done; None of one that is not. Raises Refusal if it was another one."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text())
+        self._refuse_other(content["identity"])
+        return content["history"]
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`, by steps or by this process's clock."""
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        by_clock = minutes > 0 and time.monotonic() - self.saved > 60 * minutes
+        return by_clock or (every is not None and step % every == 0)
+
+    def save(self, step: int, task: nn.Module, optimizer: Any, tracker: Tracker) -> None:
+        """Store everything that step + 1 depends on. Every process calls it."""
+        accelerator = self.accelerator
+        random = [_random_state()]
+        if accelerator.num_processes > 1:
+            random = gather_object(random)
+        if accelerator.is_main_process:
+            whole: Any = accelerator.unwrap_model(task)
+            state = {
+                "step": step,
+                "identity": self.identity,
+                "history": self.history,
+                "task": whole.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "random": random,
+            }
+            tracker.sync()
+            checkpoint.save_state(self.folder, step, state, lambda to: self.export(to, whole, step), self.config.keep)
+        self.saved = time.monotonic()
+        accelerator.wait_for_everyone()
+
+    def export(self, folder: Path, task: Finetuning, step: int) -> None:
+        """Write the finetuned backbone and its head: the average's, where there is one."""
+        classifier = task.average if task.average is not None else task.classifier
+        training = {
+            "finetuned": self.identity,
+            "step": step,
+            "data": self.identity["data"],
+            "weights": "average" if task.average is not None else "last",
+        }
+        pooling = classifier.pooling
+        checkpoint.export(
+            folder, classifier.backbone, checkpoint.describe(classifier.backbone, "full", pooling, training)
+        )
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
+        checkpoint.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
+
+    def resume(self, task: nn.Module, optimizer: Any) -> int:
+        """Go on from the newest whole checkpoint; returns its step, 0 if there is none. Raises Refusal for that of
+        another training."""
+        accelerator = self.accelerator
+        state = checkpoint.load_state(self.folder, lambda line: accelerator.print(f"warning: {line}"))
+        if state is None:
+            return 0
+        self._refuse_other(state["identity"])
+        checkpoint.load_exactly(accelerator.unwrap_model(task), state["task"], str(self.folder / "state"))
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.history = list(state["history"])
+        if len(state["random"]) == accelerator.num_processes:
+            mine = state["random"][accelerator.process_index]
+            torch.set_rng_state(mine["cpu"])
+            if mine["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(mine["cuda"])
+        else:
+            accelerator.print(
+                f"note: begun with {len(state['random'])} processes, going on with {accelerator.num_processes}: "
+                "the images are the same, the losses not to the last bit"
+            )
+        return state["step"]
+
+    def finish(self, task: Finetuning) -> None:
+        """Keep the result and the newest weights; the first process calls it."""
+        self.export(self.folder, task, self.history[-1]["step"])
+        content = json.dumps({"identity": self.identity, "history": self.history}, indent=2) + "\n"
+        checkpoint.write_atomically(self.folder / "result.json", lambda aside: aside.write_text(content))
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
+        for name, now in self.identity.items():
+            if identity.get(name) != now:
+                raise Refusal(
+                    f"--resume: {self.folder} was begun with {name} {identity.get(name)}, and now it is {now}: "
+                    "give the same, or begin again with --overwrite"
+                )
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+# --------------------------------------------------------------------------------------------------- the training
+
+
+def train(
+    job: Evaluation,
+    config: FinetuneConfig,
+    subject: Subject,
+    seed: int,
+    identity: Mapping[str, Any],
+    folder: Path,
+    accelerator: Accelerator,
+    stop: StopSignal,
+) -> tuple[list[dict[str, Any]], str]:
+    """Finetune `subject` in a folder of its own below `folder`: (the looks at the test images, the last one last; what
+    was added to the backbone). `identity`: what all trainings of this report have in common."""
+    backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
+    weights = digest(subject.state) if subject.state is not None else None
+    name = f"{'random' if subject.state is None else 'trained'}-seed{seed}"
+    training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator)
+    if job.arguments.resume and (history := training.result()) is not None:
+        job.say("done before")
+        return history, note
+    classifier = Classifier(backbone, identity["pooling"], len(job.classes))
+    task = Finetuning(classifier, config, seed, num_steps(config, len(job.train)))
+    # layer decay spares what pretraining has learned: from scratch there is nothing to spare
+    groups = parameter_groups(task, config.weight_decay, config.layer_decay if subject.state is not None else None)
+    prepared, optimizer = accelerator.prepare(task, torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas)))  # type: ignore[arg-type]
+    torch.manual_seed(seed * 1_000_003 + accelerator.process_index)  # drop path differs between processes
+    training.folder.mkdir(exist_ok=True)
+    start = training.resume(prepared, optimizer)
+    if start:
+        job.say(f"resumed after step {start} of {task.steps}")
+    _run(job, config, training, task, prepared, optimizer, start, stop)
+    if stop.received is None and accelerator.is_main_process:
+        training.finish(task)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory(prepared, optimizer)
+    return training.history, note
+
+
+def _run(
+    job: Evaluation,
+    config: FinetuneConfig,
+    training: "Training",
+    task: Finetuning,
+    prepared: nn.Module,
+    optimizer: Any,
+    start: int,
+    stop: StopSignal,
+) -> None:
+    """The steps of a training from `start` on."""
+    accelerator, steps, seed = training.accelerator, task.steps, task.seed
+    images, per_epoch, backbone = len(job.train), len(job.train) // config.batch, task.classifier.backbone
+    main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    sampler = RepeatedSampler(
+        images, config.batch, seed, steps, start, rank, processes, config.accumulate, repeats=config.repeats
+    )
+    view = View(list(job.size), scale=[config.scale, 1.0], flip=config.flip, jitter=config.jitter, grayscale=0.0)
+    samples = StrongSamples(job.train, {"global": view}, seed, backbone.channels, labelled=[LABELS])
+    samples.set_strength(config.rand_augment, config.erasing, backbone.config.mean, backbone.config.std)
+    fresh = loader(samples, sampler, job.arguments.workers, pin=job.device.type == "cuda")
+    schedule, _ = rate_of(config, steps, per_epoch)
+
+    def look(step: int) -> dict[str, float | str]:
+        judged = {"raw": task.classifier} | ({"ema": task.average} if task.average is not None else {})
+        collectives.take_buffers(task)  # a BatchNorm in the stem
+        shares, images_of = judge(judged, job, accelerator)
+        for earlier in training.history:
+            earlier.pop("images", None)
+        training.history.append({"step": step, "epoch": step / per_epoch, **shares, "images": images_of})
+        return {f"test/accuracy{'' if name == 'raw' else '_ema'}": share for name, share in shares.items()}
+
+    progress = Progress(steps, start, main)
+    tracker = Tracker(training.folder, start, config.tensorboard, main)
+    watched = watch(fresh, training.folder, images, config.log_every, progress.say)
+    with closing(watched) as batches, closing(progress), closing(tracker):
+        fit(
+            accelerator,
+            prepared,
+            batches,
+            optimizer,
+            schedule,
+            steps=steps,
+            start=start,
+            accumulate=config.accumulate,
+            clip=config.clip,
+            log_every=config.log_every,
+            images_per_step=config.batch,
+            reports=[(max(1, round(config.judge_every * per_epoch)) if config.judge_every else steps, look)],
+            track=tracker.write,
+            save=lambda step: training.save(step, prepared, optimizer, tracker),
+            save_due=training.due,
+            stop=stop,
+            progress=progress,
+            observer=task,
+        )
+
+
+@torch.no_grad()
+def judge(
+    classifiers: Mapping[str, Any], job: Evaluation, accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Of each classifier on the test images, each process on its share of them, none counted twice: (accuracies, for
+    each whether every image was right, and which images could be "read": bits in hexadecimal, see `bits`)."""
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    mine = np.arange(rank, len(job.test), processes)
+    part = job.test.subset(mine)
+    assert part.labels is not None
+    labels = torch.from_numpy(part.labels).to(device)
+    backbone = next(iter(classifiers.values())).backbone
+    for classifier in classifiers.values():
+        classifier.eval()
+    found: list[dict[str, np.ndarray]] = []
+    sight = {"size": backbone.size, "crop": job.crop, "channels": backbone.channels}
+    for images, index in shown(part, **sight, workers=job.arguments.workers, tolerated=1.0):  # all decide together
+        images, known = images.to(device), labels[index.to(device)]
+        with accelerator.autocast():
+            right = {name: (each(images).argmax(1) == known).cpu().numpy() for name, each in classifiers.items()}
+        found.append({"at": mine[index.numpy()], **right})
+    if processes > 1:
+        found = gather_object(found)
+    at = np.concatenate([np.zeros(0, int), *(some["at"] for some in found)])
+    lost = len(job.test) - len(at)
+    if lost > MOST_UNREADABLE * len(job.test):
+        raise Refusal(
+            f"{lost} of {len(job.test)} test images in {job.test.where} cannot be read, more than "
+            f"{MOST_UNREADABLE:.0%}: mend or remove those named above"
+        )
+    whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
+    whole["read"][at] = True
+    for name in classifiers:
+        whole[name][at] = np.concatenate([some[name] for some in found])
+    shares = {name: float(whole[name].sum() / len(at)) for name in classifiers}
+    return shares, {name: np.packbits(each).tobytes().hex() for name, each in whole.items()}
+
+
+def bits(text: str, count: int) -> np.ndarray:
+    """(count,) bool of hexadecimal digits that `judge` made."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
