@@ -169,10 +169,32 @@ LAUNCHED = (
 
 
 def run_script(name: str, words: Sequence[str]) -> int:
-    """Run `evaluate/NAME.py` with these arguments in a process of its own, whose output is shown; its exit status."""
+    """Run `evaluate/NAME.py` with these arguments in a process of its own, whose output is shown; its exit status.
+
+    A SIGTERM or SIGINT stops both: it is passed on, and acts here when that process has ended.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
-    command = [sys.executable, str(scripts()[name]), *words]
-    return subprocess.run(command, env=environment, check=False).returncode
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        if process is not None:
+            process.terminate()  # Ctrl-C reaches it by itself, and a second one would not let it save
+
+    heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heeded}
+    try:
+        process = subprocess.Popen([sys.executable, str(scripts()[name]), *words], env=environment)
+        if received:  # while it was started
+            process.terminate()
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
+    return status
 
 
 def main() -> None:

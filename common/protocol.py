@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         known = [word for action in self._actions for word in action.option_strings]
-        words = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
         near = "".join(nearest(word, known) for word in words[:1] if word not in known)
         raise Refusal(f"{message}{near}; --help lists the options")
 

@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index:
     def save(aside: Path) -> None:
         with aside.open("wb") as opened:  # np.savez would add .npz to a name
             np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]  # its other argument is a bool
+        out.unlink(missing_ok=True)  # an earlier report: stopped from here on, there is none, not one that is damaged
 
     write_atomically(file, save)
     return {"file": file.name, "sha256": sha256(file)}
@@ -124,12 +126,18 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     about = content.get("outcomes")
     if about is None:
         return content, {}
-    file = path.with_name(str(about["file"]))
-    if not file.is_file() or sha256(file) != about["sha256"]:
+    name, expected = (about.get("file"), about.get("sha256")) if isinstance(about, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(expected, str) or Path(name).name != name:
+        raise Refusal(f"{path} is no whole report: its outcomes are {about!r:.60}, expected a file and its sha256")
+    file = path.with_name(name)
+    if not file.is_file() or sha256(file) != expected:
         state = "does not match it (SHA-256 differs)" if file.is_file() else "is missing"
         raise Refusal(f"{path}: {file.name}, what became of each test image, {state}; evaluate again")
-    with np.load(file, allow_pickle=False) as arrays:
-        return content, {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return content, {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise Refusal(f"{path}: {file.name} cannot be read as arrays: {error}; evaluate again") from None
 
 
 class Outcomes:

@@ -1,7 +1,7 @@
 """Runs side by side: every evaluation in one table, with intervals, paired differences, costs, curves and pictures.
 
     python evaluate/compare.py runs/first runs/second random pixels
-    python evaluate/compare.py runs/*-seed? runs/other --against runs/other --run knn linear --out comparison
+    python evaluate/compare.py runs/*-seed? runs/other --against runs/other --make knn linear --out comparison
     python evaluate/compare.py runs/first runs/second --no-run
 
 Evaluations that are missing, or were made of other weights or data than now, are made first, by their own scripts.
@@ -20,12 +20,12 @@ from common.launch import entry, run_script, scripts  # first: it sets what torc
 
 # isort: split
 import argparse
-import csv
 import io
 import os
 import shlex
 from collections.abc import Sequence
 
+from common import data
 from common.checkpoint import write_atomically
 from common.comparison.page import page
 from common.comparison.reports import (
@@ -34,15 +34,19 @@ from common.comparison.reports import (
     WHOLE_DATA,
     Run,
     check_data,
-    entries,
     fingerprints,
     open_runs,
     read_reports,
+    root_of,
 )
-from common.comparison.rows import BASELINES, Comparison, compared, method, title_of
+from common.comparison.rows import BASELINES, title_of
+from common.comparison.spreadsheet import differences, numbers
+from common.comparison.whole import Comparison, compared
 from common.comparison.words import differences_table, notes, scores_table
 from common.errors import Refusal, nearest
-from common.protocol import Parser, alone
+from common.features import KINDS
+from common.protocol import Parser, alone, chosen_device
+from common.subjects import TIMM
 
 USUAL = ("knn", "linear", "fewshot")
 POSSIBLE = (*COLUMNS, *APART)
@@ -50,6 +54,8 @@ POSSIBLE = (*COLUMNS, *APART)
 
 def main(argv: list[str]) -> int:
     """Arguments -> reports, made where they are missing -> tables and page. Returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be what a terminal cannot show
     arguments = options().parse_args(argv)
     words, baselines = check(arguments)
     if not alone("compare"):
@@ -59,10 +65,12 @@ def main(argv: list[str]) -> int:
     failed = [] if arguments.no_run else complete(runs, arguments)
     for run in runs:
         read_reports(run)
+        if arguments.no_run and run.damaged:
+            raise next(iter(run.damaged.values()))
     check_data(runs, arguments.data, arguments.data_root)
     found = compared(runs, baselines, arguments.against, arguments.features)
     found.notes = failed + found.notes
-    if not found.columns:
+    if all(one.stale for run in runs for one in run.reports.values()):
         places = ", ".join(str(run.folder) for run in runs)
         why = "; ".join(found.notes) or "run it without --no-run, or evaluate the runs first"
         raise Refusal(f"no report to compare in {places}: {why}")
@@ -75,7 +83,8 @@ def main(argv: list[str]) -> int:
         "compare.html": page(found),
     }
     for name, content in files.items():
-        write_atomically(out / name, lambda aside, content=content: aside.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+        shown = content.encode("utf-8", errors="backslashreplace")
+        write_atomically(out / name, lambda aside, shown=shown: aside.write_bytes(shown))  # type: ignore[misc]
     print(f"\n{text}\ntables and page: {', '.join(str(out / name) for name in files)}", flush=True)
     return 1 if failed else 0
 
@@ -89,16 +98,17 @@ def options() -> argparse.ArgumentParser:
     add = options.add_argument
     add("words", nargs="+", metavar="RUN|random|pixels", help="run folders or weights files, and baselines")
     add("--against", metavar="RUN|random|pixels", help="what differences are to (default: the first run)")
-    add("--run", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
-        f"(default: {' '.join(USUAL)}, where there are labels)")  # fmt: skip
+    usual = f"{' '.join(USUAL)}, where there are labels; {' and '.join(APART)} where they are out of date"
+    add("--make", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
+        f"(default: {usual})")  # fmt: skip
     add("--no-run", action="store_true", help="read what is there, and say what is missing")
     add("--features", metavar="KIND", help="class, mean or both (default: chosen by the probe, or as trained)")
     add("--data", metavar="SPEC", help="evaluate on this; reports of other data are made again")
     add("--data-root", metavar="DIR", help="where a named data set is looked for")
     add("--out", metavar="FOLDER", default="compare", help="of the tables and the page (default: compare)")
     add("--device", help="of the evaluations that are made")
-    add("--workers", metavar="N", help="of the evaluations that are made")
-    add("--threads", metavar="N", help="of the evaluations that are made")
+    add("--workers", type=int, metavar="N", help="of the evaluations that are made")
+    add("--threads", type=int, metavar="N", help="of the evaluations that are made")
     return options
 
 
@@ -108,17 +118,34 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     words = [word for word in arguments.words if word not in BASELINES]
     if not words:
         raise Refusal(f"{', '.join(baselines)}: baselines stand beside a run, whose reports have them; give a run too")
+    for word in words:
+        if word.startswith(TIMM) and not Path(word).exists():
+            raise Refusal(
+                f"{word}: only runs and weights files of poslabel can be compared, weights of timm have no run folder; "
+                f"judge them by themselves: evaluate/knn.py --ckpt {word}"
+            )
     if arguments.against in BASELINES and arguments.against not in baselines:
         baselines.append(arguments.against)
-    if arguments.run and arguments.no_run:
-        raise Refusal("--run and --no-run: expected one of them")
-    for name in arguments.run or ():
+    if arguments.features is not None and arguments.features not in KINDS:
+        known = ", ".join(KINDS)
+        raise Refusal(f"--features {arguments.features}: expected one of {known}{nearest(arguments.features, KINDS)}")
+    if arguments.make and arguments.no_run:
+        raise Refusal("--make and --no-run: expected one of them")
+    for name in arguments.make or ():
         if name not in POSSIBLE:
             raise Refusal(
-                f"--run {name}: expected some of {', '.join(POSSIBLE)}{nearest(name, POSSIBLE)}; runs come before it"
+                f"--make {name}: expected some of {', '.join(POSSIBLE)}{nearest(name, POSSIBLE)}; runs come before it"
             )
         if name not in scripts():
-            raise Refusal(f"--run {name}: this version has no evaluate/{name}.py")
+            raise Refusal(f"--make {name}: this version has no evaluate/{name}.py")
+    for name, least in (("workers", 0), ("threads", 1)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            raise Refusal(f"--{name} {given}: expected a number from {least}")
+    if not arguments.no_run:  # now, not when the first evaluation has run
+        if arguments.device is not None:
+            chosen_device(arguments.device)
+        if arguments.data is not None:
+            data.open_data(arguments.data, "train", arguments.data_root)
     return words, baselines
 
 
@@ -137,34 +164,40 @@ def folder(word: str) -> Path:
 
 
 def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
-    """Make the evaluations that are missing or stale, each by its own script; what failed, in words."""
+    """Make the evaluations that are missing, damaged or stale, each by its own script; what failed, in words."""
     for run in runs:
         read_reports(run)
     check_data(runs, arguments.data, arguments.data_root)
     failed = []
     for run in runs:
         spec = arguments.data or run.training.get("data") or "builtin"
-        root = arguments.data_root or (run.training.get("data_root") if arguments.data is None else None)
-        for name in arguments.run or USUAL:
+        root = root_of(run, spec, arguments.data, arguments.data_root)
+        for name in arguments.make or wanted(run):
             if name in run.reports and not run.reports[name].stale:
                 continue
             labels = fingerprints(spec, root) if name in WHOLE_DATA else []
             if isinstance(labels, Refusal):
                 line = f"{run.name}: {title_of(name)} is left out: {labels}"
                 print(line, flush=True)
-                failed += [line] if arguments.run else []
+                failed += [line] if arguments.make else []
                 continue
-            why = f"{run.reports[name].stale}: " if name in run.reports else ""
+            why = run.reports[name].stale if name in run.reports else "damaged" if name in run.damaged else ""
             command = ["--ckpt", run.word]
             of_data = () if name == "segmentation" else ("data", "data_root")  # masks are not where labels are
             for option in (*of_data, "device", "workers", "threads"):
                 value = getattr(arguments, option)
-                command += [f"--{option.replace('_', '-')}", value] if value is not None else []
-            print(f"\n{run.name}: {why}{shlex.join([f'{name}.py', *command])}", flush=True)
+                command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
+            print(f"\n{run.name}: {f'{why}: ' if why else ''}{shlex.join([f'{name}.py', *command])}", flush=True)
             if status := run_script(name, command):
                 failed.append(f"{run.name}: evaluate/{name}.py failed with status {status}; its own words are above")
                 print(f"warning: {failed[-1]}", flush=True)
     return failed
+
+
+def wanted(run: Run) -> list[str]:
+    """What is made where nothing is said: the usual, and sheets and layers that are there, and out of date."""
+    old = [name for name in APART if name in run.damaged or (name in run.reports and run.reports[name].stale)]
+    return [*USUAL, *old]
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -197,60 +230,6 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for line in [lines[0], rule, *lines[1:]]
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def numbers(found: Comparison) -> str:
-    """compare.csv: every number of every report that was used, of every run; then each line of the table."""
-    header = ["run", "row", "column", "evaluation", "features", "setting", "metric", "value", "low", "high", "interval",
-              "std_over_seeds", "pretraining_seeds", "headline", "protocol", "data", "test_fingerprint",
-              "weights_sha256", "step", "report"]  # fmt: skip
-    lines: list[list[object]] = []
-    for run in found.runs:
-        for column, one in run.reports.items():
-            if one.stale:
-                continue
-            sha, step = one.content.get("weights_sha256"), one.content.get("step")
-            tail = [one.protocol, one.spec, one.test, sha, step, one.path]
-            for each in entries(one):
-                if each.row not in BASELINES or each.row in {row.kind for row in found.rows}:
-                    how = "" if each.low is None else str(one.content.get("interval") or "as reported")
-                    lines.append([run.name, each.row, column, one.content["evaluation"], *each[1:], how, None,
-                                  run.training.get("seed"), False, *tail])  # fmt: skip
-    for column, cells in found.cells.items():
-        for row, cell in zip(found.rows, cells, strict=True):
-            if cell.value is not None:
-                one = cell.reports[0]
-                alone = len(cell.reports) == 1
-                seeds = [run.training.get("seed") for run in row.runs if run.reports.get(column) in cell.reports]
-                lines.append([row.label, row.kind, column, one.content["evaluation"], cell.features,
-                              method(one).partition(", ")[2], one.metric, cell.value, cell.low, cell.high,
-                              cell.method, cell.std, " ".join(map(str, seeds if row.seeds else [])), True,
-                              one.protocol, one.spec,
-                              one.test, one.content.get("weights_sha256") if alone else None,
-                              one.content.get("step"), one.path if alone else None])  # fmt: skip
-    return written(header, lines)
-
-
-def differences(found: Comparison) -> str:
-    """differences.csv: each line of the table minus the reference."""
-    header = ["row", "against", "column", "difference", "low", "high", "excludes_0", "why_not"]
-    reference = found.rows[found.reference].label
-    lines = [
-        [row.label, reference, column, gap.value, gap.low, gap.high, None if gap.value is None else gap.clear, gap.why]
-        for column, gaps in found.gaps.items()
-        for number, (row, gap) in enumerate(zip(found.rows, gaps, strict=True))
-        if number != found.reference
-    ]
-    return written(header, lines)
-
-
-def written(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """As CSV; what is not known is empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(["" if value is None else value for value in line] for line in lines)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

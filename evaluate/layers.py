@@ -92,10 +92,11 @@ def main(argv: list[str]) -> int:
         "norm": "the final norm after every block of a plain ViT, after the last stage elsewhere",
         "notes": notes,
     }
-    write(job, protocol, values, judged)
     picture = job.out.with_suffix(".png")
     figure = drawn(values, title(job), notes, neighbors(job) if job.classes else None)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(picture, lambda aside: figure.savefig(aside, format="png", dpi=200))
+    write(job, protocol, values, judged)  # last: a report says that what belongs to it is there
     job.say("\n" + "\n".join(title(job)))
     job.say(f"\n{shown(values)}\n\n" + "\n".join([*notes, "", f"figure: {picture}", f"report: {job.out}"]))
     return 0

@@ -9,10 +9,12 @@ from typing import Any
 
 from .. import config as configuration
 from ..tracking import METRICS
+from .cells import Gap
 from .costs import records
 from .html import Bar, Curve, Html, bars, card, chart, document, joined, key, listing, picture, section, table, tag
 from .reports import APART, Report, Run, entries
-from .rows import BASELINES, Comparison, Gap, Row, differing, title_of
+from .rows import BASELINES, Row, differing, title_of
+from .whole import Comparison
 from .words import (
     COSTS,
     between,
@@ -44,10 +46,11 @@ WATCHED = {  # RUN/pictures/: what the name of a picture says
 def page(found: Comparison) -> str:
     """The whole page, as text."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
-    one = next(cell.reports[0] for cells in found.cells.values() for cell in cells if cell.value is not None)
+    used = [one for run in found.runs for one in run.reports.values() if not one.stale]
+    data = ", ".join(dict.fromkeys(one.spec for one in used))
     header = [
         tag("h1", found.title),
-        tag("p", f"{len(found.runs)} run{'s' if len(found.runs) > 1 else ''}, judged on {one.spec}", class_="note"),
+        tag("p", f"{len(found.runs)} run{'s' if len(found.runs) > 1 else ''}, judged on {data}", class_="note"),
     ]
     sections = [
         scores(found),
@@ -114,7 +117,7 @@ def scores(found: Comparison) -> Html:
         for name in found.columns
         if any(cell.value is not None for cell in found.cells[name])
     ]  # fmt: skip
-    parts += [tag("h3", "Intervals"), tag("div", *drawn, class_="grid")]
+    parts += [tag("h3", "Intervals"), tag("div", *drawn, class_="grid")] if drawn else []
     parts += [tag("h3", "Before believing them"), listing(notes(found))]
     return section("Scores", *parts)
 
@@ -154,7 +157,7 @@ def everything(found: Comparison) -> Iterator[Html]:
         lines = []
         for run in found.runs:
             one = run.reports.get(stem)
-            for each in entries(one) if one is not None and not one.stale else ():
+            for each in entries(one.content) if one is not None and not one.stale else ():
                 if each.row not in BASELINES or each.row in kinds or stem in APART:
                     low_high = "" if each.low is None else f"{number_of(each.low)} to {number_of(each.high)}"
                     lines.append([run.name, words.get(each.row, each.row), each.features, each.setting or "headline",
@@ -177,7 +180,7 @@ def number_of(value: float | None) -> str:
 def curves(found: Comparison) -> list[Html]:
     """What was logged while the runs trained, and what evaluations found layer by layer."""
     lines = [(number, run) for number, row in enumerate(found.rows) if row.kind == "subject" for run in row.runs]
-    logged = {run.name: records(run.weights.parent / METRICS) for _, run in lines}
+    logged = {run.name: records(run.home / METRICS) for _, run in lines}
     names = list(dict.fromkeys(
         name for each in logged.values() for _, record in each for name in record if CURVES.search(name)
     ))  # fmt: skip
@@ -215,7 +218,7 @@ def layered(lines: list[tuple[int, Run]]) -> Iterator[Html]:
             one = run.reports.get("layers")
             points = [
                 (int(entry.features.removeprefix("layer ")), entry.value)
-                for entry in (entries(one) if one is not None and not one.stale else ())
+                for entry in (entries(one.content) if one is not None and not one.stale else ())
                 if entry.row == "subject" and entry.setting == what and entry.features.startswith("layer ")
             ]
             each.append(Curve(run.name, [layer for layer, _ in points], [value for _, value in points], number))
@@ -226,27 +229,36 @@ def layered(lines: list[tuple[int, Run]]) -> Iterator[Html]:
 
 
 def pictures(found: Comparison) -> list[Html]:
-    """The newest boards and the sheets of every run; what cannot be read is said."""
+    """The newest boards and the sheets of every run; what is out of date is left out, what cannot be read is said."""
     parts: list[Html] = []
     for run in found.runs:
-        shown, broken = [], []
-        for path, caption in sheets(run):
-            figure = picture(path, f"{run.name}: {caption}", caption)
-            if figure is None:
+        shown, broken, left_out = [], [], {}
+        for path, caption, stem in [*boards(run), *sheets(run)]:
+            if why := out_of_date(run, stem):
+                left_out[title_of(stem)] = why
+            elif (figure := picture(path, f"{run.name}: {caption}", caption)) is None:
                 broken.append(path.name)
             else:
                 shown.append(figure)
-        if shown or broken:
+        if shown or broken or left_out:
             parts += [tag("h3", run.name), tag("div", *shown, class_="sheets")]
+        parts += [tag("p", f"Pictures of {what} are left out: {why}", class_="note") for what, why in left_out.items()]
         if broken:
             parts.append(tag("p", f"Cannot be read: {', '.join(broken)}", class_="note"))
     return parts or [tag("p", "No run has any.", class_="note")]
 
 
-def sheets(run: Run) -> Iterator[tuple[Path, str]]:
-    """(file, caption) of a run's pictures."""
+def out_of_date(run: Run, stem: str) -> str:
+    """Why the pictures beside the report `stem` are not those of the weights and data as they are; or nothing."""
+    if not stem or (stem in run.reports and not run.reports[stem].stale):
+        return ""
+    return f"its report is {run.reports[stem].stale}" if stem in run.reports else "they have no whole report"
+
+
+def boards(run: Run) -> Iterator[tuple[Path, str, str]]:
+    """(file, caption, no report) of the newest pictures that were drawn while a run trained."""
     newest: dict[str, tuple[int, Path]] = {}
-    for path in sorted((run.weights.parent / "pictures").glob("*.png")):
+    for path in sorted((run.home / "pictures").glob("*.png")):
         name, _, at = path.stem.rpartition("-")
         if name and at.isdigit():
             newest[name] = max(newest.get(name, (-1, path)), (int(at), path))
@@ -254,14 +266,19 @@ def sheets(run: Run) -> Iterator[tuple[Path, str]]:
     for name in boards_first[:MOST_PICTURES]:
         step, path = newest[name]
         about = next((words for word, words in WATCHED.items() if word in name), name)
-        yield path, f"{about} ({name}, step {step:,})"
+        yield path, f"{about} ({name}, step {step:,})", ""
+
+
+def sheets(run: Run) -> Iterator[tuple[Path, str, str]]:
+    """(file, caption, name of the report they belong to) of what evaluations drew."""
     for name, about in SHEETS.items():
         if (path := run.folder / "explain" / f"{name}.png").is_file():
-            yield path, about
+            yield path, about, "explain"
     if (path := run.folder / "layers.png").is_file():
-        yield path, "Position against meaning, layer by layer"
+        yield path, "Position against meaning, layer by layer", "layers"
     for path in sorted(run.folder.glob("segmentation*/*.png"))[:MOST_PICTURES]:
-        yield path, f"{title_of(path.parent.name)}: {path.stem.replace('_', ' ')}"
+        stem = path.parent.name
+        yield path, f"{title_of(stem)}: {path.stem.replace('_', ' ')}", stem
 
 
 # -------------------------------------------------------------------------------------------------------------- cards
@@ -286,8 +303,9 @@ def about(run: Run, one: Report, rows: list[Row]) -> Iterator[tuple[str, object]
     yield "transform", words(content["protocol"].get("transform"))
     yield "data", f"{one.spec}; {data.get('note', '')}"
     for side in ("train", "test"):
-        if side in data:
-            yield f"{side} images", f"{data[side].get('images', '?'):,}, fingerprint {data[side].get('fingerprint')}"
+        images = data[side].get("images")
+        count = "?" if images is None else f"{images:,}"
+        yield f"{side} images", f"{count}, fingerprint {data[side]['fingerprint']}"
     yield "judged on", f"{data['test'].get('judged', '?')} test images"
     yield "model", words(subject.get("model"))
     yield "position embedding", str(subject.get("position"))

@@ -6,7 +6,9 @@ A report's column is the name of its file: RUN/evaluate/knn.json is in column "k
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from .. import config as configuration
 from ..data import labelled_splits
 from ..errors import Refusal
 from ..run_folder import CONFIG
+from .settings import settings
 
 COLUMNS = ("knn", "linear", "fewshot", "finetune", "segmentation")  # in the order of a table; others come after them
 APART = ("layers", "explain")  # their values are no accuracies of the whole subject
@@ -30,6 +33,7 @@ class Report:
     path: Path
     content: dict[str, Any]
     outcomes: dict[str, np.ndarray]
+    settings: dict[str, Any] = field(default_factory=dict)  # what others must have in common to be compared
     stale: str = ""
     note: str = ""  # what could not be checked
 
@@ -42,6 +46,11 @@ class Report:
     def test(self) -> str:
         """Fingerprint of the test images."""
         return str(self.content["data"]["test"]["fingerprint"])
+
+    @property
+    def train(self) -> str:
+        """Fingerprint of the training images."""
+        return str(self.content["data"]["train"]["fingerprint"])
 
     @property
     def spec(self) -> str:
@@ -59,11 +68,12 @@ class Run:
     """A checkpoint that is compared."""
 
     word: str  # as it was given
-    weights: Path
+    weights: Path  # absolute; a link to weights that lie elsewhere has its own reports, beside it
     description: dict[str, Any]
     config: dict[str, Any] | None  # as it was trained, where that is known
     name: str
     reports: dict[str, Report] = field(default_factory=dict)
+    damaged: dict[str, Refusal] = field(default_factory=dict)  # reports that cannot be read, and why
     notes: list[str] = field(default_factory=list)  # what lies beside the reports and is none
 
     @property
@@ -73,24 +83,37 @@ class Run:
         return folder / "student" if self.weights.name == checkpoint.STUDENT else folder
 
     @property
+    def home(self) -> Path:
+        """Where it was trained: the folder of its logs."""
+        return self.weights.resolve().parent
+
+    @property
     def training(self) -> dict[str, Any]:
         """What its description says of how it was trained."""
         return self.description.get("training") or {}
 
 
 def open_runs(words: Sequence[str]) -> list[Run]:
-    """The runs, their descriptions checked against their weights. Raises Refusal for what is no run, and for two times
-    the same."""
+    """The runs, their descriptions checked against their weights. Raises Refusal for what is no run, for two times
+    the same, and for two whose reports would lie in one folder."""
     runs: list[Run] = []
     for word in words:
-        weights = checkpoint.find(word).resolve()
-        earlier = next((run for run in runs if run.weights == weights), None)
+        found = checkpoint.find(word)
+        weights = found.parent.resolve() / found.name
+        earlier = next((run for run in runs if run.weights.resolve() == weights.resolve()), None)
         if earlier is not None:
             raise Refusal(f"{word} is the same run as {earlier.word}: give each run once")
         description = checkpoint.read_description(weights)
-        path = weights.parent / CONFIG
+        path = weights.resolve().parent / CONFIG
         config: Any = OmegaConf.to_container(configuration.read_yaml(path)) if path.is_file() else None
-        runs.append(Run(word, weights, description, config, ""))
+        run = Run(word, weights, description, config, "")
+        beside = next((other for other in runs if other.folder == run.folder), None)
+        if beside is not None:
+            raise Refusal(
+                f"{word} and {beside.word} lie in one folder, where the reports of one would replace the other's: "
+                "give each a folder of its own"
+            )
+        runs.append(run)
     for run, name in zip(runs, distinct([run.weights for run in runs]), strict=True):
         run.name = name
     return runs
@@ -111,19 +134,20 @@ def distinct(weights: Sequence[Path]) -> list[str]:
 
 
 def read_reports(run: Run) -> None:
-    """Read every report in the run's folder. Raises Refusal for one that is damaged or of another format; a file of
+    """Read every report in the run's folder. What is damaged or of another format goes to `run.damaged`; a file of
     another name that is no report is left out, which is noted."""
-    run.reports, run.notes = {}, []
+    run.reports, run.damaged, run.notes = {}, {}, []
     for path in sorted(run.folder.glob("*.json")):
         try:
             content, outcomes = report.read(path)
             refuse_malformed(path, content, outcomes)
         except Refusal as refusal:
             if path.stem in (*COLUMNS, *APART):
-                raise
-            run.notes.append(f"left out: {refusal}")
+                run.damaged[path.stem] = refusal
+            else:
+                run.notes.append(f"left out: {refusal}")
             continue
-        found = Report(path, content, outcomes)
+        found = Report(path, content, outcomes, settings(content, run.description))
         sha = run.description["weights_sha256"]
         if content.get("weights_sha256") != sha:
             found.stale = f"of other weights (SHA-256 {str(content.get('weights_sha256'))[:12]}, now {sha[:12]})"
@@ -133,14 +157,24 @@ def read_reports(run: Run) -> None:
 def refuse_malformed(path: Path, content: Mapping[str, Any], outcomes: Mapping[str, np.ndarray]) -> None:
     """Raises Refusal unless a report has what is read here, and its outcomes fit each other."""
     try:
-        content["data"]["test"]["fingerprint"] + content["evaluation"]
-        assert isinstance(content["protocol"], dict)
-        for kinds in content["values"].values():
-            for entry in kinds.values():
-                if content["evaluation"] not in APART:
-                    float(entry["accuracy"])
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
-        raise Refusal(f"{path} is no whole report ({type(error).__name__}: {error}); evaluate again") from None
+        expect(content["evaluation"], str, "evaluation")
+        protocol = expect(content["protocol"], dict, "protocol")
+        transform = expect(protocol.get("transform") or {}, dict, "protocol.transform")
+        for name in ("size", "stride"):
+            for number in expect(transform.get(name, []), list, f"protocol.transform.{name}"):
+                expect(number, int, f"protocol.transform.{name}")
+        expect(content.get("subject") or {}, dict, "subject")
+        for side in ("train", "test"):
+            images = expect(content["data"][side], dict, f"data.{side}")
+            expect(images["fingerprint"], str, f"data.{side}.fingerprint")
+            expect(images.get("images"), (int, NoneType), f"data.{side}.images")
+        for entry in entries(content):
+            expect(entry.value, (int, float), f"{entry.row}, {entry.features} {entry.setting}")
+            for bound in (entry.low, entry.high, entry.std):
+                expect(bound, (int, float, NoneType), f"interval or std of {entry.row}, {entry.features}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise Refusal(f"{path} is no whole report ({why}); evaluate again") from None
     index = outcomes.get("index")
     for name, each in outcomes.items():
         if index is None or index.ndim != 1 or (name != "index" and not fits(each, len(index))):
@@ -150,29 +184,48 @@ def refuse_malformed(path: Path, content: Mapping[str, Any], outcomes: Mapping[s
             )
 
 
+def expect(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
+    """`value`, if it is of this kind and, as a number, finite. Raises TypeError."""
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, float) and not isfinite(value)):
+        raise TypeError(f"{what} is {value!r:.60}")
+    return value
+
+
 def fits(outcomes: np.ndarray, images: int) -> bool:
     """Whether these are (S, K) or (S, K, C, 3) numbers of so many images."""
     known = outcomes.ndim == 2 or (outcomes.ndim == 4 and outcomes.shape[-1] == 3)
     return known and outcomes.shape[0] > 0 and outcomes.shape[1] == images > 0 and outcomes.dtype.kind in "biuf"
 
 
+def root_of(run: Run, spec: str, data: str | None, root: str | None) -> str | None:
+    """Where a named data set is looked for: at --data-root, else where the run has it, if it is the run's own data."""
+    own = data is None and spec == run.training.get("data")
+    return root or (run.training.get("data_root") if own else None)
+
+
 def check_data(runs: Sequence[Run], data: str | None, root: str | None) -> None:
     """Mark reports as stale that are of other images than their data have now, or than `data`, where that is given.
 
-    Data that cannot be opened are not checked, and the report says so.
+    Data that cannot be opened are not checked, and the report says so. A segmentation has data of its own, with masks:
+    it stays, and says so.
     """
     for run in runs:
         for found in run.reports.values():
-            if found.content["evaluation"] not in WHOLE_DATA or found.stale:
+            evaluation = found.content["evaluation"]
+            if found.stale:
                 continue
             if data is not None and found.spec != data:
-                found.stale = f"of {found.spec}, not {data}"
+                if evaluation == "segmentation":
+                    found.note = f"on data of its own, {found.spec}, not {data}"
+                else:
+                    found.stale = f"of {found.spec}, not {data}"
                 continue
-            own = data is None and found.spec == run.training.get("data")
-            now = fingerprints(found.spec, (run.training.get("data_root") if own else None) or root)
+            if evaluation not in WHOLE_DATA:
+                continue
+            now = fingerprints(found.spec, root_of(run, found.spec, data, root))
             if isinstance(now, Refusal):
                 found.note = f"whether {found.spec} is what it was could not be checked: {now}"
-            elif now != [found.content["data"][side]["fingerprint"] for side in ("train", "test")]:
+            elif now != [found.train, found.test]:
                 found.stale = f"of other images than {found.spec} has now"
 
 
@@ -196,31 +249,34 @@ class Entry(NamedTuple):
     value: float
     low: float | None
     high: float | None
+    std: float | None = None  # over whatever the evaluation repeats: heads, draws
 
 
-def entries(found: Report) -> Iterator[Entry]:
+def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
     """Every number of a report with the interval it has there: headlines, and other k, subsets, layers, methods."""
-    for row, kinds in found.content["values"].items():
+    metric = str(content["protocol"].get("metric", "accuracy"))
+    for row, kinds in content["values"].items():
         for kind, entry in kinds.items():
-            if found.content["evaluation"] == "explain":
+            if content["evaluation"] == "explain":
                 for method, values in entry.items():
                     if "gap" in values:
-                        yield Entry(row, method, kind, "area below random", values["gap"], *values["gap_interval"])
-            elif found.content["evaluation"] == "layers":
+                        low, high = values["gap_interval"]
+                        yield Entry(row, method, kind, "area below random", values["gap"], low, high)
+            elif content["evaluation"] == "layers":
                 for what in ("position", "knn"):
                     if what in entry:
                         yield _entry(row, kind, what, "accuracy", entry[what])
             else:
-                yield _entry(row, kind, "", found.metric, entry)
+                yield _entry(row, kind, "", metric, entry)
                 for k, values in entry.get("k", {}).items():
-                    yield _entry(row, kind, f"k={k}", found.metric, values)
+                    yield _entry(row, kind, f"k={k}", metric, values)
                 for name, by_classifier in entry.get("subsets", {}).items():
                     for classifier, values in by_classifier.items():
-                        yield _entry(row, kind, f"{name}, {classifier}", found.metric, values)
+                        yield _entry(row, kind, f"{name}, {classifier}", metric, values)
                 if "pixel_accuracy" in entry:
                     yield Entry(row, kind, "", "pixel accuracy", entry["pixel_accuracy"], None, None)
 
 
 def _entry(row: str, kind: str, setting: str, metric: str, values: Mapping[str, Any]) -> Entry:
     low, high = values.get("interval") or (None, None)
-    return Entry(row, kind, setting, metric, values["accuracy"], low, high)
+    return Entry(row, kind, setting, metric, values["accuracy"], low, high, values.get("std"))

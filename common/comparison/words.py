@@ -1,7 +1,9 @@
 """What is compared, in words: titles, cells, costs and notes of the table, for Markdown and the page alike."""
 
+from .cells import Cell, Gap, method
 from .costs import NOT_COUNTED, Cost
-from .rows import Cell, Comparison, Gap, method, title_of
+from .rows import title_of
+from .whole import Comparison
 
 COSTS = ("images seen", "training FLOPs", "hours")
 KINDS = {"class": "class token", "mean": "mean patch", "both": "class + mean", "pixels": "pixels"}
@@ -67,7 +69,9 @@ def costs(cost: Cost) -> list[str]:
 
 def scores_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """(header, lines) of the main table."""
-    header = ["", *(f"{title_of(name)} ({column_notes(found, name)[0]})" for name in found.columns), *COSTS]
+    protocols = {name: column_notes(found, name)[0] for name in found.columns}
+    titles = [f"{title_of(name)} ({told})" if told else title_of(name) for name, told in protocols.items()]
+    header = ["", *titles, *COSTS]
     lines = []
     for number, row in enumerate(found.rows):
         cells = [found.cells[name][number] for name in found.columns]
@@ -94,15 +98,17 @@ def differences_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def features_of(found: Comparison) -> str:
-    """Which features the numbers of the table are of."""
-    kinds: dict[str, list[str]] = {}
-    for number, row in enumerate(found.rows):
-        for name in found.columns:
-            cell = found.cells[name][number]
+    """Which features the numbers of the table are of; by row, where they differ."""
+    columns: dict[str, list[str]] = {}
+    for name in found.columns:
+        kinds: dict[str, list[str]] = {}
+        for row, cell in zip(found.rows, found.cells[name], strict=True):
             if cell.value is not None and row.kind != "pixels":
-                words = kinds.setdefault(KINDS.get(cell.features, cell.features), [])
-                words += [title_of(name)] if title_of(name) not in words else []
-    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+                kinds.setdefault(KINDS.get(cell.features, cell.features), []).append(row.label)
+        by_row = [f"{kind} of {', '.join(labels)}" for kind, labels in kinds.items()]
+        told = " and ".join(by_row) if len(kinds) > 1 else next(iter(kinds), "")
+        columns.setdefault(told, []).append(title_of(name))
+    return "; ".join(f"{told}: {', '.join(names)}" for told, names in columns.items() if told)
 
 
 def notes(found: Comparison) -> list[str]:
@@ -110,7 +116,9 @@ def notes(found: Comparison) -> list[str]:
     lines = [
         "[low, high] is a 95 % interval over test images: the percentile bootstrap with 1,000 draws, or where there "
         "are no outcomes of single images the report's own. It covers neither seeds, nor training, nor which images a "
-        "low-shot evaluation has drawn",
+        "low-shot evaluation has drawn"
+        if found.columns
+        else "there is no number for the table: what the evaluations found is in compare.csv and on the page",
     ]
     if any(len(row.runs) > 1 for row in found.rows if row.kind == "subject"):
         lines.append(
@@ -120,7 +128,8 @@ def notes(found: Comparison) -> list[str]:
     if tried:
         among = f"; if nothing differed, each of these {tried} would still have a chance of 5 % to exclude 0"
         lines.append(f"differences are paired by test image{among if tried > 1 else ''}")
-    lines.append(f"features: {features_of(found)}")
+    if features := features_of(found):
+        lines.append(f"features: {features}")
     if any(cost.images is not None for cost in found.costs):
         lines.append(NOT_COUNTED)
     missing = [

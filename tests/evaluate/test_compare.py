@@ -1,105 +1,29 @@
-"""evaluate/compare.py: seeds grouped, differences paired, stale and missing reports, costs, the page, each mistake."""
+"""evaluate/compare.py: seeds grouped, differences paired, stale and missing reports, costs, each mistake."""
 
-import csv
-import html.parser
 import json
-import re
 import shutil
 import statistics
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from reports_by_hand import K, comparer, maker, right, rows_of, standard, write
 
 from common import bootstrap
-from common.checkpoint import sha256
-from common.comparison import html as markup
 from common.comparison.costs import forward, hours, per_image
 from common.errors import Refusal
 from common.plan import PlanSpec
 
-K = 200  # test images
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
-PROTOCOLS = {"knn": {"id": "knn/dino", "headline": 20}, "linear": {"id": "linear/sweep"}}
-
-
-def right(share, seed, seeds=1):
-    """Outcomes (S, K): each of the K images has a difficulty of its own, common to all who are asked."""
-    difficulty = np.random.default_rng(0).random(K)
-    luck = np.random.default_rng(seed + 1).normal(0, 0.1, (seeds, K))
-    return difficulty + luck < share
-
 
 @pytest.fixture
 def make(tmp_path):
-    """make("a", seed=0, keep=1.0) -> a run folder with config, weights (not of any model) and description."""
-
-    def run(name, seed=0, keep=1.0, logs=True, **training):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        (folder / "backbone.safetensors").write_bytes(name.encode())
-        training = {"seed": seed, "data": "nowhere", "data_root": None, "step": 100, "steps": 100, "batch": 32,
-                    "images_seen": 3200, "recipe": "tiny", "audit": "clean"} | training  # fmt: skip
-        about = {"format": 1, "name": "vit_tiny_patch16_224", "kwargs": VIT, "size": [16, 16], "mean": [0.5] * 3,
-                 "std": [0.5] * 3, "crop": 1.0, "position": "none", "pooling": "mean", "training": training,
-                 "weights_sha256": sha256(folder / "backbone.safetensors")}  # fmt: skip
-        (folder / "backbone.json").write_text(json.dumps(about))
-        options = {"weight": 1.0, "keep": keep, "position": "none", "context": 1.0, "view": "global"}
-        config = {"run": str(folder), "seed": seed, "views": {"global": {"size": 16, "count": 1}},
-                  "objectives": {"absolute": options}}  # fmt: skip
-        (folder / "config.yaml").write_text(json.dumps(config))
-        if logs:
-            records = [{"step": at, "loss": 3 - at / 50, "images_per_second": 64.0} for at in range(10, 101, 10)]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-        return folder
-
-    return run
-
-
-def write(run, name, rows, *, test="t" * 16, index=None, protocol=None, **changes):
-    """A minimal report as report.write makes it; rows: {row: {kind: outcomes (S, K)}}."""
-    folder = run / "evaluate"
-    folder.mkdir(exist_ok=True)
-    arrays = {f"{row}/{kind}": each for row, kinds in rows.items() for kind, each in kinds.items()}
-    np.savez_compressed(folder / f"{name}.outcomes.npz", index=np.arange(K) if index is None else index, **arrays)
-    values = {
-        row: {kind: {"accuracy": each.mean(), "interval": [0.0, 1.0], "std": None} for kind, each in kinds.items()}
-        for row, kinds in rows.items()
-    }
-    content = {
-        "format": 1, "evaluation": name, "protocol": protocol or PROTOCOLS[name], "subject": {"name": run.name},
-        "weights_sha256": json.loads((run / "backbone.json").read_text())["weights_sha256"], "step": 100,
-        "data": {"spec": "nowhere", "note": "", "train": {"images": 9, "fingerprint": "train"},
-                 "test": {"images": K, "fingerprint": test, "judged": K}},
-        "values": values, "seeds": [0], "command": f"{name}.py <&>", "hardware": {"cpu": "some"}, "versions": {},
-        "outcomes": {"file": f"{name}.outcomes.npz", "sha256": sha256(folder / f"{name}.outcomes.npz")},
-    }  # fmt: skip
-    (folder / f"{name}.json").write_text(json.dumps(content | changes, default=float))
-
-
-def standard(run, share, seed, **changes):
-    """A k-NN report with baselines."""
-    rows = {"subject": {"class": right(share - 0.2, seed), "mean": right(share, seed)},
-            "random": {"mean": right(0.4, 90)}, "pixels": {"pixels": right(0.6, 91)}}  # fmt: skip
-    write(run, "knn", rows, **changes)
+    return maker(tmp_path)
 
 
 @pytest.fixture
 def compare(script, tmp_path):
-    """compare(words...) -> {file name: text} of what was written; --no-run unless `run`."""
-    main = script("compare").main
-
-    def call(*words, run=False, status=0):
-        out = tmp_path / "out"
-        assert main([*map(str, words), "--out", str(out), *([] if run else ["--no-run"])]) == status
-        return {path.name: path.read_text() for path in out.iterdir()}
-
-    return call
-
-
-def rows_of(text):
-    return list(csv.DictReader(text.splitlines()))
+    return comparer(script("compare").main, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -234,7 +158,7 @@ def test_missing_evaluations_are_made_by_their_scripts(make_run, compare, script
     run = make_run()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RANK", "0")  # as under a launcher
-    files = compare(run, "random", "--run", "knn", "--threads", "1", "--device", "cpu", run=True)
+    files = compare(run, "random", "--make", "knn", "--threads", "1", "--device", "cpu", run=True)
     heads = {row["run"]: row for row in rows_of(files["compare.csv"]) if row["headline"] == "True"}
     content = json.loads((run / "evaluate" / "knn.json").read_text())
     assert float(heads["run"]["value"]) == content["values"]["subject"]["mean"]["accuracy"]
@@ -242,21 +166,26 @@ def test_missing_evaluations_are_made_by_their_scripts(make_run, compare, script
     assert heads["run"]["step"] == "12"
 
 
-def test_only_what_is_missing_or_stale_is_made(make, compare, monkeypatch):
-    """Commands only: none is run."""
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that would have been run: none is, and each fails."""
+    commands = []
+    failing = SimpleNamespace(wait=lambda: 2, terminate=lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command) or failing)
+    return commands
+
+
+def test_only_what_is_missing_or_stale_is_made(make, compare, started):
     a = make("a")
     standard(a, 0.7, 0)
-    started = []
-    failing = lambda command, **_: started.append(command) or subprocess.CompletedProcess(command, 2)  # noqa: E731
-    monkeypatch.setattr(subprocess, "run", failing)
-    files = compare(a, "--run", "knn", "layers", run=True, status=1)  # knn is there: only layers is started
+    files = compare(a, "--make", "knn", "layers", run=True, status=1)  # knn is there: only layers is started
     assert [command[1].rpartition("/")[2] for command in started] == ["layers.py"]
     assert "evaluate/layers.py failed with status 2" in files["compare.md"]
     standard(a, 0.7, 0, weights_sha256="0" * 64)
     with pytest.raises(Refusal, match=r"no report to compare in .*k-NN is left out: data=nowhere: no such folder"):
-        compare(a, "--run", "knn", run=True)  # there is no data called nowhere
+        compare(a, "--make", "knn", run=True)  # there is no data called nowhere
     with pytest.raises(Refusal, match=r"no report to compare in .*evaluate/knn\.py failed with status 2"):
-        compare(a, "--run", "knn", "--data", "builtin", "--threads", "1", run=True)
+        compare(a, "--make", "knn", "--data", "builtin", "--threads", "1", run=True)
     assert started[-1][1].endswith("knn.py")
     assert started[-1][2:] == ["--ckpt", str(a), "--data", "builtin", "--threads", "1"]
 
@@ -309,84 +238,6 @@ def test_what_is_not_known_is_a_dash(make, compare):
     assert [word.strip() for word in line.split("|")[3:6]] == ["3,200", "–", "–"]
 
 
-# --------------------------------------------------------------------------------------------------------------- page
-
-
-class Checker(html.parser.HTMLParser):
-    """Notes unbalanced tags, what would be requested, and what says nothing to who cannot see."""
-
-    VOID = ("meta", "link", "img", "path", "circle")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.faults, self.tags = [], [], []
-        self.feed(text)
-        self.faults += self.open
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.tags.append((tag, given))
-        if tag not in self.VOID or (tag == "path" and not self.get_starttag_text().endswith("/>")):
-            self.open.append(tag)
-        if tag == "script" or any(name.startswith("on") for name in given):
-            self.faults.append(tag)
-        for name in ("src", "href"):
-            if not given.get(name, "data:").startswith("data:"):
-                self.faults.append(given[name])
-        if (tag == "img" and not given.get("alt")) or (tag == "th" and "scope" not in given):
-            self.faults.append(given)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}>")
-
-
-def illustrated(make):
-    """Two runs with everything that a page shows."""
-    runs = [make('a<b>&"x'), make("b", keep=0.5)]
-    for at, run in enumerate(runs):
-        standard(run, 0.7 + 0.05 * at, at)
-        for place, name in (
-            ("pictures", "board-00000100"),
-            ("pictures", "board-00000050"),
-            ("evaluate/explain", "maps"),
-        ):
-            (run / place).mkdir(exist_ok=True, parents=True)
-            Image.fromarray(np.full((40, 2000 if name == "maps" else 60, 3), 90 * at, np.uint8)).save(
-                run / place / f"{name}.png"
-            )
-    return runs
-
-
-def test_page_is_whole_escaped_and_asks_for_nothing(make, compare):
-    a, b = illustrated(make)
-    (b / "evaluate" / "explain" / "maps.png").write_bytes(b"\x89PNG\r\n\x1a\n half")
-    text = compare(a, b, "random", "pixels")["compare.html"]
-    checked = Checker(text)
-    assert checked.faults == []
-    assert "a<b>" not in text and "a&lt;b&gt;&amp;&quot;x" in text and "knn.py &lt;&amp;&gt;" in text
-    assert not re.search(r"https?:|url\(|@import", text)
-    pictures = [given for tag, given in checked.tags if tag == "img"]
-    assert len(pictures) == 3 and "Cannot be read: maps.png" in text  # the newest board of each, and a's maps
-    assert sorted(int(given["width"]) for given in pictures) == [60, 60, markup.WIDEST]
-    assert sum(tag == "svg" for tag, _ in checked.tags) >= 3 and ("html", {"lang": "en"}) in checked.tags
-    assert text.count("<details>") == 1 + 2  # all numbers of k-NN, and a card for each report
-    assert "fingerprint tttttttttttttttt" in text and "objectives.absolute.keep=0.5" in text
-
-
-def test_charts_by_hand():
-    drawn = markup.chart("loss", [markup.Curve("one", [0, 10, 20], [1.0, float("nan"), 3.0], 0)], "step")
-    x = 46 + 304, 46  # left edge 46, and 304 wide; the value axis goes from 1 to 3
-    assert f"M{x[1]}.0 176.0L{x[0]}.0 8.0" in drawn and "1 to 3" in drawn
-    assert markup.chart("nothing", [markup.Curve("one", [0], [float("nan")], 0)], "step") == ""
-    assert markup.ticks(0.62, 0.71, 5) == [0.62, 0.64, 0.66, 0.68, 0.7, 0.72]
-    assert markup.ticks(5, 5, 5)[0] <= 5 < markup.ticks(5, 5, 5)[-1]
-    assert markup.tag("p", "<", markup.tag("b", "x"), class_="y", title=None) == '<p class="y">&lt;<b>x</b></p>'
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -405,8 +256,8 @@ def test_each_mistake_is_one_refusal_and_nothing_is_written(make, compare, scrip
     refused("is the same run as", a, f"{a}/")
     refused("is the same run as", a, a / "backbone.safetensors")
     refused("give a run too", "random", "pixels")
-    refused("did you mean 'knn'", a, "--run", "kn", run=True)
-    refused("--run and --no-run", a, "--run", "knn")
+    refused("did you mean 'knn'", a, "--make", "kn", run=True)
+    refused("--make and --no-run", a, "--make", "knn")
     refused("did you mean '--against'", a, "--againts", "a")
     bare = make("bare", keep=0.5)
     refused("no report to compare", bare)
@@ -437,48 +288,3 @@ def test_each_mistake_is_one_refusal_and_nothing_is_written(make, compare, scrip
     (tmp_path / "file").write_text("")
     with pytest.raises(Refusal, match="cannot be written"):
         script("compare").main([str(a), "--no-run", "--out", str(tmp_path / "file" / "x")])
-
-
-# ------------------------------------------------------------------------------------------------------------ browser
-
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-]  # fmt: skip
-PROBE = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify({width: innerWidth,
-needs: document.documentElement.scrollWidth, pictures: [...document.images].map(image => image.naturalWidth),
-requests: performance.getEntriesByType("resource").map(one => one.name.slice(0, 5)).filter(one => one != "data:")}),
-"*"));</script></body>"""
-FRAME = """<!doctype html><title>frame</title><link rel="icon" href="data:,"><pre id="found"></pre><script>
-addEventListener("message", event => document.getElementById("found").textContent = event.data);</script>
-<iframe width="{width}" height="1200" style="border: 0" srcdoc="{page}"></iframe>"""  # Chromium's windows start at 500
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [400, 1600])
-def test_page_in_a_browser(make, compare, tmp_path, width):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    text = compare(*illustrated(make), "random", "pixels")["compare.html"]
-    framed = tmp_path / "framed.html"
-    framed.write_text(FRAME.format(width=width, page=html.escape(text.replace("</body>", PROBE))))
-
-    def look(*flags):
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        done = subprocess.run(
-            [browser, *FLAGS, profile, f"--window-size={width + 20},1300", *flags],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        assert "CONSOLE" not in done.stderr, done.stderr
-        return done.stdout
-
-    dom = look("--dump-dom", framed.as_uri())
-    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom)[1]))
-    assert len(found["pictures"]) == 4 and min(found["pictures"]) > 0
-    assert found["requests"] == [] and found["needs"] <= found["width"] == width  # only tables scroll sideways
-    look(f"--screenshot={tmp_path / 'shot.png'}", framed.as_uri())
-    with Image.open(tmp_path / "shot.png") as shot:
-        assert shot.width == width + 20 and np.asarray(shot.convert("L")).std() > 5  # something is drawn
-    look(f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "out" / "compare.html").as_uri())
-    assert (tmp_path / "page.pdf").read_bytes()[:5] == b"%PDF-"

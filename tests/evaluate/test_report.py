@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pictures import write_images
 
-from common import checkpoint
+from common import checkpoint, report
 from common.data import labelled_splits
 from common.errors import Refusal
 from common.report import read
@@ -70,6 +70,29 @@ def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_p
                 assert outcomes[f"{row}/{kind}"].mean() == pytest.approx(entry["accuracy"], abs=1e-12)
 
 
+def test_a_report_that_is_stopped_half_way_is_missing_and_not_damaged(make_run, script, monkeypatch):
+    run = make_run()
+    path = run / "evaluate" / "knn.json"
+    main, words = script("knn").main, ["--ckpt", str(run), *WORDS, *JOBS["knn"]]
+    assert main(words) == 0
+    before = path.read_text()
+
+    def stopped_at(suffix):
+        def write(target, fill):
+            if target.suffix == suffix:
+                raise OSError("no space left")
+            checkpoint.write_atomically(target, fill)
+
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+            patched.setattr(report, "write_atomically", write)
+            main(words)
+
+    stopped_at(".npz")
+    assert path.read_text() == before and read(path)[0]["evaluation"] == "knn"  # the earlier one, whole
+    stopped_at(".json")
+    assert not path.exists()
+
+
 def test_what_is_no_whole_report_is_refused(make_run, script):
     run = make_run()
     path = run / "evaluate" / "knn.json"
@@ -95,6 +118,15 @@ def test_what_is_no_whole_report_is_refused(make_run, script):
     assert "knn.outcomes.npz, what became of each test image, does not match it (SHA-256 differs)" in refused()
     images.write_bytes(whole)
     assert read(path)[0]["format"] == 1
+    images.write_bytes(b"no arrays")
+    path.write_text(
+        json.dumps(json.loads(good) | {"outcomes": {"file": images.name, "sha256": checkpoint.sha256(images)}})
+    )
+    assert "cannot be read as arrays" in refused()
+    for outcomes in ("x", {"file": images.name}, {"file": "../knn.outcomes.npz", "sha256": "x"}):
+        path.write_text(json.dumps(json.loads(good) | {"outcomes": outcomes}))
+        assert "is no whole report: its outcomes are" in refused()
+    path.write_text(good)
     images.unlink()
     assert "is missing; evaluate again" in refused()
     older = {key: value for key, value in json.loads(good).items() if key not in ("format", "outcomes")}
