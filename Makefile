@@ -41,7 +41,7 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 test-slow: install  ## the tests that need many minutes or a network; stops at the first failure
-	$(BIN)/pytest -q -m slow -x --durations=5
+	$(BIN)/pytest -q -m slow -x -n auto --maxprocesses 8 --dist loadfile --durations=5
 
 simd:  ## a second environment, .venv-simd, with pillow-simd in place of pillow: faster resizing
 	@$(MAKE) --no-print-directory install VENV=.venv-simd

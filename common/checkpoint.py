@@ -178,9 +178,8 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
 
     Raises Refusal for a missing, damaged, foreign or newer checkpoint, and for weights of another model.
     """
-    weights = find(checkpoint)
-    if Path(checkpoint).is_dir() and not _paired(weights.parent):
-        weights = _newest_pair(weights.parent) or weights
+    weights = _newest_pair(Path(checkpoint)) if Path(checkpoint).is_dir() and not _paired(Path(checkpoint)) else None
+    weights = weights or find(checkpoint)
     description = read_description(weights)
     try:
         state = load_file(weights)

@@ -112,7 +112,7 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bo
     if ckpt.startswith(TIMM):
         return _published(ckpt.removeprefix(TIMM), weights)
     backbone, _, description = checkpoint.load_backbone(ckpt)
-    file = checkpoint.find(ckpt)
+    file = Path(ckpt) / checkpoint.WEIGHTS if Path(ckpt).is_dir() else Path(ckpt)
     run, folder = file.parent.resolve().name, file.parent / "evaluate"
     name = run if file.name == checkpoint.WEIGHTS else file.stem
     if file.name == checkpoint.STUDENT:  # what is found of the teacher stays

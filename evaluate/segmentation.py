@@ -37,6 +37,7 @@ from common.errors import Refusal
 from common.finetuning.training import at_size
 from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
 from common.report import Outcomes, interval, percent, table, tell, write
+from common.segmentation import heads
 from common.segmentation.data import CANVAS, Scenes, open_scenes
 from common.segmentation.inference import MULTI, SINGLE, stride_of
 from common.segmentation.options import (
@@ -46,6 +47,8 @@ from common.segmentation.options import (
     is_frozen,
     peak_of,
     rate_of,
+    refuse_single,
+    refuse_unused,
 )
 from common.segmentation.pictures import sheet
 from common.segmentation.scores import constant, majority, summary
@@ -72,6 +75,8 @@ def main(argv: list[str]) -> int:
     accelerator = processes.accelerator(job.precision)
     job.device = accelerator.device
     config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
+    refuse_single(config, accelerator.num_processes)
+    try_out(config, subject, len(job.classes))
     notes = [line for line in (note, changed, rate_of(config)[1]) if line]
     lock = recipes.prepare(job, recipe, config, accelerator)
     identity = recipes.identity(job, config.batch)
@@ -92,6 +97,13 @@ def main(argv: list[str]) -> int:
         picture = draw(job, found)
         report(job, recipe, config, found, notes, picture)
     return 0
+
+
+def try_out(config: SegmentationConfig, subject: Subject, num_classes: int) -> None:
+    """Build the head once, before anything is written or deleted. Raises Refusal for what it cannot be."""
+    if config.head != "knn":
+        options = {"blocks": config.blocks, "channels": config.channels, "dropout": config.dropout}
+        heads.make(config.head, subject.untrained().backbone(), num_classes, frozen=True, **options)
 
 
 def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[tuple[str, Subject]]:
@@ -145,6 +157,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, Segmentat
     """(arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
     arguments, recipe, config = recipes.read(options(), SegmentationConfig, argv)
     check(config)
+    refuse_unused(config, [word.partition("=")[0] for word in arguments.said])
     return arguments, recipe, config
 
 

@@ -187,6 +187,7 @@ def test_as_the_user_types_it(tiny: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)
 def test_vit_small_on_photographs_in_two_processes(tmp_path: Path) -> None:
     """No toy: ViT-S/16 at 224, 100 steps, two processes, JPEGs of mixed shapes cut from two real photographs."""
     from sklearn.datasets import load_sample_images

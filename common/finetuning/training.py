@@ -55,7 +55,11 @@ def at_size(subject: Subject, size: Any, crop: float | None) -> tuple[Subject, s
     changed = about | {"size": new, "crop": about.get("crop", 0.875) if crop is None else crop}
     if new == list(about["size"]):
         return dataclasses.replace(subject, description=changed), ""
-    backbone = checkpoint.build(changed)
+    try:
+        backbone = checkpoint.build(changed)
+    except Refusal as refusal:  # it names the options of pretraining
+        reason = str(refusal).partition("; change views.global.size")[0]
+        raise Refusal(f"--size {'x'.join(map(str, new))}: {reason}; choose another --size") from None
     changed |= {"grid": list(backbone.grid)}
     if subject.state is None:
         return dataclasses.replace(subject, description=changed), ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,12 @@ LEAST: tuple[str, ...] = (
     "drop_path",
 )
 LEAST += ("flip", "warmup_start")
+OF_VOTES = ("k", "temperature", "bank")
+OF_TRAINING = (
+    *("blocks", "channels", "dropout", "auxiliary", "scale", "most_of_one", "flip", "photometric", "steps", "batch"),
+    *("accumulate", "lr", "min_lr", "schedule", "power", "warmup", "warmup_start", "weight_decay", "betas"),
+    *("layer_decay", "clip", "drop_path", "judge_every", "checkpoint_every"),
+)
 MOST = dict.fromkeys(("most_of_one", "flip", "layer_decay", "warmup_start"), 1.0)
 MOST |= dict.fromkeys(("dropout", "drop_path"), 0.99)
 
@@ -158,9 +164,23 @@ def check(config: SegmentationConfig) -> None:
         raise Refusal(f"--blocks {config.blocks}: expected four blocks, shallowest first")
     if config.head == "knn" and config.frozen is False:
         raise Refusal("--head knn trains nothing: leave out --end-to-end")
-    for value in (config.size, config.stride):
-        if value is not None:
-            height_width(value)
+    for name in ("size", "stride"):
+        if getattr(config, name) is not None:
+            try:
+                height_width(getattr(config, name))
+            except Refusal:
+                raise Refusal(
+                    f"{_flag(name)} {getattr(config, name)}: expected a number of pixels above 0, or [height, width]"
+                ) from None
+
+
+def refuse_unused(config: SegmentationConfig, said: Iterable[str]) -> None:
+    """Raises Refusal if one of the options that were `said` does nothing with this head."""
+    unused = OF_TRAINING if config.head == "knn" else OF_VOTES
+    for name in said:
+        if name in unused and getattr(config, name) is not None:
+            other = "a head that is trained, linear or upernet" if config.head == "knn" else "--head knn"
+            raise Refusal(f"{_flag(name)} goes with {other}, and --head {config.head} is not: leave it out")
 
 
 def _flag(name: str) -> str:
@@ -189,6 +209,16 @@ def fit_batch(config: SegmentationConfig, images: int, processes: int) -> tuple[
     if config.batch % unit:
         raise Refusal(f"--batch {config.batch} cannot be shared by {of}: choose a multiple of {unit}")
     return config, ""
+
+
+def refuse_single(config: SegmentationConfig, processes: int) -> None:
+    """Raises Refusal if upernet would see a single image at a time."""
+    if config.head == "upernet" and processes == 1 and config.batch == config.accumulate:
+        raise Refusal(
+            "--head upernet pools an image to one value per channel, which batch norm cannot train on: 1 image per "
+            f"step and accumulated part was given (--batch {config.batch}, --accumulate {config.accumulate}), and 2 "
+            "are needed"
+        )
 
 
 def stride_of(config: SegmentationConfig, window: tuple[int, int]) -> tuple[int, int]:

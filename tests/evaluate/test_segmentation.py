@@ -11,7 +11,8 @@ from common import report
 from common.errors import Refusal
 from common.segmentation.scores import mean_iou, pixel_accuracy
 
-QUICK = ["--threads", "1", "--device", "cpu", "--steps", "6", "--batch", "4", "--scale", "[1.0,1.0]", "--lr", "0.02"]
+CALM = ["--threads", "1", "--device", "cpu"]
+QUICK = ["--steps", "6", "--batch", "4", "--scale", "[1.0,1.0]", "--lr", "0.02"]
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,8 @@ def run(make_run, scenes, script, capsys):
 
     def start(*words, position="full", **shape):
         folder = make_run(position, **shape)
-        assert script("segmentation").main(["--ckpt", str(folder), "--data", str(scenes), *QUICK, *words]) == 0
+        quick = [*CALM, *([] if "knn" in words else QUICK)]
+        assert script("segmentation").main(["--ckpt", str(folder), "--data", str(scenes), *quick, *words]) == 0
         words = " ".join(words)
         head = next((head for head in ("knn", "upernet") if head in words), "")
         path = folder / "evaluate" / f"segmentation{'_' if head else ''}{head}.json"
@@ -124,7 +126,7 @@ def test_an_interrupted_training_goes_on(run, make_run, scenes, script, monkeypa
     words = ["--checkpoint-every", "2", "--no-baselines", "--dropout", "0.5"]
     _, whole, outcomes, _ = run(*words)
     folder = make_run("full")
-    command = ["--ckpt", str(folder), "--data", str(scenes), *QUICK, *words, "--overwrite"]
+    command = ["--ckpt", str(folder), "--data", str(scenes), *CALM, *QUICK, *words, "--overwrite"]
     out = folder / "evaluate" / "segmentation"
     losses = (out / "trained-seed0" / "metrics.jsonl").read_text()
 
@@ -177,24 +179,37 @@ def test_an_interrupted_training_goes_on(run, make_run, scenes, script, monkeypa
         (["--blocks", "[1,2,3,4]"], "goes with --head upernet"),
         (["--stride", "9"], "--stride 9 leaves pixels out between windows of 8x8"),
         (["stepz=3"], "unknown option 'stepz'"),
+        (
+            ["--head", "knn", "--steps", "5"],
+            "--steps goes with a head that is trained, linear or upernet, and --head knn",
+        ),
+        (["--k", "5"], "--k goes with --head knn, and --head linear is not"),
+        (["--channels", "8"], "--channels 8 goes with --head upernet"),
+        (["--head", "upernet", "--batch", "1"], "1 image per step and accumulated part was given"),
+        (["--size", "6"], "--size 6x6: .* not divisible by its patch of 4x4; choose another --size"),
+        (["--stride", "0"], "--stride 0: expected a number of pixels above 0"),
         (["--batch", "3", "--accumulate", "2"], "--batch 3 cannot be shared"),
     ],
 )
 def test_refusals(make_run, scenes, script, words, says):
+    folder = make_run("full")
     with pytest.raises(Refusal, match=says) as refusal:
-        script("segmentation").main(["--ckpt", str(make_run("full")), "--data", str(scenes), *QUICK, *words])
+        script("segmentation").main(["--ckpt", str(folder), "--data", str(scenes), *CALM, *words])
     assert "\n" not in str(refusal.value)
+    assert not (folder / "evaluate").exists()  # nothing was written, and what there was is not lost
 
 
 @pytest.mark.slow  # launches of two processes
 @pytest.mark.parametrize("head", ["linear", "knn"])
 def test_two_processes_are_one(run, make_run, scenes, run_script, head):
     """Nine training and five test images: neither divides evenly."""
-    words = ["--head", head, "--dropout", "0", "--k", "5", "--no-baselines"]
+    words = ["--head", head, "--no-baselines", *(["--k", "5"] if head == "knn" else ["--dropout", "0"])]
     _, one, alone, _ = run(*words)
     folder = make_run("full")
     done = run_script(
-        "segmentation", "--ckpt", folder, "--data", scenes, *QUICK, *words, "--out", "two.json", processes=2
+        *("segmentation", "--ckpt", folder, "--data", scenes, *CALM, *([] if head == "knn" else QUICK), *words),
+        *("--out", "two.json"),
+        processes=2,
     )
     assert done.returncode == 0, done.stderr
     two, together = report.read(folder.parent / "two.json")
