@@ -102,8 +102,8 @@ def main(argv: list[str]) -> int:
 def try_out(config: SegmentationConfig, subject: Subject, num_classes: int) -> None:
     """Build the head once, before anything is written or deleted. Raises Refusal for what it cannot be."""
     if config.head != "knn":
-        options = {"blocks": config.blocks, "channels": config.channels, "dropout": config.dropout}
-        heads.make(config.head, subject.untrained().backbone(), num_classes, frozen=True, **options)
+        backbone = subject.untrained().backbone()
+        heads.make(config.head, backbone, num_classes, frozen=True, blocks=config.blocks, channels=config.channels)
 
 
 def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[tuple[str, Subject]]:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from common import checkpoint
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from common.subjects import find as find_subject
 
 BOTH = (checkpoint.WEIGHTS, checkpoint.STUDENT)
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -92,15 +91,6 @@ def test_what_a_checkpoint_holds(run):
     assert load(run) == (20, [])
     assert exported(run) == exported(folder) == exported(folder / "backbone.safetensors") == 20
     assert exported(run / "state" / "step_00000010") == 10
-
-
-@pytest.mark.parametrize("gone", [["backbone.safetensors", "backbone.json"], ["backbone.safetensors"]])
-def test_killed_before_the_first_backbone_was_copied(run, gone):
-    for name in gone:
-        (run / name).unlink()
-    assert exported(run) == 20
-    subject = find_subject(str(run))
-    assert subject.name == run.name and subject.folder == run / "evaluate"
 
 
 def test_the_last_ones_and_the_milestones_stay(tmp_path, model):

@@ -153,6 +153,18 @@ def test_a_file_of_part_of_a_model_is_no_subject(file: Path, tmp_path: Path) -> 
         find(f"timm:{SMALL}", weights=str(tmp_path / "part.safetensors"))
 
 
+@pytest.mark.parametrize("copied", [[], [checkpoint.WEIGHTS], [checkpoint.DESCRIPTION]])
+def test_a_run_that_was_killed_before_its_first_backbone_was_copied(tmp_path: Path, copied: list[str]) -> None:
+    whole = tmp_path / "state" / "step_00000003"
+    whole.mkdir(parents=True)
+    run_of(whole, backbone())
+    for name in copied:
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    found = find(str(tmp_path))
+    assert found.state is not None and torch.equal(found.state["cls_token"], backbone().model.cls_token)
+    assert (found.name, found.folder) == (tmp_path.name, tmp_path / "evaluate")
+
+
 def test_the_student_beside_the_teacher_has_reports_of_its_own(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     run.mkdir()
