@@ -131,9 +131,12 @@ def told(rank: int) -> dict[str, Any]:
     return {**found, "afterwards": collectives.processes()}
 
 
+def words(rank: int, ranks: int) -> dict[str, Any]:
+    return told(rank)
+
+
 def everything(rank: int, ranks: int) -> dict[str, Any]:
     return {
-        "told": told(rank),
         "ibot": {name: measured(name, options, rank, ranks) for name, options in IBOT.items()},
         "koleo": {name: spread(options, rank, ranks) for name, options in KOLEO.items()},
     }

@@ -112,8 +112,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
 @pytest.mark.parametrize(
     "words",
     [
-        ["model.name=vit_small_patch14_reg4_dinov2"],
-        ["model.name=deit_tiny_distilled_patch16_224"],
+        pytest.param(["model.name=vit_small_patch14_reg4_dinov2"], marks=pytest.mark.slow),
+        pytest.param(["model.name=deit_tiny_distilled_patch16_224"], marks=pytest.mark.slow),
         [
             "views.global.size=24",
             "objectives.absolute.position=full",

@@ -93,6 +93,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert "evaluate/__init__.py" not in here
 
 
+@pytest.mark.slow
 def test_installed_modules_are_imported_under_one_name(installed: Path, tmp_path: Path) -> None:
     said = run(
         sys.executable, "-c",
@@ -123,6 +124,7 @@ def test_the_command_trains_from_anywhere(installed: Path, tmp_path: Path) -> No
     assert (tmp_path / "runs" / "here" / "backbone.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_every_script_is_a_command(installed: Path, tmp_path: Path) -> None:
     usage = subprocess.run(
         [sys.executable, "-c", "from poslabel.common.launch import main; main()", "--help"],

@@ -11,7 +11,8 @@ TINY_DINO = Path(__file__).resolve().parent / "fixtures" / "tiny_dino.yaml"
 KILLED = 7  # after the checkpoint of step 5, in mid-epoch
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_next_twenty_losses_are_those_of_an_uninterrupted_run(
     train: Train, images: Path, tmp_path: Path, processes: int
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ibot_by_rank import everything, told
+from ibot_by_rank import told, words
 from ranks import ranks
 
 from common import collectives
@@ -18,7 +18,7 @@ def test_one_process_is_told_what_it_said() -> None:
 
 
 def test_two_processes() -> None:
-    first, second = (found["told"] for found in ranks(everything))
+    first, second = ranks(words)
     assert (first["processes"], first["rank"], second["processes"], second["rank"]) == (2, 0, 2, 1)
     rows = [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
     for found in (first, second):
@@ -33,13 +33,13 @@ def test_two_processes() -> None:
 
 def test_gathered_rows_hear_the_losses_of_all() -> None:
     """Process r weighs the 12 gathered numbers by (r + 1) * 0 ... 11; a row's gradient is the sum over processes."""
-    for rank, found in enumerate(ranks(everything)):
+    for rank, found in enumerate(ranks(words)):
         own = torch.arange(12.0).view(4, 3)[2 * rank : 2 * rank + 2]
-        assert found["told"]["gradient"] == ((1 + 2) * own).tolist()
+        assert found["gradient"] == ((1 + 2) * own).tolist()
 
 
 def test_alone_nobody_is_waited_for() -> None:
-    first, second = (found["told"] for found in ranks(everything))
+    first, second = ranks(words)
     assert second["alone"] == [True, True, 2, 1, 0]
     assert first["afterwards"] == second["afterwards"] == 2
 

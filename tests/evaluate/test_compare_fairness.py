@@ -280,6 +280,8 @@ def test_what_cannot_be_is_said_before_anything_starts(make, compare):
 
 
 PARENT = """import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from common import launch
 launch.scripts = lambda: {"slow": sys.argv[1]}
 launch.run_script("slow", [sys.argv[2]])
