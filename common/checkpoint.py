@@ -74,6 +74,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def sweep(path: Path) -> None:
+    """Remove what an earlier `write_atomically` of `path` left when it was killed; for who alone may write it."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------- the public backbone
 
 
@@ -242,8 +248,7 @@ def save_state(
     for left in parent.glob(".writing-*"):  # an earlier attempt was cut short
         shutil.rmtree(left, ignore_errors=True)
     for name in PUBLIC:
-        for left in run.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
+        sweep(run / name)
     aside, final = parent / f".writing-{step:08d}", parent / f"step_{step:08d}"
     try:
         aside.mkdir()

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import write_atomically
+from .checkpoint import sweep, write_atomically
 from .errors import Refusal
 
 METRICS = "metrics.jsonl"
@@ -100,6 +100,7 @@ class Tracker:
 
 def cut(path: Path, last: int) -> None:
     """Drop the lines of steps after `last`, and a line that a crash left half-written."""
+    sweep(path)
     if not path.exists():
         return
     kept = []

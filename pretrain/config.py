@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
 from common import schedules
-from common.checkpoint import write_atomically
+from common.checkpoint import sweep, write_atomically
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
 from common.optim import CLIP_BY
@@ -284,6 +284,7 @@ def _stored(run: Path) -> DictConfig:
 def store(run: Path, config: PretrainConfig) -> None:
     """Let run/config.yaml say what was changed at this resume, so that the next one need not repeat it."""
     path, before = run / CONFIG, _stored(run)
+    sweep(path)
     if config.epochs is None and config.steps == before.steps:  # they follow from the epochs, which may grow later
         config = dataclasses.replace(config, epochs=before.epochs)
     after = OmegaConf.structured(config)

@@ -82,6 +82,7 @@ def test_runs_number_themselves(inside: Main, tiny: list[str]) -> None:
     assert not Path("runs/tiny-001/tb").exists()
 
 
+@pytest.mark.slow
 def test_automatic_values_are_settled_and_stored(
     inside: Main, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

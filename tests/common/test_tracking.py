@@ -38,6 +38,14 @@ def test_a_torn_line_is_dropped(tmp_path, torn):
     assert lines(path) == [1, 2]
 
 
+def test_what_a_killed_cut_left_goes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / ".metrics.jsonl.4711").write_text('{"step"')
+    cut(path, 1)
+    assert path.read_text() == '{"step": 1}\n' and list(tmp_path.iterdir()) == [path]
+
+
 def test_nothing_to_cut(tmp_path):
     cut(tmp_path / METRICS, 3)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from ranks import ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_each_process_draws_plans_of_its_own_and_a_sample_takes_its_plan_along() -> None:
     first, second = ([tuple(plan) for plan in drawn] for drawn in ranks(plans))
     assert len(first) == len(second) == 8  # two steps, half of the batch each
