@@ -5,9 +5,10 @@ A recipe is a file of configs/evaluate; flags and key=value words change its opt
 
 import argparse
 import dataclasses
+import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +68,19 @@ def _takes(word: str, options: argparse.ArgumentParser) -> bool:
     """Whether `word` is a flag that needs a word behind it."""
     action = options._option_string_actions.get(word)
     return action is not None and action.nargs is None
+
+
+def refuse_range(config: Any, above: Collection[str], least: Collection[str], most: Mapping[str, float]) -> None:
+    """Raises Refusal if an option of `above` is not above 0, or another of `least` and `most` not at least 0, or one
+    of `most` more than that. An option that is null is not looked at."""
+    for name in dict.fromkeys((*least, *above, *most)):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        low, high = ("above 0" if name in above else "at least 0"), most.get(name, math.inf)
+        if not (value > 0 if name in above else value >= 0) or not value <= high or math.isinf(value):
+            limit = "" if math.isinf(high) else " and below 1" if 1 - 1e-6 < high < 1 else f" and at most {high:g}"
+            raise Refusal(f"--{name.replace('_', '-')} {value}: expected a number {low}{limit}")
 
 
 def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Config) -> tuple[str | None, Config]:

@@ -1,13 +1,13 @@
 """The options of a finetuning, and what follows from them."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ema, schedules
 from ..errors import Refusal, nearest
+from ..recipes import refuse_range
 from ..transforms import height_width
 
 POOLINGS = ("mean", "class", "both")
@@ -98,14 +98,7 @@ MOST |= dict.fromkeys(("drop_path", "smoothing"), 0.99) | {"ema": 1 - 1e-9}
 
 def check(config: FinetuneConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
-    for name in (*LEAST, *ABOVE, *(name for name in MOST if name not in ABOVE)):
-        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-        if value is None:
-            continue
-        low, high = ("above 0" if name in ABOVE else "at least 0"), MOST.get(name, math.inf)
-        if not (value > 0 if name in ABOVE else value >= 0) or not value <= high or math.isinf(value):
-            limit = "" if math.isinf(high) else f" and at most {high:g}" if high != MOST["ema"] else " and below 1"
-            raise Refusal(f"{flag} {value}: expected a number {low}{limit}")
+    refuse_range(config, ABOVE, LEAST, MOST)
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise Refusal(f"--betas {config.betas}: expected two numbers in [0, 1)")
     if config.pool is not None and config.pool not in POOLINGS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import schedules
 from ..errors import Refusal, nearest
+from ..recipes import refuse_range
 from ..transforms import height_width
 
 HEADS = ("linear", "knn", "upernet")
@@ -142,14 +143,7 @@ MOST |= dict.fromkeys(("dropout", "drop_path"), 0.99)
 
 def check(config: SegmentationConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
-    for name in (*ABOVE, *LEAST):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        low, high = ("above 0" if name in ABOVE else "at least 0"), MOST.get(name, math.inf)
-        if not (value > 0 if name in ABOVE else value >= 0) or not value <= high or math.isinf(value):
-            limit = "" if math.isinf(high) else f" and at most {high:g}"
-            raise Refusal(f"{_flag(name)} {value}: expected a number {low}{limit}")
+    refuse_range(config, ABOVE, LEAST, MOST)
     for name, known in (("head", HEADS), ("schedule", SCHEDULES), ("mode", MODES)):
         value = getattr(config, name)
         if value not in known:
