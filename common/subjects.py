@@ -13,7 +13,6 @@ import timm
 import torch
 from huggingface_hub import constants as hub
 from omegaconf import OmegaConf
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -21,6 +20,7 @@ from . import config as configuration
 from .checkpoint import build, describe, load_exactly
 from .errors import Refusal, nearest
 from .models import Backbone, ModelConfig, create
+from .models.embeddings import resize_embedding
 from .plan import TokenPlan
 from .transforms import PRESETS, View
 
@@ -318,6 +318,5 @@ def resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, in
     prefix = there.shape[1] - old[0] * old[1]
     if prefix != wanted.shape[1] - new[0] * new[1]:
         return False
-    # bicubic without antialiasing, as the authors of DeiT, iRPE, LV-ViT, SP-ViT, MAE and DINO do; not timm's default
-    state["pos_embed"] = resample_abs_pos_embed(there, list(new), list(old), prefix, antialias=False)
+    state["pos_embed"] = resize_embedding(there, old, new)
     return True

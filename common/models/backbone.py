@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import Refusal, nearest
 from ..plan import PlanSpec, TokenPlan
 from . import plain
+from .embeddings import resize_without_antialiasing
 from .irpe import RelativeAttention, add_irpe
 from .lv_vit import LvVit
 from .sp_vit import SpVit
@@ -320,6 +321,7 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
             add_irpe(model, **config.irpe)
         if config.position_embedding == "sincos":
             _fix_sincos(model, config.name)
+        resize_without_antialiasing(model)
         if config.checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         stem = getattr(model, "patch_embed", None)  # Twins has several, and none of this name

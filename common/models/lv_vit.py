@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
+from .embeddings import resize_embedding
 
 _logger = logging.getLogger(__name__)
 
@@ -335,17 +336,6 @@ def _init_linear(module: nn.Linear) -> None:
 
 
 # ---------------------------------------------------------------------------- files
-
-
-def resize_embedding(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position embedding (1, P+N, D) of grid `old` for grid `new`, the P entries before the grid kept: bicubic
-    without antialiasing, as the authors do between 224 and 384 pixels."""
-    if tuple(old) == tuple(new):
-        return embedding
-    prefix, patches = embedding.split([embedding.shape[1] - old[0] * old[1], old[0] * old[1]], 1)
-    maps = patches.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()
-    maps = F.interpolate(maps, size=tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([prefix, maps.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)], 1)
 
 
 def checkpoint_filter_fn(

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..plan import TokenPlan
+from .embeddings import resize_embedding
 from .irpe import RelativeAttention, Where
 from .lv_vit import LvVit
 
@@ -99,9 +99,7 @@ def _embeddings(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     if isinstance(model, LvVit):  # which resizes as its authors do
         embeddings = model.position_embedding(grid)
     elif model.dynamic_img_size:
-        embeddings = resample_abs_pos_embed(
-            embeddings, new_size=list(grid), old_size=model.patch_embed.grid_size, num_prefix_tokens=first
-        )
+        embeddings = resize_embedding(embeddings, model.patch_embed.grid_size, grid)
     return embeddings[:, :first], embeddings[:, first:]
 
 

@@ -1,7 +1,10 @@
 """One matrix over backbones: what every one of them must do alike."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from common.controls import rearrange
 from common.errors import Refusal
@@ -185,3 +188,35 @@ def test_one_channel() -> None:
     backbone = create(ModelConfig("vit_tiny_patch16_224", SMALL_VIT, mean=[0.5], std=[0.5]), 24)
     assert backbone.channels == 1
     assert backbone(torch.zeros(2, 1, 24, 24, dtype=torch.uint8)).tokens.shape == (2, 9, 32)
+
+
+RESIZING = {
+    "vit": ("vit_tiny_patch16_224", SMALL_VIT, 8),
+    "registers without an entry": ("vit_small_patch14_reg4_dinov2", SMALL_VIT | {"no_embed_class": True}, 8),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT, 8),
+    "eva": ("eva02_tiny_patch14_224", SMALL_VIT, 8),
+    "lv-vit": ("lvvit_t", {"embed_dim": 32, "depth": 2, "num_heads": 2}, 16),
+}
+
+
+@pytest.mark.parametrize("name", RESIZING)
+@pytest.mark.parametrize("crop", [(3, 3), (2, 5)])
+def test_smaller_crops_get_the_embedding_that_bicubic_gives_without_antialiasing(name: str, crop: tuple) -> None:
+    """As DINO, DINOv2 and iBOT (7x7 patches seen as 3x3): the same model built for the small grid says the same."""
+    architecture, kwargs, patch = RESIZING[name]
+    config = ModelConfig(architecture, kwargs | {"dynamic_img_size": True})
+    torch.manual_seed(0)
+    large = create(config, 7 * patch).eval()
+    state = large.model.state_dict()
+    nn.init.normal_(state["pos_embed"])
+    small = create(config, [side * patch for side in crop]).eval()
+    first = state["pos_embed"].shape[1] - 49
+    grid = state["pos_embed"][:, first:].permute(0, 2, 1).reshape(1, -1, 7, 7)
+    grid = nn.functional.interpolate(grid, crop, mode="bicubic", antialias=False).flatten(2).permute(0, 2, 1)
+    state = state | {"pos_embed": torch.cat([state["pos_embed"][:, :first], grid], 1)}
+    small.model.load_state_dict(state)
+    shown = torch.rand(2, 3, *small.size)
+    for one in (large, copy.deepcopy(large)):  # a teacher is a copy
+        wanted, got = small(shown), one(shown)
+        torch.testing.assert_close(got.tokens, wanted.tokens, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(got.prefix, wanted.prefix, atol=1e-5, rtol=1e-6)
