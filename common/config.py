@@ -1,11 +1,14 @@
 """Configuration: a dataclass, a YAML recipe and `key=value` words, merged strictly.
 
-A field's docstring is the string below it in the source; `--help` prints it with the default.
+A field's docstring is the string below it in the source; `--help` prints it with the default. A text option (`str`) is
+exactly what was typed, in words and in recipes: 007, on and 1e3 are texts, and so is null where the option may not be
+null. A value may refer to another option, ${model.name}; it never calls a resolver of OmegaConf, ${oc.env:NAME}.
 """
 
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 import types
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -21,6 +25,8 @@ from .errors import Refusal, nearest
 from .launch import ROOT
 
 T = TypeVar("T")
+OPTIONS_OF = "options_of"  # metadata of a dict[str, Any]: name of an entry -> the dataclass of its options, or None
+REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # to another option
 
 
 def load(
@@ -35,7 +41,7 @@ def load(
     defaults and the recipe: presets. Raises Refusal for an unknown key (with the nearest known), a value of
     the wrong type, or a file that is no recipe.
     """
-    given = OmegaConf.create() if recipe is None else read_yaml(recipe)
+    given = OmegaConf.create() if recipe is None else read_yaml(recipe, schema)
 
     def above(lower: DictConfig) -> DictConfig:
         return override(merge(lower, given, str(recipe), schema), words, schema)
@@ -43,7 +49,7 @@ def load(
     defaults = OmegaConf.structured(schema)
     config = above(defaults)
     if beneath is not None:
-        said = OmegaConf.to_container(OmegaConf.merge(given, _keys_as_written(OmegaConf.from_dotlist(list(words)))))
+        said = OmegaConf.to_container(OmegaConf.merge(given, *(_typed(word, schema) for word in words)))
         config = above(merge(defaults, beneath(_as_read(said, _container(config))) or {}, "a preset", schema))
     return to_object(config, schema)
 
@@ -56,28 +62,90 @@ def _as_read(said: Any, read: Any) -> Any:
 
 
 def _container(config: DictConfig) -> Any:
+    """The values of `config`, references resolved. Raises Refusal."""
     try:
-        return OmegaConf.to_container(config, resolve=True)
+        refuse_resolvers(OmegaConf.to_container(config), "the options")
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise Refusal(f"option {error.full_key!r}: {str(error).splitlines()[0]}") from None
+    refuse_resolvers(values, "the options, once references are resolved")  # a: $, b: ${a}{oc.env:NAME}
+    return values
+
+
+def refuse_resolvers(values: Any, where: str, option: str = "") -> None:
+    """Raises Refusal if a text among the nested `values` holds `${` and is no reference to another option.
+
+    Resolvers read the environment and decode text: what they return would be written to every run folder.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            refuse_resolvers(key, where, option)
+            refuse_resolvers(value, where, f"{option}.{key}" if option else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            refuse_resolvers(value, where, option)
+    elif isinstance(values, str) and "${" in values:
+        rest, count = values, 1
+        while count:  # from the innermost one outwards: ${views.${view}.size}
+            rest, count = REFERENCE.subn("_", rest)
+        if "${" in rest or "\\${" in values:
+            raise Refusal(
+                f"option {option!r} in {where}: {values!r} is no plain reference: expected one to another option, such "
+                "as ${model.name}; resolvers (${oc.env:…} and the like) are never called, so write the value itself"
+            )
 
 
 def override(config: DictConfig, words: Sequence[str], schema: type) -> DictConfig:
     """`config` with the `key=value` words merged in. Raises Refusal."""
     for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise Refusal(f"{word!r} is not understood: expected key=value, such as steps=100; --help lists the keys")
+        config = merge(config, _typed(word, schema), f"command line ({word})", schema)
+    return config
+
+
+def _typed(word: str, schema: type) -> DictConfig:
+    """What the word key=value says: of a text option the text as it was typed, of another one YAML. Raises Refusal."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise Refusal(f"{word!r} is not understood: expected key=value, such as steps=100; --help lists the keys")
+    names = re.findall(r"[^.\[\]]+", key)
+    kind, options_of = _kind_at(schema, names)
+    if not _is_text(kind):
         try:
-            given = _keys_as_written(OmegaConf.from_dotlist([word]))
+            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            if isinstance(tree, yaml.MappingNode):  # model={init: 007}
+                _quote_texts(tree, kind, options_of)
+                word = f"{key}={yaml.serialize(tree, Dumper=yaml.SafeDumper)}"
+            return _keys_as_written(OmegaConf.from_dotlist([word]))
         except Exception as error:  # YAML's scanner has errors of its own
             raise Refusal(f"{word!r} cannot be read as key=value: {error}") from error
-        config = merge(config, given, f"command line ({word})", schema)
-    return config
+    value: Any = None if type(None) in typing.get_args(kind) and text in ("", "null") else text
+    for name in reversed(names):
+        value = {name: value}
+    return OmegaConf.create(value)
+
+
+def _kind_at(schema: Any, names: Sequence[str]) -> tuple[Any, Any]:
+    """(type of the option at the path `names` below a dataclass, its `OPTIONS_OF`); None where that is not known."""
+    kind, options_of = schema, None
+    for name in names:
+        if options_of is not None:
+            kind, options_of = options_of(name), None
+        elif dataclasses.is_dataclass(kind):
+            item = next((each for each in dataclasses.fields(kind) if each.name == name), None)
+            options_of = item.metadata.get(OPTIONS_OF) if item is not None else None
+            kind = typing.get_type_hints(kind)[name] if item is not None else None
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind, options_of
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or set(typing.get_args(kind)) == {str, type(None)}
 
 
 def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfig:
     """`config` with `given` merged in, strictly. Raises Refusal that names `where` and the nearest known key."""
+    refuse_resolvers(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, where)
     try:
         merged = OmegaConf.merge(config, given)
     except ConfigKeyError as error:
@@ -95,6 +163,7 @@ def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfi
 def to_object(config: DictConfig, schema: type[T]) -> T:
     """The dataclass instance behind a merged config. Raises Refusal if a value is missing or refers to nothing."""
     try:
+        _container(config)
         OmegaConf.resolve(config)
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -103,17 +172,40 @@ def to_object(config: DictConfig, schema: type[T]) -> T:
     return result
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """A YAML mapping. Raises Refusal if it is missing, unreadable or no mapping."""
+def read_yaml(path: Path, schema: Any = None) -> DictConfig:
+    """A YAML mapping, in which the text options of `schema` are as they were written. Raises Refusal if it is missing,
+    unreadable or no mapping, or calls a resolver."""
     try:
-        content = OmegaConf.load(path)
+        tree = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        if tree is not None:
+            _quote_texts(tree, schema)
+        content = OmegaConf.create() if tree is None else OmegaConf.create(yaml.serialize(tree, Dumper=yaml.SafeDumper))
     except FileNotFoundError:
         raise Refusal(f"no recipe at {path}: expected a YAML file{_recipes_nearby(path)}") from None
     except Exception as error:
         raise Refusal(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
         raise Refusal(f"{path} is not a recipe: expected `key: value` lines")
-    return _keys_as_written(content)
+    written = _keys_as_written(content)
+    refuse_resolvers(OmegaConf.to_container(written), str(path))
+    return written
+
+
+def _quote_texts(node: yaml.Node, kind: Any, options_of: Any = None) -> None:
+    """Put quotes around the values of text options in the YAML tree of a `kind`, in place: YAML would read `run: 007`
+    as a number. What stands for null, and in YAML ~ and nothing do too, stays so."""
+    if isinstance(node, yaml.ScalarNode):
+        if _is_text(kind) and not node.tag.endswith((":str", ":null")):
+            node.tag, node.style = "tag:yaml.org,2002:str", '"'
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == "<<":  # of a merged anchor, or of a list of them
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    _quote_texts(each, kind, options_of)
+            elif options_of is not None:
+                _quote_texts(value, options_of(key.value))
+            elif isinstance(key, yaml.ScalarNode):
+                _quote_texts(value, *_kind_at(kind, [key.value]))
 
 
 def _keys_as_written(content: DictConfig) -> DictConfig:

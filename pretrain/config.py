@@ -17,6 +17,7 @@ from common.models import ModelConfig
 from common.optim import CLIP_BY
 from common.run_folder import CONFIG
 from common.transforms import View, presets
+from pretrain import objectives
 from pretrain.task import resolve
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -97,6 +98,11 @@ class MonitorConfig:
     """Images of each class that the ridge monitor learns from."""
 
 
+def options_of(name: str) -> type | None:
+    """The dataclass of an objective's options; None where there is no such objective, which is refused later."""
+    return objectives.find(name).Options if name in objectives.names() else None
+
+
 @dataclass
 class PretrainConfig:
     """Pretraining: a folder of unlabelled images in, a backbone out."""
@@ -145,7 +151,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     views: dict[str, View] = field(default_factory=lambda: {"global": View()})
     """Named crops of each image; `global` sets the backbone's input size."""
-    objectives: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict, metadata={configuration.OPTIONS_OF: options_of})
     """What is trained: {NAME: {weight: 1.0, ...}}; the options of each are listed below."""
 
 
@@ -278,7 +284,7 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
 def _stored(run: Path) -> DictConfig:
     path = run / CONFIG
     structure = OmegaConf.structured(PretrainConfig)
-    return configuration.merge(structure, configuration.read_yaml(path), str(path), PretrainConfig)
+    return configuration.merge(structure, configuration.read_yaml(path, PretrainConfig), str(path), PretrainConfig)
 
 
 def store(run: Path, config: PretrainConfig) -> None:

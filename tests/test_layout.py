@@ -160,8 +160,8 @@ def test_every_folder_and_every_dependency_is_in_pyproject() -> None:
     listed = {name.replace(".", "/") for name in re.findall(r'"poslabel\.([\w.]+)",', text)}
     assert listed - {"configs"} == folders
     dependencies = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
-    declared = {name.lower() for name in re.findall(r'"([\w-]+)>=', dependencies)} | {"pil"}
+    declared = {name.lower() for name in re.findall(r'"([\w-]+)>=', dependencies)} | {"pil", "yaml"}
     extra = {name.replace("-", "_") for name in re.findall(r'^segmentation = \["([\w-]+)>=', text, re.MULTILINE)}
     used = set().union(*(reached(path) for path in sources(*STAGES))) - set(sys.stdlib_module_names) - set(STAGES)
     assert {name.lower() for name in used} - extra <= declared and extra <= used
-    assert declared - {"pillow", "tensorboard"} <= {name.lower() for name in used}  # torch imports tensorboard for us
+    assert declared - {"pillow", "pyyaml", "tensorboard"} <= {name.lower() for name in used}  # torch imports it for us

@@ -1,9 +1,11 @@
 """Options: a dataclass, a recipe and words, merged strictly; mistakes are named with what was probably meant."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from common import config
 from common.errors import Refusal, nearest
@@ -22,6 +24,14 @@ class Engine:
 
 
 @dataclass
+class Pump:
+    """Options of a named pump, which the car does not know."""
+
+    name: str = "pump"
+    size: float = 1.0
+
+
+@dataclass
 class Car:
     """A car."""
 
@@ -36,6 +46,10 @@ class Car:
     """Anything."""
     sizes: list[float] = field(default_factory=lambda: [1.0, 2.0])
     """Two numbers."""
+    colour: str = "red"
+    """Outside."""
+    pump: dict[str, Any] = field(default_factory=dict, metadata={config.OPTIONS_OF: {"foot": Pump}.get})
+    """Named pumps."""
     _undocumented: int = 0
 
 
@@ -66,7 +80,20 @@ def test_later_words_win():
         ("engine.fuel=", None),
         ("engine.fuel=coal", "coal"),
         ("engine.fuel=a=b", "a=b"),
-        ("engine.fuel='1'", "1"),
+        ("engine.fuel='1'", "'1'"),
+        ("engine.fuel=007", "007"),
+        ("engine.fuel=on", "on"),
+        ("engine.fuel=1e3", "1e3"),
+        ("engine.fuel=x/set #1", "x/set #1"),
+        ("engine.fuel=~", "~"),
+        ("engine.fuel= a: [b, {c ", " a: [b, {c "),
+        ("engine.fuel=2026-11-26", "2026-11-26"),
+        ("spares.main.fuel=no", {"main": Engine(fuel="no")}),
+        ("engine={fuel: 0x1F}", Engine(fuel="0x1F")),
+        ("pump.foot.name=007", {"foot": {"name": "007"}}),
+        ("pump={foot: {name: off, size: 1e3}}", {"foot": {"name": "off", "size": 1e3}}),
+        ("colour=null", "null"),
+        ("colour=", ""),
         ("engine.power=1e-3", 0.001),
         ("engine.power=3", 3.0),
         ("fast=true", True),
@@ -154,6 +181,60 @@ def test_views_by_preset(tmp_path):
         look("views.local.blur=[0.5]")
 
 
+# ---------------------------------------------------------------------------- texts and references
+
+
+def test_texts_in_a_recipe_are_as_written(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "colour: 007\nengine: &e {fuel: on, power: 1e3}\nwheels: 0x10\n"
+        "pump: {foot: {name: 1_000, size: 2e0}, hand: 1}\n"
+        "spares: {main: {fuel: ~}, second: {<<: *e, power: 4}, third: {fuel: 2026-11-26}, fourth: {fuel: '1'}}\n"
+    )
+    car = load(recipe=recipe)
+    assert (car.colour, car.engine, car.wheels) == ("007", Engine(1000.0, "on"), 16)
+    assert car.pump == {"foot": {"name": "1_000", "size": 2.0}, "hand": 1}
+    assert [spare.fuel for spare in car.spares.values()] == [None, "on", "2026-11-26", "1"]
+    assert car.spares["second"].power == 4.0
+    recipe.write_text("colour: ~\n")
+    with pytest.raises(Refusal, match=r"wrong value for 'colour' in .*recipe.yaml"):
+        load(recipe=recipe)
+
+
+def test_references_to_other_options_stay():
+    car = load("colour=${engine.fuel}-${sizes[1]}", "engine.fuel=coal", "extra.name=${colour}")
+    assert car.colour == "coal-2.0" and car.extra == {"name": "coal-2.0"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("${oc.env:SECRET}", "x/${oc.env:SECRET,no}", "${oc.decode:'1'}", "${${colour}:SECRET}", "${mine:1}"),
+        *("${ oc.env : SECRET }", "${oc.create:${oc.env:SECRET}}", r"\${oc.env:SECRET}", "${engine.${oc.env:SECRET}}"),
+    ],
+)
+@pytest.mark.parametrize("option", ["engine.fuel", "extra.deep", "wheels"])
+def test_resolvers_are_refused_by_name_and_never_called(tmp_path, monkeypatch, option, value):
+    monkeypatch.setenv("SECRET", "hush")
+    monkeypatch.setattr(OmegaConf, "resolve", lambda *_: pytest.fail("something was resolved"))
+    words = [f"{option}={value}"] if "'" not in value or option == "engine.fuel" else [f'{option}="{value}"']
+    recipe = tmp_path / "recipe.yaml"
+    head, _, last = option.rpartition(".")
+    recipe.write_text(f"{head}: {{{last}: {json.dumps(value)}}}\n" if head else f"{last}: {json.dumps(value)}\n")
+    for given in ({"recipe": recipe}, {"words": words}):
+        with pytest.raises(Refusal) as refusal:
+            config.load(Car, given.get("recipe"), given.get("words", []), lambda said: None)
+        assert "resolvers" in str(refusal.value) and "hush" not in str(refusal.value)
+        assert option in str(refusal.value) and value.split(":")[0] in str(refusal.value).replace("\\\\", "\\")
+
+
+def test_a_resolver_put_together_from_references_is_refused(monkeypatch):
+    monkeypatch.setenv("SECRET", "hush")
+    with pytest.raises(Refusal, match=r"engine\.fuel.*once references are resolved.*resolvers") as refusal:
+        load("colour=$", "engine.fuel=${colour}{oc.env:SECRET}")
+    assert "hush" not in str(refusal.value)
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -164,7 +245,7 @@ def test_views_by_preset(tmp_path):
         ("engine.pwoer=3", ["unknown option 'engine.pwoer'", "did you mean 'engine.power'"]),
         ("engin.power=3", ["unknown option 'engin'", "did you mean 'engine'"]),
         ("spares.main.fule=oil", ["unknown option 'spares.main.fule'"]),
-        ("colour=red", ["unknown option 'colour'", "--help lists all"]),
+        ("taste=red", ["unknown option 'taste'", "--help lists all"]),
         ("wheels=four", ["'wheels'", "command line (wheels=four)", "four", "Integer"]),
         ("wheels=4.5", ["'wheels'", "4.5", "Integer"]),
         ("wheels=", ["'wheels'", "None", "int"]),
