@@ -285,7 +285,11 @@ def begin(
     if train.labels is not None:
         refuse_gaps(train, test, spec)
     quiet = quiet or not first_process()
-    return Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
+    job = Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
+    for where, left_out in dict.fromkeys((images.where, images.left_out) for images in (train, test)):
+        if left_out:
+            job.say(f"not read in {where}: {left_out}")
+    return job
 
 
 def any_splits(spec: str, root: str | None) -> tuple[Images, Images, str]:

@@ -26,6 +26,8 @@ def dry_run(parts: Parts) -> int:
     accelerator = processes.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
+    for note in [f"not read: {parts.images.left_out}"] * bool(parts.images.left_out) + parts.notes:
+        accelerator.print(f"# {note}")
     accelerator.print(f"audit           {parts.audit.verdict}")
     share = config.batch // process.num_processes // config.accumulate
     flops, activations = cost(parts, share)

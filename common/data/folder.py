@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import Refusal
+from ..printable import printable
 from .decode import decode
 from .images import Images
+from .listing import LeftOut, images_of, is_hidden, walk
 
 TEST_NAMES = ("test", "val", "validation")
 
@@ -49,67 +49,36 @@ class Files:
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.buffer[start : self.ends[i]].tobytes())
 
-    def name(self, i: int) -> str:
+    def path(self, i: int) -> str:
+        """Path of file `i`, to open it by."""
         return os.path.join(self.root, self.relative(i))
 
+    def name(self, i: int) -> str:
+        """Path of file `i`, to be shown."""
+        return printable(self.path(i))
+
     def read(self, i: int, channels: int) -> Tensor:
-        return decode(np.fromfile(self.name(i), np.uint8), channels)
+        return decode(np.fromfile(self.path(i), np.uint8), channels)
 
     def identity(self) -> bytes:
         digest = hashlib.sha256(self.buffer.tobytes())
         digest.update(self.ends.tobytes())
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), MAX_SIZES)).astype(int)):
             try:
-                digest.update(os.stat(self.name(int(i))).st_size.to_bytes(8, "little"))
+                digest.update(os.stat(self.path(int(i))).st_size.to_bytes(8, "little"))
             except OSError:
                 digest.update(b"missing!")
         return digest.digest()
 
 
-def walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Relative names of all visible files under `folder`, in the disk's order, without a stat per file.
-
-    Links to folders are followed unless they lead back to a folder above.
-    """
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            else:
-                yield prefix + entry.name
-    for name in folders:
-        yield from walk(os.path.join(folder, name), f"{prefix}{name}/", above | {here})
-
-
-def scan(root: str) -> tuple[list[bytes], Counter[str]]:
-    """Sorted relative names of the images under `root`, and the number of other files by their ending."""
-    pictures = extensions()
-    found: list[bytes] = []
-    others: Counter[str] = Counter()
-    try:
-        for name in walk(root):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in pictures:
-                found.append(os.fsencode(name))
-            else:
-                others[ending or name] += 1
-    except OSError as error:
-        raise Refusal(f"cannot list {error.filename}: {error.strerror}; expected a readable folder") from error
-    found.sort()  # by bytes: the order of the disk and of the locale must not change the samples
-    return found, others
+def scan(root: str) -> tuple[list[bytes], LeftOut]:
+    """Sorted relative names of the images under `root`, and what else is there. Raises Refusal."""
+    return images_of(root, extensions())
 
 
 def holds_images(folder: Path) -> bool:
-    pictures = extensions()
     try:
-        return folder.is_dir() and any(os.path.splitext(name)[1].lower() in pictures for name in walk(str(folder)))
+        return folder.is_dir() and any(True for _ in walk(str(folder), extensions(), LeftOut()))
     except OSError:
         return False
 
@@ -124,24 +93,25 @@ def classes_of(names: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ...] |
         return None, None
     index = {folder: i for i, folder in enumerate(folders)}
     labels = np.fromiter((index[folder] for folder, _, _ in first), np.int64, len(first))
-    return labels, tuple(os.fsdecode(folder) for folder in folders)
+    return labels, tuple(map(printable, folders))
 
 
 def load(root: str) -> Images:
     """All images under `root`; Refusal when there are none."""
-    names, others = scan(root)
+    names, left = scan(root)
     if not names:
-        raise Refusal(no_images(root, others))
+        raise Refusal(no_images(printable(root), left))
     labels, classes = classes_of(names)
-    return Images(Files(root, names), root, labels, classes)
+    images = Images(Files(root, names), printable(root), labels, classes)
+    images.left_out = left.note(names, labels is not None)
+    return images
 
 
-def no_images(root: str, others: Counter[str]) -> str:
+def no_images(root: str, left: LeftOut) -> str:
     expected = "expected images (.jpg, .png, .webp, … anything PIL opens) in it or in its sub-folders"
-    if not others:
+    if not (seen := left.kinds()):
         return f"no images in {root}: the folder is empty; {expected}"
-    seen = ", ".join(f"{count} {ending}" for ending, count in others.most_common(4))
-    hint = "; to read tables, write data=hf:PATH" if {".parquet", ".arrow"} & set(others) else ""
+    hint = "; to read tables, write data=hf:PATH" if {".parquet", ".arrow"} & set(left.others) else ""
     return f"no images in {root}: only other files ({seen}); {expected}{hint}"
 
 
@@ -166,6 +136,6 @@ def training_folder(path: Path) -> Path | None:
     if any((path / name).is_dir() for name in TEST_NAMES):
         return train
     # No other split beside it: `train` may be the railway class of bus/ car/ train/.
-    siblings = [entry for entry in path.iterdir() if entry != train and not entry.name.startswith(".")]
+    siblings = [entry for entry in path.iterdir() if entry != train and not is_hidden(entry.name)]
     railway = any(map(holds_images, siblings)) and not any(entry.is_dir() for entry in train.iterdir())
     return None if railway else train

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..printable import printable
+
 UNLABELLED = -1
 
 
@@ -47,9 +49,10 @@ class Source(Protocol):
 class Images:
     """One split of a data set with random access; cheap to pickle and to fork.
 
-    where    path or name, for messages
-    labels   (n,) int64 class of each image, -1 for an unlabelled one; None when the data has no labels at all
-    classes  names of the classes, or None
+    where     path or name, for messages
+    labels    (n,) int64 class of each image, -1 for an unlabelled one; None when the data has no labels at all
+    classes   names of the classes, or None
+    left_out  what is kept with the images and not read, in words; mostly nothing
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Images:
         self.where = where
         self.labels: np.ndarray | None = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
+        self.left_out = ""
         self._source = source
         self._indices: np.ndarray | None = indices  # into the source; None is all of it, in its own order
 
@@ -80,7 +84,7 @@ class Images:
             image = self._source.read(at, channels)
         except Exception as error:  # decoders raise almost anything: SyntaxError, struct.error, MemoryError, ...
             reason = re.sub(r" <_io\.\w+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
-            raise Unreadable(self._source.name(at), reason) from error
+            raise Unreadable(self._source.name(at), printable(reason)) from error
         return image.contiguous() if contiguous else image
 
     def name(self, i: int) -> str:
@@ -99,7 +103,9 @@ class Images:
             raise IndexError(f"indices {chosen.min()} … {chosen.max()} for {len(self)} images in {self.where}")
         labels = None if self.labels is None else self.labels[chosen]
         inner = chosen if self._indices is None else self._indices[chosen]
-        return Images(self._source, self.where, labels, self.classes, inner)
+        part = Images(self._source, self.where, labels, self.classes, inner)
+        part.left_out = self.left_out
+        return part
 
     def fingerprint(self) -> str:
         """16 hex digits of what is in here: the same data kept at another path has the same ones."""

@@ -21,8 +21,10 @@ from ..data import UNLABELLED, Images, open_data
 from ..data.decode import ORIENTATION
 from ..data.folder import Files, scan
 from ..data.images import Arrays
+from ..data.listing import with_links
 from ..errors import Refusal
 from ..launch import usable_cores
+from ..printable import printable
 from ..sampling import generator, held_out
 
 IGNORED = UNLABELLED  # in memory
@@ -74,7 +76,9 @@ class Scenes(Images):
         """The images at `indices`, in that order."""
         chosen = super().subset(indices)
         rows = np.arange(len(self))[np.asarray(indices)]
-        return Scenes(self._source, self.where, self.classes or (), self._masks, self.pixels[rows], chosen._indices)
+        part = Scenes(self._source, self.where, self.classes or (), self._masks, self.pixels[rows], chosen._indices)
+        part.left_out = self.left_out
+        return part
 
     def fingerprint(self) -> str:
         """16 hex digits of what is in here, masks included."""
@@ -116,25 +120,26 @@ def open_scenes(spec: str, root: str | None = None) -> tuple[Scenes, Scenes, str
 def read_mask(path: str | Path) -> np.ndarray:
     """Class indices as a file holds them, int32 (H, W), IGNORED where it says to ignore: 255, and of 16 bits also
     65535. Of a palette's picture it is the indices, whatever their colours. Raises Refusal for colours."""
+    shown = printable(os.fspath(path))
     try:
         with Image.open(path) as image:
             if image.mode not in MASK_MODES or image.format == "JPEG":
                 what = "a JPEG, which changes values" if image.format == "JPEG" else f"a picture of mode {image.mode}"
                 raise Refusal(
-                    f"the mask {path} is {what}: expected a PNG of one channel with class indices (mode L, P or 16 "
+                    f"the mask {shown} is {what}: expected a PNG of one channel with class indices (mode L, P or 16 "
                     "bits), 255 where there is none"
                 )
             if image.format == "PNG" and {"L;2", "L;4"} & {str(tile[3]) for tile in image.tile}:
                 raise Refusal(
-                    f"the mask {path} is a grey PNG of less than 8 bits a pixel, whose values are stretched when it is "
-                    "read: write it with 8 bits, or with a palette"
+                    f"the mask {shown} is a grey PNG of less than 8 bits a pixel, whose values are stretched when it "
+                    "is read: write it with 8 bits, or with a palette"
                 )
             values = np.asarray(image)
     except Refusal:
         raise
     except Exception as error:  # decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Refusal(f"the mask {path} cannot be read: {reason}; write it anew") from None
+        raise Refusal(f"the mask {shown} cannot be read: {printable(reason)}; write it anew") from None
     deep = values.dtype.itemsize > 1
     values = values.astype(np.int32)
     values[np.isin(values, VOID[2 if deep else 1])] = IGNORED
@@ -148,7 +153,7 @@ class _FileMasks:
         self.files, self.reduce = files, reduce
 
     def read(self, i: int) -> np.ndarray:
-        values = read_mask(self.files.name(i))
+        values = read_mask(self.files.path(i))
         if self.reduce:
             values = np.where(values > 0, values - 1, IGNORED)
         if values.size and int(values.max()) >= MOST_CLASSES:
@@ -167,9 +172,10 @@ def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool
     for folder in (images, masks):
         if not folder.is_dir():
             raise Refusal(f"no folder {folder}; expected {LAYOUTS}")
-    found, _ = scan(str(images))
-    by_stem = {os.path.splitext(name)[0]: name for name in scan(str(masks))[0]}
-    lacking = [os.fsdecode(name) for name in found if os.path.splitext(name)[0] not in by_stem]
+    found, left = scan(str(images))
+    masks_of = with_links(*scan(str(masks)))  # one mask may serve many images
+    by_stem = {os.path.splitext(name)[0]: name for name in masks_of}
+    lacking = [printable(name) for name in found if os.path.splitext(name)[0] not in by_stem]
     if lacking:
         more = ", …" if len(lacking) > 3 else ""
         raise Refusal(
@@ -183,7 +189,7 @@ def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool
 
     def look(i: int) -> np.ndarray:
         values = read.read(i)
-        size = _size(source.name(i))
+        size = _size(source.path(i))
         if size is not None and size != values.shape:
             raise Refusal(
                 f"the mask {read.files.name(i)} is of {values.shape[1]}x{values.shape[0]} pixels and its image "
@@ -201,7 +207,9 @@ def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool
         rows = list(threads.map(look, range(len(found))))
     width = max(len(row) for row in rows)
     pixels = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64)
-    return Scenes(source, str(images), names or [str(k) for k in range(width)], read, pixels)
+    scenes = Scenes(source, printable(str(images)), names or [str(k) for k in range(width)], read, pixels)
+    scenes.left_out = left.note(found, False)
+    return scenes
 
 
 def _size(path: str) -> tuple[int, int] | None:

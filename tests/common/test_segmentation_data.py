@@ -51,6 +51,17 @@ def test_two_layouts_of_folders(tmp_path, style):
     assert part.fingerprint() != train.fingerprint()
 
 
+def test_one_mask_may_serve_many_images_and_what_is_not_read_is_said(tmp_path):
+    (images, masks) = folders(fill(tmp_path), "train")
+    (images / "c.png").write_bytes((images / "a.png").read_bytes())
+    (images / "again.png").symlink_to("a.png")
+    (images / "photo.heic").write_text("x")
+    (masks / "c.png").symlink_to("a.png")
+    train, _, _ = open_scenes(str(tmp_path))
+    assert len(train) == 3 and pixels_of(train, 2) == pixels_of(train, 0)
+    assert "1 .heic" in train.left_out and "again.png is a.png" in train.subset([0]).left_out
+
+
 def test_without_splits_a_fixed_fifth_is_held_out(tmp_path):
     for k in range(10):
         put([tmp_path / "images", tmp_path / "masks"], f"{k}")

@@ -1,0 +1,224 @@
+"""Which files of a folder are its images, and what of the rest a user should hear of.
+
+Names are relative to the folder, with slashes; neither the disk nor the locale decides about their order.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from ..errors import Refusal
+from ..printable import printable
+
+# Made by systems beside a user's images, thumbnails among them; in lower case. Names that begin with a dot are hidden.
+JUNK_FOLDERS = frozenset(
+    {"@eadir", "@tmp", "@synoresource", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin",
+     "system volume information", "__macosx", "lost+found"}
+)  # fmt: skip
+JUNK_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
+# Endings of pictures that are not opened here: worth a word of what to do.
+OTHER_PICTURES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw",
+     ".orf", ".raf", ".rw2", ".pef", ".dcm", ".nii", ".exr", ".hdr"}
+)  # fmt: skip
+
+NAMED = 6  # kinds of files, or pairs of names, that a message lists
+
+
+@dataclass
+class LeftOut:
+    """The files of a folder that are not read, but for hidden ones and those that systems make."""
+
+    others: Counter[str] = field(default_factory=Counter)  # by lower-case ending
+    special: Counter[str] = field(default_factory=Counter)  # FIFOs, sockets, devices
+    linked: list[tuple[str, str]] = field(default_factory=list)  # a name, and the one under which the same is read
+
+    def count(self, name: str) -> None:
+        """Count a regular file that is no image."""
+        if name.lower() not in JUNK_FILES:
+            self.others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+
+    def kinds(self) -> str:
+        """How many files of which endings, and how many are none: "500 .heic, 3 .mov, 1 FIFO"; or nothing."""
+        seen = self.others.most_common() + self.special.most_common()
+        words = [f"{count:,} {printable(kind)}" for kind, count in seen[:NAMED]]
+        if rest := sum(count for _, count in seen[NAMED:]):
+            words.append(f"{rest:,} of other kinds")
+        return ", ".join(words)
+
+    def note(self, images: list[bytes], in_classes: bool) -> str:
+        """All of it in one line, or nothing; `images`: the sorted names that are read. `in_classes`: whether the first
+        folder of a name is its class."""
+        parts = [kinds] if (kinds := self.kinds()) else []
+        if pictures := [ending for ending in self.others if ending in OTHER_PICTURES]:
+            parts[0] += f" (convert pictures to .png or .jpg: {', '.join(sorted(pictures))} are not opened)"
+        if self.linked:
+            pairs = sorted(self.linked)
+            said = ", ".join(f"{printable(name)} is {printable(other)}" for name, other in pairs[:NAMED])
+            more = f", … {len(pairs):,} links in all" if len(pairs) > NAMED else ""
+            count = sum(_images_at(other, images) for _, other in pairs)
+            where = ""
+            if in_classes and (apart := sum(_first(other) not in (_first(name), ".") for name, other in pairs)):
+                where = f"; {apart:,} of these links stand in another class than what they lead to, which counts"
+            parts.append(f"{count:,} names of images that are read under another name ({said}{more}{where})")
+        return "; ".join(parts)
+
+
+def _images_at(name: str, images: list[bytes]) -> int:
+    """How many images are of this name, or in the folder of this name if it ends with a slash."""
+    if not name.endswith("/"):
+        return 1
+    if name == "./":
+        return len(images)
+    start = os.fsencode(name)
+    return bisect_left(images, start[:-1] + b"0") - bisect_left(images, start)  # "0" is what comes after "/"
+
+
+def _first(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def images_of(root: str, endings: Collection[str]) -> tuple[list[bytes], LeftOut]:
+    """Sorted relative names of the files under `root` with one of these lower-case endings, and what else is there.
+
+    Raises Refusal for a folder that cannot be listed.
+    """
+    left = LeftOut()
+    try:
+        names = [os.fsencode(name) for name in walk(root, endings, left)]
+    except OSError as error:
+        where = printable(os.fspath(error.filename or root))
+        raise Refusal(f"cannot list {where}: {error.strerror}; expected a readable folder") from error
+    names.sort()  # by bytes: the order of the disk and of the locale must not change the samples
+    return names, left
+
+
+def with_links(names: list[bytes], left: LeftOut) -> list[bytes]:
+    """`names`, and beside them those that links to the same files have."""
+    all_ = list(names)
+    for name, other in left.linked:
+        start, other_start = os.fsencode(name), b"" if other == "./" else os.fsencode(other)
+        if not name.endswith("/"):
+            all_.append(start)
+        else:
+            all_ += [start + each[len(other_start) :] for each in names if each.startswith(other_start)]
+    return all_
+
+
+def walk(root: str, endings: Collection[str], left: LeftOut) -> Iterator[str]:
+    """Relative names of the visible files under `root` with one of these endings; all others are counted in `left`.
+
+    Each file is named once, however many links lead to it: under its own name if that is under `root`, else under the
+    first link to it in the order of bytes. Links to folders come before links to files. (A second hard link is a file
+    like any other, as is a copy.) Only folders and links cost a stat.
+    """
+    yield from _Walk(root, endings, left).names()
+
+
+class _Walk:
+    def __init__(self, root: str, endings: Collection[str], left: LeftOut) -> None:
+        self.root, self.endings, self.left = root, endings, left
+        self.folders: dict[tuple[int, int], str] = {}  # device and inode of a folder -> how its names begin
+        self.parents: dict[str, str | None] = {}  # path of a folder -> how its names begin, if it is read
+        self.links: list[str] = []  # still to be followed
+
+    def names(self) -> Iterator[str]:
+        yield from self._below("")
+        files: list[tuple[str, os.stat_result | None]] = []
+        while self.links:
+            links, self.links = sorted(self.links, key=os.fsencode), []
+            for name in links:
+                try:
+                    status: os.stat_result | None = os.stat(os.path.join(self.root, name))
+                except OSError:  # it leads nowhere
+                    status = None
+                if status is not None and stat.S_ISDIR(status.st_mode):
+                    yield from self._linked_folder(name, (status.st_dev, status.st_ino))
+                else:
+                    files.append((name, status))
+        files.sort(key=lambda file: os.fsencode(file[0]))
+        yield from self._linked_files(files)
+
+    def _below(self, prefix: str) -> Iterator[str]:
+        """Names of files in a folder and in those below it, in the disk's order; its links are remembered."""
+        todo = [prefix]
+        while todo:
+            prefix = todo.pop()
+            folder = os.path.join(self.root, prefix)
+            status = os.stat(folder)
+            first = self.folders.setdefault((status.st_dev, status.st_ino), prefix)
+            if first != prefix:  # mounted a second time
+                self.left.linked.append((prefix, first or "./"))
+                continue
+            inner = []
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if entry.is_file(follow_symlinks=False):
+                        if _is(name, self.endings):
+                            yield prefix + name
+                        else:
+                            self.left.count(name)
+                    elif entry.is_symlink():
+                        self.links.append(prefix + name)
+                    elif not entry.is_dir(follow_symlinks=False):
+                        self.left.special[_kind(entry.stat(follow_symlinks=False).st_mode)] += 1
+                    elif name.lower() not in JUNK_FOLDERS:
+                        inner.append(f"{prefix}{name}/")
+            todo += sorted(inner, reverse=True)
+
+    def _linked_folder(self, name: str, identity: tuple[int, int]) -> Iterator[str]:
+        if identity in self.folders:
+            self.left.linked.append((f"{name}/", self.folders[identity] or "./"))
+        elif os.path.basename(os.path.realpath(os.path.join(self.root, name))).lower() not in JUNK_FOLDERS:
+            yield from self._below(f"{name}/")
+
+    def _linked_files(self, files: list[tuple[str, os.stat_result | None]]) -> Iterator[str]:
+        seen: dict[tuple[int, int], str] = {}  # device and inode -> the first link to it
+        for name, status in files:
+            if status is not None and not stat.S_ISREG(status.st_mode):
+                self.left.special[_kind(status.st_mode)] += 1
+            elif not _is(name, self.endings):
+                self.left.count(os.path.basename(name))
+            elif status is None:
+                yield name  # an image that cannot be read, which is told where it is read
+            else:
+                same = self._real_name(name, status) or seen.setdefault((status.st_dev, status.st_ino), name)
+                if same == name:
+                    yield name
+                else:
+                    self.left.linked.append((name, same))
+
+    def _real_name(self, name: str, status: os.stat_result) -> str | None:
+        """The name under which the file that a link leads to is read anyway; None if it is not."""
+        link = os.path.join(self.root, name)
+        path = os.path.join(os.path.dirname(link), os.readlink(link))
+        direct = os.lstat(path)
+        if (direct.st_dev, direct.st_ino) != (status.st_dev, status.st_ino):  # a link to a link
+            path = os.path.realpath(link)
+        folder, file = os.path.split(path)
+        if folder not in self.parents:
+            parent = os.stat(folder)
+            self.parents[folder] = self.folders.get((parent.st_dev, parent.st_ino))
+        prefix = self.parents[folder]
+        return prefix + file if prefix is not None and file[:1] != "." and _is(file, self.endings) else None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out unsaid: it begins with a dot, or a system has made it."""
+    return name[:1] == "." or name.lower() in JUNK_FOLDERS | JUNK_FILES
+
+
+def _is(name: str, endings: Collection[str]) -> bool:
+    return name[name.rfind(".") :].lower() in endings
+
+
+def _kind(mode: int) -> str:
+    return "FIFO" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
