@@ -13,15 +13,17 @@ def printable(name: str | bytes) -> str:
     Takes names as Python has them, in which bytes that the locale cannot read are "surrogates" (PEP 383), and gives the
     same under every locale. What is printable already stays as it is.
     """
-    if isinstance(name, str):
-        if name.isascii() and name.isprintable():
-            return name
-        try:
-            name = name.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:  # half of a character of a Windows name
-            return printable(name.encode("utf-8", "backslashreplace"))
-    text = name.decode("utf-8", "backslashreplace")
+    if isinstance(name, str) and name.isascii() and name.isprintable():
+        return name
+    text = (name if isinstance(name, bytes) else _bytes(name)).decode("utf-8", "backslashreplace")
     return "".join(_escaped(each) if each in REORDERING else each for each in map(_escaped_control, text))
+
+
+def _bytes(name: str) -> bytes:
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a character of a Windows name
+        return name.encode("utf-8", "backslashreplace")
 
 
 def _escaped_control(character: str) -> str:
