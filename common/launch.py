@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ctypes
+import difflib
 import functools
 import signal
 import subprocess
@@ -206,7 +207,8 @@ def main() -> None:
     known = scripts()
     at = next((i for i, word in enumerate(argv) if word in known), None)
     if at is None:
-        wanted = "" if argv[:1] in ([], ["-h"], ["--help"]) else f"no command in {' '.join(argv)!r}. "
+        asked = argv[:1] not in ([], ["-h"], ["--help"])
+        wanted = f"error: no command in {' '.join(argv)!r}{suggested(argv)}\n" if asked else ""
         print(f"{wanted}usage: poslabel [accelerate options] {{{','.join(known)}}} [arguments]", file=sys.stderr)
         sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else REFUSED)
     options, command = argv[:at], [str(known[argv[at]]), *argv[at + 1 :]]
@@ -215,6 +217,20 @@ def main() -> None:
     else:
         launcher = [sys.executable]
     os.execv(sys.executable, launcher + command)
+
+
+MEANT = {"pretrain": ("run", "train", "training", "pretraining", "start", "fit"), "finetune": ("tune", "fine-tuning")}
+
+
+def suggested(argv: Sequence[str]) -> str:
+    """What a command line without a known command may have meant: by another name, a script's path, or misspelt."""
+    names = {name: name for name in scripts()} | {other: name for name, others in MEANT.items() for other in others}
+    for word in argv:
+        stem = Path(word).stem.lower().replace("_", "-") if not word.startswith("-") and "=" not in word else ""
+        near = [stem] if stem in names else difflib.get_close_matches(stem, names, n=3, cutoff=0.6)
+        if near:
+            return f"; did you mean {' or '.join(dict.fromkeys(repr(names[name]) for name in near))}?"
+    return ""
 
 
 def _num_gpus() -> int:

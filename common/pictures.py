@@ -17,7 +17,7 @@ from .tally import Tally
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE, PATCH = 112, 8  # an image shown is at least so high, a patch of it at least so high and wide
+SIDE, PATCH = 96, 8  # an image shown is at least so high and wide, and so is a patch of it
 GAP, LINE, LETTER = 6, 18, 13  # space between images, height of a line of text and of its letters
 NARROWEST = 360  # a sheet that leaves room for its caption
 EMPTY, RIGHT, WRONG = 128, (40, 200, 80), (220, 50, 50)
@@ -67,7 +67,7 @@ def _patches(images: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Enlarged patches of uint8 images (B, C, H, W) in raster order, (B, N, ph, pw, 3)."""
     B, C, H, W = images.shape
     h, w = grid
-    enlarge = max(SIDE // H, math.ceil(PATCH / min(H // h, W // w)), 1)
+    enlarge = max(math.ceil(SIDE / min(H // h * h, W // w * w)), math.ceil(PATCH / min(H // h, W // w)))
     images = images.expand(-1, 3, -1, -1) if C == 1 else images[:, :3]
     images = images.cpu().repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
     ph, pw = H * enlarge // h, W * enlarge // w

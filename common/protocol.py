@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +35,38 @@ LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels"}
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are Refusals: one line, exit status 2."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, where `threads=1` says --threads 1."""
+        return super().parse_args(self.as_flags(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, where `threads=1` says --threads 1."""
+        return super().parse_intermixed_args(self.as_flags(sys.argv[1:] if args is None else args), namespace)
+
+    def as_flags(self, words: Sequence[str]) -> list[str]:
+        """`words`, with `key=value` of a known flag in that flag's form, as pretraining has it the other way round."""
+        found: list[str] = []
+        for word in words:
+            key, equals, value = word.partition("=")
+            action = self._option_string_actions.get(f"--{key.replace('_', '-')}")
+            before = self._option_string_actions.get(found[-1]) if found else None
+            behind = before is not None and before.nargs is None  # the value of the flag before it
+            if not equals or action is None or behind or not re.fullmatch(r"[a-z][a-z_-]*", key):
+                found.append(word)
+            elif action.nargs == 0:
+                if value.lower() not in ("true", "false"):
+                    raise Refusal(f"{word}: expected {key}=true, or {action.option_strings[0]}")
+                found += action.option_strings[:1] if value.lower() == "true" else []
+            elif action.nargs in ("+", "*"):
+                found += [action.option_strings[0], *value.strip("[]").replace(",", " ").split()]
+            else:
+                found.append(f"{action.option_strings[0]}={value}")
+        return found
+
     def error(self, message: str) -> Any:
         known = [word for action in self._actions for word in action.option_strings]
-        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        words = [word.split("=")[0] for word in message.split() if word.startswith("--") or "=" in word]
+        words = [f"--{word.lstrip('-').rstrip(':')}" for word in words]
         near = "".join(nearest(word, known) for word in words[:1] if word not in known)
         raise Refusal(f"{message}{near}; --help lists the options")
 

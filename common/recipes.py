@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from . import config as configuration
 from .errors import Refusal
-from .protocol import Evaluation
+from .protocol import Evaluation, Parser
 from .run_folder import CONFIG, WAIT, RunLock
 from .subjects import RANDOM
 
@@ -42,10 +42,9 @@ def add_options(options: argparse.ArgumentParser, kind: type) -> None:
             help=f"{about} (default: {usual})".replace("%", "%%"))  # fmt: skip
 
 
-def read(
-    options: argparse.ArgumentParser, kind: type[Config], argv: Sequence[str]
-) -> tuple[argparse.Namespace, str | None, Config]:
+def read(options: Parser, kind: type[Config], argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, Config]:
     """(arguments, the recipe's name, options). Raises Refusal for what is unknown or of another type."""
+    argv = options.as_flags(argv)
     # `--seeds 0 1 epochs=3`: argparse would take the last word for a seed
     loose = [at for at, word in enumerate(argv) if re.match(r"\w+=", word) and at and not _takes(argv[at - 1], options)]
     arguments = options.parse_intermixed_args([word for at, word in enumerate(argv) if at not in loose])
@@ -100,6 +99,40 @@ def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Con
                 "none, or begin again with --overwrite"
             )
     return first.removeprefix("# recipe: ") if first.startswith("# recipe: ") else recipe, config
+
+
+def fit_batch(batch: int, accumulate: int, images: int, processes: int, of_each: int = 1) -> tuple[int, str]:
+    """(a batch that `images` fill and that can be shared, what was changed).
+
+    `of_each`: images that every process needs in every accumulated part; 2 where they are mixed in pairs. Raises
+    Refusal, with the number that is needed, where there are too few images or the batch cannot be shared.
+    """
+    parts = processes * accumulate
+    unit = parts * of_each
+    of = f"{_counted(processes, 'process')} x {_counted(accumulate, 'accumulation step')}"
+    if images < unit:
+        each = "one image" if of_each == 1 else "two images, as they are mixed in pairs,"
+        smaller = ["a smaller --accumulate"] if accumulate > 1 else []
+        smaller += ["fewer processes"] if processes > 1 else []
+        smaller += ["--mixup 0 --cutmix 0"] if of_each > 1 else []
+        instead = f", or choose {' or '.join(smaller)}" if smaller else ""
+        raise Refusal(
+            f"{_counted(images, 'training image')} and a step needs at least {unit}: {each} for each of {of}; "
+            f"give more images{instead}"
+        )
+    if batch > images:
+        fitting = images // unit * unit
+        return fitting, f"batch {fitting}: there are {_counted(images, 'training image')}"
+    if batch % unit:
+        pairs = "" if of_each == 1 else ", each an even number of images, as they are mixed in pairs"
+        raise Refusal(f"--batch {batch} cannot be shared by {of}{pairs}: choose a multiple of {unit}")
+    return batch, ""
+
+
+def _counted(number: int, noun: str) -> str:
+    """`1 process`, `2 processes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def folder_of(job: Evaluation) -> Path:

@@ -34,7 +34,7 @@ from common.finetuning.augment import rand_augment
 from common.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
 from common.finetuning.training import at_size, bits, train
 from common.probing.probe import probe
-from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
+from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.tracking import check_tensorboard
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------------ options
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """The command line: what every evaluation takes, and a flag for every option of a recipe."""
     options = parser(__doc__ or "", precision=None)
     recipes.add_options(options, FinetuneConfig)

@@ -35,7 +35,7 @@ from PIL import Image
 from common import processes, recipes
 from common.errors import Refusal
 from common.finetuning.training import at_size
-from common.protocol import LABELS, Evaluation, begin, chosen_device, first_process, parser
+from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, interval, percent, table, tell, write
 from common.segmentation import heads
 from common.segmentation.data import CANVAS, Scenes, open_scenes
@@ -138,7 +138,7 @@ def resized(job: Evaluation, config: SegmentationConfig) -> tuple[Subject, str]:
 # ------------------------------------------------------------------------------------------------------ options
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """The command line: what every evaluation takes, and a flag for every option of a recipe."""
     options = parser(__doc__ or "", precision=None)
     switch = options.add_mutually_exclusive_group()

@@ -441,7 +441,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--input", action="store_true")
     parser.add_argument("--data")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_intermixed_args(argv)
+    given = parser.parse_intermixed_args(parser.as_words(argv))
     if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
         raise Refusal(f"--json {given.json}: expected the name of a file in a folder that exists")
     recipes = [word for word in given.words if "=" not in word]

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +34,36 @@ class Arguments:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are Refusals that offer the nearest option."""
 
+    def as_words(self, argv: Sequence[str]) -> list[str]:
+        """`argv`, with `--threads 1` or `--threads=1` of a recipe's option as the word `threads=1`; evaluations take
+        both forms, too. Raises Refusal where a value is missing."""
+        names = {name for name, *_ in configuration.fields(PretrainConfig)}
+        groups = tuple({f"{name.partition('.')[0]}." for name in names if "." in name} | {"objectives."})
+        words, left = list[str](), list(argv)
+        while left:
+            word = left.pop(0)
+            name, equals, value = word.removeprefix("--").partition("=")
+            group, dot, last = name.rpartition(".")
+            name = f"{group}{dot}{last.replace('-', '_')}"
+            known = name in names or name.startswith(groups)
+            if not word.startswith("--") or word.partition("=")[0] in self._option_string_actions or not known:
+                words.append(word)
+                continue
+            if not equals:
+                if not left or left[0].startswith("--"):
+                    raise Refusal(f"{word} needs a value: {word} VALUE, or {name}=VALUE")
+                value = left.pop(0)
+            words.append(f"{name}={value}")
+        return words
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raises Refusal."""
         flags = {*FLAGS, *(word for action in self._actions for word in action.option_strings)}
         given = message.replace(",", " ").split()
         unknown = next((word for word in given if word.startswith("-") and word.split("=")[0] not in flags), "")
-        raise Refusal(f"{message}{nearest(unknown, sorted(flags))}; --help shows the usage")
+        options = (f"--{name}" for name, *_ in configuration.fields(PretrainConfig))
+        near = nearest(unknown.split("=")[0], sorted({*flags, *options}))
+        raise Refusal(f"{message}{near}; --help shows the usage")
 
 
 def parse(argv: list[str], usage: str) -> Arguments:
@@ -52,7 +77,7 @@ def parse(argv: list[str], usage: str) -> Arguments:
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    given = parser.parse_intermixed_args(argv)
+    given = parser.parse_intermixed_args(parser.as_words(argv))
     recipes = [word for word in given.words if "=" not in word]
     words = [word for word in given.words if "=" in word]
     if len(recipes) > 1:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from common import launch
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"
 NEIGHBOUR = "def load(name):\n    return f'metric {name}'\n"
@@ -122,6 +124,23 @@ def test_the_command_trains_from_anywhere(installed: Path, tmp_path: Path) -> No
     lines = [json.loads(line) for line in (tmp_path / "runs" / "here" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert (tmp_path / "runs" / "here" / "backbone.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["run", "data=x"], "'pretrain'"), (["train"], "'pretrain'"), (["evaluate/knn.py", "--ckpt", "x"], "'knn'"),
+        (["--num_processes", "2", "fine_tune"], "'finetune'"), (["segmentaton"], "'segmentation'"),
+        (["few-shot"], "'fewshot'"), (["zzz"], ""), (["run=x"], ""),
+    ],
+)  # fmt: skip
+def test_a_command_that_is_not_there_is_answered_with_the_nearest(words, meant, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["poslabel", *words])
+    with pytest.raises(SystemExit) as left:
+        launch.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith(f"error: no command in {' '.join(words)!r}")
+    assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
 
 
 @pytest.mark.slow

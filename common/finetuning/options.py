@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import ema, schedules
+from .. import ema, recipes, schedules
 from ..errors import Refusal, nearest
-from ..recipes import refuse_range
 from ..transforms import height_width
 
 POOLINGS = ("mean", "class", "both")
@@ -98,7 +97,7 @@ MOST |= dict.fromkeys(("drop_path", "smoothing"), 0.99) | {"ema": 1 - 1e-9}
 
 def check(config: FinetuneConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
-    refuse_range(config, ABOVE, LEAST, MOST)
+    recipes.refuse_range(config, ABOVE, LEAST, MOST)
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise Refusal(f"--betas {config.betas}: expected two numbers in [0, 1)")
     if config.pool is not None and config.pool not in POOLINGS:
@@ -109,18 +108,9 @@ def check(config: FinetuneConfig) -> None:
 
 def fit_batch(config: FinetuneConfig, images: int, processes: int) -> tuple[FinetuneConfig, str]:
     """(the options with a batch that `images` fill and that can be shared, what was changed). Raises Refusal."""
-    parts = processes * config.accumulate
-    unit = parts * (2 if config.mixup > 0 or config.cutmix > 0 else 1)
-    of = f"{processes} processes x {config.accumulate} accumulation steps"
-    if images < unit:
-        raise Refusal(f"{images} training images are fewer than one for each of {of}")
-    if config.batch > images:
-        batch = images // unit * unit
-        return dataclasses.replace(config, batch=batch), f"batch {batch}: there are {images} training images"
-    if config.batch % unit:
-        pairs = "" if unit == parts else ", each an even number of images, as they are mixed in pairs"
-        raise Refusal(f"--batch {config.batch} cannot be shared by {of}{pairs}: choose a multiple of {unit}")
-    return config, ""
+    mixed = config.mixup > 0 or config.cutmix > 0
+    batch, note = recipes.fit_batch(config.batch, config.accumulate, images, processes, of_each=2 if mixed else 1)
+    return dataclasses.replace(config, batch=batch), note
 
 
 def num_steps(config: FinetuneConfig, images: int) -> int:

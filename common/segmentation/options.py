@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import schedules
+from .. import recipes, schedules
 from ..errors import Refusal, nearest
-from ..recipes import refuse_range
 from ..transforms import height_width
 
 HEADS = ("linear", "knn", "upernet")
@@ -143,7 +142,7 @@ MOST |= dict.fromkeys(("dropout", "drop_path"), 0.99)
 
 def check(config: SegmentationConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
-    refuse_range(config, ABOVE, LEAST, MOST)
+    recipes.refuse_range(config, ABOVE, LEAST, MOST)
     for name, known in (("head", HEADS), ("schedule", SCHEDULES), ("mode", MODES)):
         value = getattr(config, name)
         if value not in known:
@@ -193,16 +192,8 @@ def peak_of(config: SegmentationConfig) -> float:
 
 def fit_batch(config: SegmentationConfig, images: int, processes: int) -> tuple[SegmentationConfig, str]:
     """(the options with a batch that `images` fill and that can be shared, what was changed). Raises Refusal."""
-    unit = processes * config.accumulate
-    of = f"{processes} processes x {config.accumulate} accumulation steps"
-    if images < unit:
-        raise Refusal(f"{images} training images are fewer than one for each of {of}")
-    if config.batch > images:
-        batch = images // unit * unit
-        return dataclasses.replace(config, batch=batch), f"batch {batch}: there are {images} training images"
-    if config.batch % unit:
-        raise Refusal(f"--batch {config.batch} cannot be shared by {of}: choose a multiple of {unit}")
-    return config, ""
+    batch, note = recipes.fit_batch(config.batch, config.accumulate, images, processes)
+    return dataclasses.replace(config, batch=batch), note
 
 
 def refuse_single(config: SegmentationConfig, processes: int) -> None:

@@ -186,6 +186,19 @@ def test_blind_guessing_of_offsets_between_some_patches() -> None:
     assert shares.tolist() == pytest.approx(expected_shares([math.dist(offset, (0, 1)) for offset in offsets], 5))
 
 
+@pytest.mark.parametrize(("height", "width", "grid"), [(28, 28, (7, 7)), (80, 64, (5, 4)), (32, 224, (2, 14))])
+def test_every_picture_of_a_board_is_96_pixels_high_and_wide_at_least(
+    height: int, width: int, grid: tuple[int, int]
+) -> None:
+    N = grid[0] * grid[1]
+    pink = torch.tensor([200, 7, 90], dtype=torch.uint8)
+    sheet = board(pink.view(1, 3, 1, 1).expand(1, 3, height, width), torch.zeros(1, N, dtype=torch.long), grid)
+    rows, columns = (np.flatnonzero((sheet == pink.numpy()).all(-1).any(axis)) for axis in (1, 0))
+    enlarge = -(-96 // min(height, width))
+    # above and below an image with a gap between; the first patch alone is at its place below, inside its edge
+    assert len(columns) == width * enlarge >= 96 and height * enlarge <= len(rows) < 2 * height * enlarge
+
+
 def box(picture: np.ndarray, *colours: tuple[int, int, int]) -> tuple[int, int, int, int]:
     """Top, bottom, left and right of a panel's cells in these colours; what is thin, like a colour bar, is left out."""
     found = np.any([(picture == colour).all(-1) for colour in colours], axis=0)

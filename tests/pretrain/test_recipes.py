@@ -1,13 +1,25 @@
-"""The shipped recipes with a teacher: each trains, at a size for tests, with everything it names."""
+"""The shipped recipes: what their comments say is true, and those with a teacher train, at a size for tests, with
+everything they name."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import Run
+import yaml
+from children import ROOT, Run
 
+from common.data import labelled_splits, open_data
+from common.heads import HalfHead
+from common.plan import PlanSpec
+from common.sampling import held_out
 from common.subjects import find
+from common.transforms import height_width
+from pretrain.config import load
+from pretrain.sizes import momentum_for, prototypes_for, temperature_for
+
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("[ps]*/*.yaml"))}
 
 SMALL = [
     "steps=4", "epochs=null", "batch=8", "precision=fp32", "model.attention=explicit", "threads=1", "log_every=1",
@@ -37,3 +49,71 @@ def test_recipes_with_a_teacher(recipe: str, inside: Callable[..., int], images:
     about = json.loads((tmp_path / "run" / "backbone.json").read_text())
     assert about["pooling"] == "class" and about["position"] == "full" and about["training"]["exported"] == "teacher"
     assert find(str(tmp_path / "run")).backbone().num_prefix_tokens == 1
+
+
+# ----------------------------------------------------------------------------------------- the figures in comments
+
+
+def comment_of(path: Path) -> str:
+    """The lines of a recipe that are for people."""
+    return " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_comment_says_of_the_schedule_is_what_the_recipe_does(name: str) -> None:
+    """Epochs, images a step, learning rate, warm-up, decay, clip and grid, wherever a comment names them."""
+    comment, config = comment_of(RECIPES[name]), load(RECIPES[name], [])
+    command = re.match(r"(?:accelerate launch|python) (?:pretrain/run|benchmarks/results).py ?(\S*)", comment)
+    assert command is not None and command[1].rpartition("/")[2].removesuffix(".yaml") in (
+        name,
+        "" if name == "quickstart" else name,
+    )
+    side = height_width(config.views["global"].size)
+    patch = config.model.kwargs.get("patch_size", 16)
+    warmup = config.optimizer.warmup
+    over = config.epochs * warmup if isinstance(warmup, float) and config.epochs else warmup
+    over = float(over.split()[0]) if isinstance(over, str) and over != "auto" else over
+    said: list[tuple[str, float]] = [
+        (r"warm-up over (\d+) epochs", pytest.approx(over, abs=0.02)),
+        (r"weight decay (0\.\d+)\b(?! to)", config.optimizer.weight_decay),
+        (r"(?:, |schedule: )(\d+) epochs[ ,]", config.epochs),
+        (r"epochs(?: \([^)]*\))?, ([\d,]+) images", config.batch),
+        (r"drop path (0\.\d)", config.model.kwargs.get("drop_path_rate")),
+        (r"a (\d+)x\d+ grid of patches", side[0] / patch),
+        (r"(\d+)x\d+ patches of", side[0] / patch),
+        (r"patches of (\d+)x\d+ pixels", patch),
+        (r"own size \((\d+)x", side[0]),
+    ]
+    for pattern, value in said:
+        for text in re.findall(pattern, comment):
+            assert number(text) == value, (pattern, text)
+    for rate, images in re.findall(r"(\d(?:\.\d+)?e-\d) for (\d+)(?: images| of them)", comment):
+        assert float(rate) / int(images) * 256 == pytest.approx(config.optimizer.lr), rate
+
+
+def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
+    kept, out = held_out(len(open_data("builtin", "train", None)), 0.1, load(RECIPES["quickstart"], []).monitor.most)
+    training, test, _ = labelled_splits("builtin", None)
+    small = (ROOT / "configs" / "evaluate" / "finetune_small.yaml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for text, said in (
+        (comment_of(RECIPES["quickstart"]), f"{len(kept):,} built-in images to train on, {len(out):,} held out"),
+        (readme, f"builtin: {len(kept):,} images to train on, {len(out):,} held out"),
+        (readme, f"length     {9 * (len(kept) // 32):,} steps of 32 images, {len(kept) // 32} steps an epoch"),
+        (small, f"For the {len(training):,} built-in images"),
+    ):
+        assert said in text
+    assert len(test) == 2000  # README: 12,000 pictures come with it, of which the training sees at most 10,000
+    droppos = yaml.safe_load(RECIPES["droppos"].read_text())["objectives"]["absolute"]
+    keep, told, _ = PlanSpec(droppos["keep"], "partial", droppos["position_keep"]).counts(14 * 14)
+    assert f"({keep} of {14 * 14}), of which a quarter ({told})" in (said := comment_of(RECIPES["droppos"]))
+    assert f"the other {keep - told} have" in said
+    head = HalfHead(768, 14 * 14)
+    assert f"({sum(p.numel() for p in head.parameters()):,} parameters)" in comment_of(RECIPES["apl"])
+    images, batch = 1_281_167, load(RECIPES["dino"], []).batch  # ImageNet
+    sizes = f"({prototypes_for(images):,}; 0.04 to {temperature_for(images)}; {momentum_for(images, batch):.3f}"
+    assert f"{sizes} at batch {batch})" in comment_of(RECIPES["dino"])
