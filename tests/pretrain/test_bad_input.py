@@ -18,7 +18,6 @@ from common.data import Images
 from common.data.images import Arrays
 from common.errors import Refusal
 from common.sampling import held_out
-from pretrain.command import parse
 
 Main = Callable[..., int]
 
@@ -162,7 +161,7 @@ NUMBERS = "expected a number of at least"
         # words that are no options
         ("tiny", ["expected one recipe", "tiny"]),
         ("--resum", ["--resum", "did you mean '--resume'", "--help"]),
-        ("--step=3", ["--steps=3", "--help"]),
+        ("--step=3", ["--step=3", "--steps", "--help"]),
         ("--resume", ["--resume", "expected one argument"]),
     ],
 )  # fmt: skip
@@ -499,24 +498,3 @@ def test_one_line_and_exit_status_2_and_the_rest_with_debug(train, images, tmp_p
     assert "Traceback (most recent call last)" in ended.stderr and "common.errors.Refusal" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("error: batch=1000")
     assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------------------- options in the form of the evaluations
-
-
-def test_every_option_is_understood_as_a_flag_too():
-    words = ["tiny.yaml", "--threads", "1", "--batch=64", "seed=3", "--monitor.held-out", "0.5", "--dry-run"]
-    given = parse([*words, "--model.kwargs.depth", "2", "--objectives.absolute.weight=2", "--data", "a b=c"], "")
-    assert given.words == [
-        "threads=1", "batch=64", "seed=3", "monitor.held_out=0.5", "model.kwargs.depth=2",
-        "objectives.absolute.weight=2", "data=a b=c",
-    ]  # fmt: skip
-    assert given.dry_run and given.recipe == Path("tiny.yaml")
-    for typed, said in (
-        (["--thread", "1"], "unrecognized arguments: --thread.*did you mean '--threads'"),
-        (["--monitor-every", "5"], "did you mean '--monitor.every'"),
-        (["--batch"], "--batch needs a value: --batch VALUE, or batch=VALUE"),
-        (["--batch", "--dry-run"], "--batch needs a value"),
-    ):
-        with pytest.raises(Refusal, match=said):
-            parse(typed, "")
