@@ -169,6 +169,9 @@ LAUNCHED = (
 )
 
 
+COMMAND = "POSLABEL_COMMAND"  # by which a script learns that the `poslabel` command started it, and how it was typed
+
+
 def run_script(name: str, words: Sequence[str]) -> int:
     """Run `evaluate/NAME.py` with these arguments in a process of its own, whose output is shown; its exit status.
 
@@ -211,6 +214,7 @@ def main() -> None:
         wanted = f"error: no command in {' '.join(argv)!r}{suggested(argv)}\n" if asked else ""
         print(f"{wanted}usage: poslabel [accelerate options] {{{','.join(known)}}} [arguments]", file=sys.stderr)
         sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else REFUSED)
+    os.environ[COMMAND] = sys.argv[0] if Path(sys.argv[0]).stem == "poslabel" else "poslabel"
     options, command = argv[:at], [str(known[argv[at]]), *argv[at + 1 :]]
     if options or _num_gpus() > 1:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 from common import data
 from common.checkpoint import write_atomically
+from common.commands import command
 from common.comparison.page import page
 from common.comparison.reports import (
     APART,
@@ -122,7 +123,7 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         if word.startswith(TIMM) and not Path(word).exists():
             raise Refusal(
                 f"{word}: only runs and weights files of poslabel can be compared, weights of timm have no run folder; "
-                f"judge them by themselves: evaluate/knn.py --ckpt {word}"
+                f"judge them by themselves: {command('knn', '--ckpt', word)}"
             )
     if arguments.against in BASELINES and arguments.against not in baselines:
         baselines.append(arguments.against)

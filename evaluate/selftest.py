@@ -23,6 +23,7 @@ import shlex
 from dataclasses import dataclass
 
 from common import report, subjects
+from common.commands import command
 from common.data import Images, labelled_splits
 from common.errors import Refusal
 from common.protocol import Parser, alone
@@ -106,7 +107,7 @@ def plan(checks: list[Check], given: argparse.Namespace) -> str:
     for check in checks:
         lines += [
             f"{check.script:<11} {check.published} ± {check.tolerance} % expected ({check.cost}):",
-            f"            {shlex.join(['python', f'evaluate/{check.script}.py', *check.command(given)])}",
+            f"            {command(check.script, *check.command(given))}",
         ]
     return "\n".join(lines)
 

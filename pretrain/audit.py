@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from common import config as configuration
 from common import controls
 from common.checkpoint import find, load_backbone, load_exactly, write_atomically
+from common.commands import command
 from common.errors import Refusal
 from common.models import Backbone, Features, create
 from common.run_folder import CONFIG
@@ -454,7 +455,7 @@ def main(argv: list[str]) -> int:
         if not recipe.is_file():
             raise Refusal(
                 f"--ckpt {given.ckpt}: no {CONFIG} beside it says how it was trained; name its recipe: "
-                f"pretrain/audit.py RECIPE --ckpt {given.ckpt}"
+                f"{command('audit', 'RECIPE', '--ckpt', given.ckpt)}"
             )
     config = load(recipe, [word for word in given.words if "=" in word])
     set_threads(config.threads)

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from common import commands
 from common.checkpoint import STATE, sha256, write_atomically
 from common.errors import Refusal
 from common.run_folder import CONFIG
@@ -160,8 +161,7 @@ def reason(terms: Sequence[Terms], norm: float) -> str:
 
 def command(record: Path, processes: int) -> str:
     """What to type to repeat a recorded step."""
-    launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-    return f"{launch} pretrain/run.py --replay {record}"
+    return commands.command("pretrain", "--replay", record, processes=processes)
 
 
 def as_text(record: Record) -> str:

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
             recorder=FlightRecorder(checkpoints, task, optimizer, progress.say),
             read=monitors.light(parts.task, progress.say),
         )
-    accelerator.print(ended(run, done, parts.steps))
+    accelerator.print(ended(parts, run, done))
     return stop.status if done < parts.steps else 0
 
 

@@ -1,5 +1,6 @@
 """What a run says of itself before its first step and after its last."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import timm
 import torch
 
 from common import schedules
+from common.commands import command
 from common.ema import half_life
 from common.models.backbone import count_parameters
 from pretrain.assemble import Parts
@@ -77,16 +79,30 @@ def _value(config: Any, name: str) -> Any:
     return str(schedules.parse(config, name)) if isinstance(config, dict) else config
 
 
-def ended(run: Path, done: int, steps: int) -> str:
+def ended(parts: Parts, run: Path, done: int) -> str:
     """Where everything is and what to do next."""
-    if done < steps:
-        resume = f"accelerate launch pretrain/run.py --resume {run}"
-        return f"stopped after step {done} of {steps}, saved; continue with: {resume}"
+    if done < parts.steps:
+        resume = command("pretrain", "--resume", run)
+        return f"stopped after step {done} of {parts.steps}, saved; continue with: {resume}"
     return "\n".join(
         [
             f"done: {done} steps. The backbone is in {run}",
-            f"  how good is it:  accelerate launch evaluate/knn.py --ckpt {run}",
-            f"                   accelerate launch evaluate/linear.py --ckpt {run}",
-            f"  how it went:     tensorboard --logdir {run.parent}",
+            *_judged(parts, run),
+            *([f"  how it went:     tensorboard --logdir {shlex.quote(str(run.parent))}"] * parts.config.tensorboard),
         ]
     )
+
+
+def _judged(parts: Parts, run: Path) -> list[str]:
+    """How to judge the backbone: with its own images where they have labels, else with others'."""
+    labels = parts.images.labels
+    if labels is not None and parts.images.classes and len(parts.images.classes) > 1 and (labels >= 0).any():
+        return [
+            f"  how good is it:  {command('knn', '--ckpt', run)}",
+            f"                   {command('linear', '--ckpt', run)}",
+        ]
+    return [
+        f"  what it sees:    {command('explain' if parts.task.backbone.plain else 'layers', '--ckpt', run)}",
+        f"  how good is it:  {command('knn', '--ckpt', run)} --data LABELLED",
+        "                   (these have no labels; LABELLED: a folder with a sub-folder for each class, or builtin)",
+    ]

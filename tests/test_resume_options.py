@@ -71,6 +71,15 @@ def test_a_finished_run_says_so(inside, copied, capsys):
     assert {name: after[name] for name in before} == before  # TensorBoard adds an empty file
 
 
+def test_unlabelled_images_are_not_sent_to_where_labels_are_needed(inside, images, tmp_path, capsys):
+    shutil.copytree(images / "left", tmp_path / "flat")
+    words = ["steps=1", "loader.workers=0", "tensorboard=false", f"run={tmp_path / 'a run'}"]
+    assert inside(TINY, f"data={tmp_path / 'flat'}", *words) == 0
+    told = capsys.readouterr().out.partition("done: 1 steps")[2]
+    assert f"knn.py --ckpt '{tmp_path / 'a run'}' --data LABELLED" in told and "linear" not in told
+    assert f"explain.py --ckpt '{tmp_path / 'a run'}'\n" in told and "tensorboard" not in told
+
+
 def test_a_finished_run_can_be_made_longer_for_good(inside, copied, small, at_step):
     at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert inside("--resume", copied.path, "steps=12") == 0

@@ -74,7 +74,7 @@ def test_a_run_that_breaks_stops_with_its_last_good_checkpoint(
     assert len(told) == 4
     record = run / "flight" / "step_00000002"
     assert told[0].startswith("step 2 was not taken: the loss is not finite (absolute/loss nan, relative/loss nan")
-    assert told[0].endswith(f"python pretrain/run.py --replay {record}")
+    assert told[0].endswith(f"pretrain/run.py --replay {record}")
     assert "not recorded: there are 3 records" in told[3]
     assert sorted(path.name for path in (run / "flight").iterdir()) == [f"step_{n:08d}" for n in (2, 3, 4)]
 
