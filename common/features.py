@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .data import Images, Unreadable
 from .errors import Refusal
-from .launch import ignore_signals
+from .loading import Loader
 from .models import Backbone
 from .plan import TokenPlan
 from .precision import DTYPES
@@ -44,10 +44,6 @@ class _Shown(Dataset):
             return i, str(error)
 
 
-def _as_is(items: list[tuple[int, Tensor | str]]) -> list[tuple[int, Tensor | str]]:
-    return items
-
-
 def _batches(
     shown: _Shown, batches: Sequence[Sequence[int]], workers: int, tolerated: float
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
@@ -57,14 +53,7 @@ def _batches(
     """
     unreadable: list[str] = []
     loaded = 0
-    for items in DataLoader(
-        shown,
-        batch_sampler=batches,  # type: ignore[arg-type]  # a list of batches is as good as a sampler
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else a monitor would move the run's own random numbers
-    ):
+    for items in Loader(shown, batches, workers):
         messages = [item for _, item in items if isinstance(item, str)]
         unreadable, loaded = unreadable + messages, loaded + len(items)
         refuse_unreadable(unreadable, loaded, shown.images, tolerated)

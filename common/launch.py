@@ -8,7 +8,6 @@ import os
 # Idle OpenMP threads that spin steal the core from the loader's workers: up to 25 times slower on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import ctypes
 import difflib
 import functools
 import signal
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Refusal
+from .stopping import HEEDED, INTERRUPTED, Stopped, die_with_parent, kill_children, lost_worker
+from .streams import hold, protect
 
 REFUSED = Refusal.status
-INTERRUPTED = 128 + signal.SIGINT
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,6 +32,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        protect()
         argv = sys.argv[1:]
         debug = "--debug" in argv
         try:
@@ -48,23 +49,31 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
             status = REFUSED
         except KeyboardInterrupt:
             status = INTERRUPTED
-        except Exception:  # a fault of ours, or of the machine: out of memory
-            traceback.print_exc()
-            status = 1  # and out by _leave: a normal exit would wait for loader workers, which wait for this process
+        except Stopped as stopped:
+            _complain(f"{stopped}, with nothing more to save", "note")
+            status = stopped.status
+        except Exception as error:  # a fault of ours, or of the machine: out of memory
+            lost = lost_worker(error) if "DataLoader worker" in str(error) else None
+            if lost is None or debug:
+                traceback.print_exc()
+            if lost is not None:
+                _complain(lost)
+            status = 1 if lost is None else REFUSED
         _leave(status)
 
     return run
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, kind: str = "error") -> None:
     if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one of them says so
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> None:
     """Exit with `status`, without waiting for the other processes of a job that this one gives up on."""
     sys.stdout.flush()
     sys.stderr.flush()
+    kill_children()  # an exit would wait for them, and one may be stuck in a read
     if status == 0:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -85,11 +94,11 @@ def leave_with_launcher() -> None:
     if any(Path(word.decode(errors="replace")).name in ("accelerate", "torchrun") for word in words[:3]) or any(
         word.startswith((b"accelerate.commands", b"torch.distributed")) for word in words
     ):
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
 
 
-leave_with_launcher()  # now: the imports that follow take seconds, in which a launcher may die unnoticed
+hold()  # now: what is opened next would take the numbers of closed streams
+leave_with_launcher()  # the imports that follow take seconds, in which a launcher may die unnoticed
 
 
 def set_threads(threads: int | None = None) -> tuple[int, str]:
@@ -116,33 +125,6 @@ def set_threads(threads: int | None = None) -> tuple[int, str]:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT came, so that the loop can finish its step and save. A second SIGINT stops
-    at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @property
-    def status(self) -> int:
-        """Exit status of a run that stopped as asked: 0 after SIGTERM, 130 after Ctrl-C, so that a script does
-        not go on."""
-        return INTERRUPTED if self.received == signal.SIGINT else 0
-
-
-def ignore_signals(_worker: int) -> None:
-    """For loader workers: the training process decides when to stop, also when a signal goes to the whole group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def active_pil() -> str:
@@ -175,7 +157,7 @@ COMMAND = "POSLABEL_COMMAND"  # by which a script learns that the `poslabel` com
 def run_script(name: str, words: Sequence[str]) -> int:
     """Run `evaluate/NAME.py` with these arguments in a process of its own, whose output is shown; its exit status.
 
-    A SIGTERM or SIGINT stops both: it is passed on, and acts here when that process has ended.
+    A signal to stop stops both: it is passed on, and acts here when that process has ended.
     """
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
     received: list[int] = []
@@ -186,7 +168,7 @@ def run_script(name: str, words: Sequence[str]) -> int:
         if process is not None:
             process.terminate()  # Ctrl-C reaches it by itself, and a second one would not let it save
 
-    heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    heeded = [number for number in HEEDED if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in heeded}
     try:
         process = subprocess.Popen([sys.executable, str(scripts()[name]), *words], env=environment)

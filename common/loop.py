@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .errors import Refusal
-from .launch import StopSignal
 from .optim import clip_gradients
+from .random_state import undo_later
+from .stopping import Stopped, StopSignal
 from .tracking import Progress
 
 MOST_SKIPPED = 50  # steps in a row that are not finite, before a run gives up; fp16's scale needs a dozen
@@ -77,13 +78,15 @@ def fit(
     `clip_gradients`; read(step, a logged record) -> words that join it; a report's numbers join the record that
     `track` gets.
 
+    A signal ends a wait for a batch, and with it the step, as if it had not begun, or the report, which lacks numbers.
+
     A step whose loss on any process, or whose gradient, is not finite changes nothing, is counted from `skipped` on,
     and is given to the recorder. Raises Refusal after `most_skipped` of those in a row, or where the last ones are.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     skipped_in_a_row = 0
-    seconds = waited = 0.0
-    since = start
+    seconds = waited = longest = 0.0
+    since = saved = start
     task.train()
     for step in range(start + 1, steps + 1):
         logged = step % log_every == 0 or step == steps
@@ -98,19 +101,29 @@ def fit(
             recorder.begin()
         results: list[dict[str, Tensor]] = []
         used: list[Any] = []
-        for part in range(accumulate):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            last = part == accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(task):
-                result = task(batch.to(accelerator.device))
-                accelerator.backward(_spread(result["loss"]) / accumulate)
-            results.append({name: value.detach() for name, value in result.items()})
-            used.append(batch)
+        undo = undo_later(task) if accumulate > 1 else None
+        try:
+            for part in range(accumulate):
+                before = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - before
+                last = part == accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(task), stop.within(longest):
+                    result = task(batch.to(accelerator.device))
+                    accelerator.backward(_spread(result["loss"]) / accumulate)
+                results.append({name: value.detach() for name, value in result.items()})
+                used.append(batch)
+        except Stopped:  # no gradient was taken: all is as after the step before
+            optimizer.zero_grad()
+            if undo is not None:
+                undo()
+            if step - 1 > saved:
+                save(step - 1)
+            return step - 1
         if observer is not None:
             observer.before_update()
-        norm = float(clip_gradients(accelerator, parameters, clip, clip_by))
+        with stop.within(longest):
+            norm = float(clip_gradients(accelerator, parameters, clip, clip_by))
         taken = math.isfinite(norm)  # of the all-reduced gradient: every process decides alike
         if not taken and recorder is not None:
             recorder.keep(step, results, norm, used)
@@ -129,6 +142,7 @@ def fit(
                 "the last checkpoint is intact"
             )
         seconds += time.perf_counter() - begun
+        longest = max(longest, time.perf_counter() - begun)
 
         record: dict[str, Any] = {}
         if logged:
@@ -142,17 +156,21 @@ def fit(
             record["data_wait"] = waited / seconds
             seconds, waited, since = 0.0, 0.0, step
             progress.show(step, record)
-        for every, measure in reports:
-            if step % every == 0 or step == steps:
+        due_now = [measure for every, measure in reports if step % every == 0 or step == steps]
+        with contextlib.suppress(Stopped):
+            for measure in due_now:
                 record |= measure(step)
-                task.train()
+        if due_now:
+            task.train()
         if record:
             track(step, record)
         progress.step()
         due = taken and save_due(step)  # copies of a skipped step would drive out what was before
-        stopping, saving = _agree(accelerator, stop.received is not None, due)
+        with stop.within(longest):
+            stopping, saving = _agree(accelerator, stop.received is not None, due)
         if stopping or saving or step == steps:
             save(step)
+            saved = step
         if stopping:
             return step
     return max(start, steps)

@@ -5,7 +5,6 @@ the r-th part. Sample i of epoch e is augmented with a generator of its own, key
 nor processes, nor an interruption change what the model sees, and resuming at step s needs no stored state but s.
 """
 
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,15 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from .data import UNLABELLED, Images, Unreadable
 from .errors import Refusal
-from .launch import ignore_signals
+from .loading import Loader
 from .transforms import View, augment
-
-# More workers than cores are what was asked for; torch says so twice, in seven lines.
-warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 HELD_OUT_EPOCH = 2**62  # the "epoch" of held-out samples: always the same crops, none that training sees
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
@@ -201,22 +197,9 @@ class Samples(Dataset):
         return np.asarray(UNLABELLED if labels is None else labels[index], np.int64)
 
 
-def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> DataLoader:
+def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> Loader:
     """Batches from `workers` processes (0: in this one), in the sampler's order."""
-    return DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_is,  # Samples makes whole batches
-        pin_memory=pin,
-        worker_init_fn=ignore_signals,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: else starting the workers would advance dropout's, unlike a resumed run
-    )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+    return Loader(samples, sampler, workers, prefetch=4, held=sampler.accumulate + 1, pin=pin)
 
 
 def held_out(size: int, share: float, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/finetune.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import StopSignal, entry  # first: it sets what torch reads when it is imported
+from common.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -36,6 +36,7 @@ from common.finetuning.training import at_size, bits, train
 from common.probing.probe import probe
 from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.stopping import StopSignal
 from common.tracking import check_tensorboard
 
 NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}

@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/segmentation.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import StopSignal, entry  # first: it sets what torch reads when it is imported
+from common.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -53,6 +53,7 @@ from common.segmentation.options import (
 from common.segmentation.pictures import sheet
 from common.segmentation.scores import constant, majority, summary
 from common.segmentation.training import Found, answer
+from common.stopping import StopSignal
 from common.subjects import Subject
 from common.tracking import check_tensorboard
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from common import commands
 from common.checkpoint import STATE, sha256, write_atomically
 from common.errors import Refusal
+from common.random_state import random_state
 from common.run_folder import CONFIG
 
 if TYPE_CHECKING:  # the command line knows records, the audit knows the command line, and a run's parts the audit
@@ -124,12 +125,6 @@ class FlightRecorder:
             shutil.rmtree(aside, ignore_errors=True)
             return f"warning: no record could be written to {self.folder}: {str(error).splitlines()[0]}"
         return f"recorded: {command(final, len(random))}"
-
-
-def random_state() -> dict[str, Any]:
-    """The states of torch's generators in this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def numbers(result: Mapping[str, Tensor]) -> dict[str, float]:

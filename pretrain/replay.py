@@ -1,7 +1,9 @@
 """`--replay RECORD`: take a recorded step again, from what it began with, and say what in it was not finite."""
 
 import contextlib
+import functools
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from common import processes
 from common.errors import Refusal
 from common.loop import fit
 from common.sampling import Batch
+from common.stopping import Stopped, StopSignal, fetch
 from pretrain import flight
 from pretrain.assemble import Parts, assemble, fit_options, optimizer_for, schedule_for
 from pretrain.config import PretrainConfig
@@ -119,11 +122,12 @@ def _again(folder: Path, record: flight.Record, parts: Parts, state: dict[str, A
 
     def batches() -> Iterator[Batch]:
         for keys in record.keys[process.process_index]:
-            yield parts.samples.__getitems__([(epoch, index) for epoch, index in keys])
+            yield fetch(functools.partial(parts.samples.__getitems__, [(epoch, index) for epoch, index in keys]))
 
     def unused(*_: Any) -> Any:
         raise AssertionError("the step was to end before")
 
+    stop = StopSignal()
     with contextlib.suppress(_Enough):
         fit(
             accelerator,
@@ -136,10 +140,11 @@ def _again(folder: Path, record: flight.Record, parts: Parts, state: dict[str, A
             track=unused,
             save=unused,
             save_due=unused,
-            stop=unused,  # type: ignore[arg-type]
+            stop=stop,
             progress=unused,  # type: ignore[arg-type]
             recorder=witness,
         )
+        raise Stopped(stop.received or signal.SIGTERM)  # `fit` ended before the step did
     return witness
 
 

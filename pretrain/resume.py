@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 
 from common import checkpoint
 from common.errors import Refusal
+from common.random_state import random_state, set_random_state
 from common.tracking import Tracker
 from pretrain.assemble import Parts, commit
 from pretrain.config import store
-from pretrain.flight import random_state
 from pretrain.task import Pretraining
 
 
@@ -153,7 +153,7 @@ class Checkpoints:
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == process.num_processes:
-            _set_random_state(state["random"][process.process_index])
+            set_random_state(state["random"][process.process_index])
         else:
             accelerator.print(
                 f"note: the run was interrupted with {len(state['random'])} processes and goes on "
@@ -166,9 +166,3 @@ class Checkpoints:
 def seed_process(seed: int, process_index: int) -> None:
     """Dropout's generator: one stream per process."""
     torch.manual_seed(seed * 1_000_003 + process_index)
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

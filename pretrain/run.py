@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import StopSignal, active_pil, entry  # first: it sets what torch reads when it is imported
+from common.launch import active_pil, entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 from contextlib import closing
@@ -21,6 +21,7 @@ from common import processes
 from common.loop import fit
 from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
+from common.stopping import StopSignal
 from common.tracking import Progress, Tracker, check_tensorboard
 from common.unreadable import watch
 from pretrain import monitors

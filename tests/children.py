@@ -197,6 +197,7 @@ def training_here() -> Iterator[Callable[..., int]]:
     from accelerate.state import AcceleratorState, GradientState
     from tensorboard.summary.writer import event_file_writer
 
+    from common.stopping import HEEDED
     from pretrain import run
 
     # TensorBoard reads files of one second and one process in the order of their names, where 9 comes after 10.
@@ -215,7 +216,7 @@ def training_here() -> Iterator[Callable[..., int]]:
             traceback.clear_frames(error.__traceback__)  # loader workers live as long as what refers to them
             raise
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in HEEDED}
     threads = torch.get_num_threads()
     try:
         yield main

@@ -16,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import launch  # noqa: E402  (first: it sets what torch reads when it is imported)
+from common import launch  # noqa: E402, F401  (first: it sets what torch reads when it is imported)
 
 # isort: split
 import torch  # noqa: E402
 
-from common import tracking  # noqa: E402
+from common import stopping, tracking  # noqa: E402
 
 DEADLINE = 120.0  # seconds to wait for the signal
 
@@ -29,7 +29,7 @@ what, _, number = os.environ["RUN_UNTIL"].partition(":")
 received: list[int] = []
 
 
-def noted(self: launch.StopSignal, number: int, frame: object, note=launch.StopSignal._note) -> None:
+def noted(self: stopping.StopSignal, number: int, frame: object, note=stopping.StopSignal._note) -> None:
     received.append(number)
     note(self, number, frame)
 
@@ -55,7 +55,7 @@ def half_saved(state: dict, path: Path, save=torch.save) -> None:
 
 
 if __name__ == "__main__":
-    launch.StopSignal._note = noted  # type: ignore[method-assign]
+    stopping.StopSignal._note = noted  # type: ignore[method-assign]
     if what in ("step", "crash"):
         tracking.Tracker.write = held  # type: ignore[method-assign]
     else:

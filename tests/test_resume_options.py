@@ -1,18 +1,21 @@
 """What may change when a run is resumed, and what is refused by name; resuming a run that is finished, moved or
 not yet saved."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from children import TINY, Run, training_here
 
 from common.errors import Refusal
+from common.sampling import Samples
 
 STEPS, EVERY = 30, 4  # as in tiny.yaml
 
@@ -142,12 +145,22 @@ def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_ste
     assert run.scalars()["train/loss"] == small.scalars()["train/loss"]
 
 
-def test_accumulated_steps_resume_alike(inside, tiny, at_step, tmp_path):
+def test_accumulated_steps_resume_alike(inside, tiny, monkeypatch, tmp_path):
+    """Also where a signal comes in the middle of a step: what its first parts did to the random state is undone."""
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     assert inside(*tiny, f"run={one.path}", "steps=8", "accumulate=4") == 0
-    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert inside(*tiny, f"run={two.path}", "steps=8", "accumulate=4") == 0
-    assert two.checkpoints == [3]
+    reads = itertools.count(1)
+
+    def read(self, keys, read=Samples.__getitems__):
+        if next(reads) == 3 * 4 + 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(60)  # as a disk that is gone
+        return read(self, keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "__getitems__", read)
+        assert inside(*tiny, f"run={two.path}", "steps=8", "accumulate=4") == 0
+    assert two.checkpoints == [3] and two.steps == [1, 2, 3]
     assert inside("--resume", two.path) == 0
     assert two.losses == one.losses and two.numbers == one.numbers
 

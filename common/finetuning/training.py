@@ -23,12 +23,13 @@ from torch.nn import functional as F
 from .. import checkpoint, collectives, ema, subjects
 from ..errors import Refusal
 from ..features import MOST_UNREADABLE, digest, shown
-from ..launch import StopSignal
 from ..loop import fit
 from ..models import Backbone
 from ..optim import parameter_groups
 from ..protocol import Evaluation
+from ..random_state import random_state, set_random_state
 from ..sampling import Batch, generator, loader
+from ..stopping import StopSignal
 from ..subjects import Subject
 from ..tracking import Progress, Tracker
 from ..transforms import View, height_width
@@ -175,7 +176,7 @@ class Training:
     def save(self, step: int, task: nn.Module, optimizer: Any, tracker: Tracker) -> None:
         """Store everything that step + 1 depends on. Every process calls it."""
         accelerator = self.accelerator
-        random = [_random_state()]
+        random = [random_state()]
         if accelerator.num_processes > 1:
             random = gather_object(random)
         if accelerator.is_main_process:
@@ -224,10 +225,7 @@ class Training:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.history = list(state["history"])
         if len(state["random"]) == accelerator.num_processes:
-            mine = state["random"][accelerator.process_index]
-            torch.set_rng_state(mine["cpu"])
-            if mine["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(mine["cuda"])
+            set_random_state(state["random"][accelerator.process_index])
         else:
             accelerator.print(
                 f"note: begun with {len(state['random'])} processes, going on with {accelerator.num_processes}: "
@@ -249,11 +247,6 @@ class Training:
                     f"--resume: {self.folder} was begun with {name} {identity.get(name)}, and now it is {now}: "
                     "give the same, or begin again with --overwrite"
                 )
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 # --------------------------------------------------------------------------------------------------- the training
@@ -352,6 +345,8 @@ def _run(
             progress=progress,
             observer=task,
         )
+    if stop.received is None and (not training.history or training.history[-1]["step"] != steps):
+        look(steps)  # a signal had ended the last one
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..data import Unreadable
 from ..features import MOST_UNREADABLE, refuse_unreadable, tell_unreadable
-from ..launch import ignore_signals
+from ..loading import Loader
 from .data import Scenes
 from .options import SegmentationConfig, stride_of
 from .scores import counts
@@ -157,13 +157,7 @@ class _Pairs(Dataset):
 
 def pairs(scenes: Scenes, rows: Sequence[int], channels: int, workers: int = 0) -> Iterator[tuple[int, Any, Any]]:
     """(index, image uint8 (C, H, W) or a message why it cannot be read, mask int16 (H, W) or None) of `rows`."""
-    yield from DataLoader(
-        _Pairs(scenes, rows, channels),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # starting workers must not move the training's own random numbers
-    )
+    yield from Loader(_Pairs(scenes, rows, channels), None, workers)
 
 
 @torch.no_grad()

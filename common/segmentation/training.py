@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from .. import checkpoint
 from ..features import digest
 from ..finetuning.training import Training
-from ..launch import StopSignal
 from ..loop import fit
 from ..optim import parameter_groups
 from ..protocol import Evaluation
 from ..sampling import FIRST_VIEW, Batch, StepSampler, loader
+from ..stopping import StopSignal
 from ..subjects import Subject
 from ..tracking import Progress, Tracker
 from ..unreadable import watch

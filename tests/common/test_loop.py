@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +125,7 @@ def told(kinds: list[str], accumulate: int = 1, **options: Any) -> Story:
         track=lambda step, record: story.tracked.append(record),
         save=story.saved.append,
         save_due=lambda step: False,
-        stop=SimpleNamespace(received=None),  # type: ignore[arg-type]
+        stop=SimpleNamespace(received=None, within=lambda longest: nullcontext()),  # type: ignore[arg-type]
         progress=Progress(steps, 0, active=False),
         observer=story,
         recorder=story,

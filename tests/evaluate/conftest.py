@@ -15,6 +15,7 @@ from pictures import write_images
 from common import checkpoint
 from common.models import ModelConfig, create
 from common.plan import PlanSpec
+from common.stopping import HEEDED
 
 ROOT = Path(__file__).resolve().parents[2]
 CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
@@ -50,7 +51,7 @@ def make_run(tmp_path, data):
 @pytest.fixture
 def script():
     """script("knn") -> evaluate/knn.py as a module, without putting its folder on the path."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in HEEDED}
     threads = torch.get_num_threads()
 
     def load(name):

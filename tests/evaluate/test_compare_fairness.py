@@ -289,7 +289,7 @@ print("went on")"""
 CHILD = "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_evaluation_too(tmp_path, number):
     (tmp_path / "slow.py").write_text(CHILD)
     noted = tmp_path / "pid"
