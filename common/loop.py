@@ -73,10 +73,11 @@ def fit(
 ) -> int:
     """Train from step `start` (already done) to `steps`; returns the last step done, earlier if `stop` was signalled.
 
-    task(batch) -> {"loss", statistics}; schedule(step) -> learning rate of the 0-based optimizer step, which each
-    group multiplies by its lr_scale; weight_decay(step), if given, for the groups that decay; `clip_by`: see
-    `clip_gradients`; read(step, a logged record) -> words that join it; a report's numbers join the record that
-    `track` gets.
+    task(batch) -> {"loss", statistics}, each averaged over the parts and processes of a step (`_mean`): a loss whose
+    count differs between them divides by the count of the whole step. schedule(step) -> learning rate of the 0-based
+    optimizer step, which each group multiplies by its lr_scale; weight_decay(step), if given, for the groups that
+    decay; `clip_by`: see `clip_gradients`; read(step, a logged record) -> words that join it; a report's numbers join
+    the record that `track` gets.
 
     A signal ends a wait for a batch, and with it the step, as if it had not begun, or the report, which lacks numbers.
 
@@ -182,10 +183,16 @@ def _spread(loss: Tensor) -> Tensor:
 
 
 def _mean(accelerator: Accelerator, results: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """Each number averaged over the accumulated parts and all processes."""
-    table = torch.stack([torch.stack([value.float() for value in result.values()]) for result in results]).mean(0)
-    table = accelerator.reduce(table, "mean")
-    return dict(zip(results[0], table.tolist(), strict=True))  # type: ignore[union-attr]
+    """Each number averaged over the accumulated parts and all processes: a scalar with equal weights, a pair (2,) of a
+    sum and what it is a sum of as the sum of sums over that of counts, 0 where nothing was counted."""
+    table = torch.stack([torch.stack([_pair(value) for value in result.values()]) for result in results]).sum(0)
+    total: Any = accelerator.reduce(table, "sum")  # (names, 2)
+    return dict(zip(results[0], (total[:, 0] / total[:, 1].clamp(min=1)).tolist(), strict=True))
+
+
+def _pair(value: Tensor) -> Tensor:
+    """(2,): a sum and what it is a sum of; of a scalar, itself and 1."""
+    return value.float() if value.ndim else torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
 
 
 def _agree(accelerator: Accelerator, stopping: bool, saving: bool) -> tuple[bool, bool]:

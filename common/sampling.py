@@ -5,8 +5,9 @@ the r-th part. Sample i of epoch e is augmented with a generator of its own, key
 nor processes, nor an interruption change what the model sees, and resuming at step s needs no stored state but s.
 """
 
+import functools
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,8 +67,17 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
     return generator(seed, epoch, 2**63).permutation(size)
 
 
+class StepPart(list[tuple[int, int]]):
+    """(epoch, index) of the images of one part of a step, and `step`: the indices of all images of the step, whatever
+    their part and process. How many of them have a label is so known before any is read."""
+
+    def __init__(self, keys: Iterable[tuple[int, int]], step: np.ndarray) -> None:
+        super().__init__(keys)
+        self.step = step  # (batch,) int64
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Micro-batches of (epoch, index) for one process, from step `start` (0-based) up to `steps`.
+    """A `StepPart` for each part of each step of one process, from step `start` (0-based) up to `steps`.
 
     Every epoch drops the images that do not fill a last global batch; they come first nowhere, as each epoch has an
     order of its own. Raises Refusal if a global batch does not fit the data, the processes or the accumulation.
@@ -102,7 +112,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return max(0, self.steps - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[StepPart]:
         epoch, images = -1, np.empty(0, np.int64)
         micro = self.batch // self.accumulate
         share = micro // self.processes
@@ -110,10 +120,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             if step // self.per_epoch != epoch:
                 epoch = step // self.per_epoch
                 images = order(self.seed, epoch, self.size)
-            first = (step % self.per_epoch) * self.batch + self.rank * share
+            first = (step % self.per_epoch) * self.batch
+            whole = images[first : first + self.batch]
             for part in range(self.accumulate):
-                begin = first + part * micro
-                yield [(epoch, int(index)) for index in images[begin : begin + share]]
+                begin = part * micro + self.rank * share
+                yield StepPart(((epoch, int(index)) for index in whole[begin : begin + share]), whole)
 
 
 class Samples(Dataset):
@@ -121,7 +132,8 @@ class Samples(Dataset):
 
     `draws` (purpose -> function of a generator) is called for every image. `collate` (purpose -> function) is called
     once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.
-    Each purpose in `labelled` finds among its draws "label" (B,), the class of the image that is shown, or -1.
+    Each purpose in `labelled` finds among its draws "label" (B,), the class of the image that is shown, or -1, and
+    "known" (), the images with a label in the whole step, divided by its parts: the same in all parts of the step.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -161,10 +173,13 @@ class Samples(Dataset):
                 rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
                 for number, same in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
                     same.append(augment(image, view, rng, number))
+        stacked = self._stacked(draws)
+        for name in self.labelled:
+            stacked[f"{name}/known"] = torch.tensor(self._known(keys))
         return Batch(
             {name: torch.stack([crop for same in each for crop in same]) for name, each in crops.items()},
             torch.tensor([index for _, index in keys]),
-            self._stacked(draws),
+            stacked,
             unreadable,
             hopeless,
         )
@@ -181,15 +196,33 @@ class Samples(Dataset):
 
     def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int]:
         """Image `index` or, where it cannot be read, another one: always the same; and which it is. None if no other
-        can be read."""
-        size = len(self.images)
+        can be read. Where labels are asked for, the other one has a label if this one has, so that as many images of a
+        step have one as was known before."""
         for attempt in range(self.ATTEMPTS):
-            at = (index + attempt * (size // 3 + 1)) % size
+            at = self._instead(index, attempt) if attempt else index
             try:  # layout is left to the decoder: augment copies what it crops
                 return self.images.read(at, self.channels, contiguous=False), at
             except Unreadable as error:
                 unreadable.append(str(error))
         return None, index
+
+    def _instead(self, index: int, attempt: int) -> int:
+        """The image that stands for image `index` at the so-manieth attempt, from 1."""
+        alike = np.flatnonzero(self._has_label == self._has_label[index])  # seldom: not worth remembering
+        size = len(alike)
+        return int(alike[(int(np.searchsorted(alike, index)) + attempt * (size // 3 + 1)) % size])
+
+    @functools.cached_property
+    def _has_label(self) -> np.ndarray:
+        """Whether each image has a label, (n,); none has where labels are not asked for."""
+        labels = self.images.labels if self.labelled else None
+        return np.zeros(len(self.images), bool) if labels is None else labels >= 0
+
+    def _known(self, keys: list[tuple[int, int]]) -> float:
+        """Images with a label in the step of which `keys` are a part, for each of its parts; `keys` that are no part
+        of a step are a whole one."""
+        step = keys.step if isinstance(keys, StepPart) else np.array([index for _, index in keys])
+        return int(self._has_label[step].sum()) * len(keys) / len(step)
 
     def _label(self, index: int) -> np.ndarray:
         """The class of image `index`, int64 (), or -1."""

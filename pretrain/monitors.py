@@ -19,7 +19,7 @@ from common.neighbors import knn
 from common.pictures import board, histogram, maps
 from common.plan import TokenPlan
 from common.ridge import ridge
-from common.sampling import HELD_OUT_EPOCH, Batch, Samples
+from common.sampling import HELD_OUT_EPOCH, Batch, Samples, StepPart
 from common.tally import Tally, blind_offsets, blind_places
 from common.tracking import Tracker
 from pretrain.assemble import Parts
@@ -99,11 +99,13 @@ def light(task: Pretraining, say: Callable[[str], None]) -> Callable[[int, Mappi
 
 
 def _batches(samples: Samples, size: int) -> list[list[tuple[int, int]]]:
-    """Keys of all samples in batches of nearly equal size, about `size` at most: none of one image, in which KoLeo
-    finds no neighbour, unless there is but one."""
+    """Keys of all samples, as parts of one step, in batches of nearly equal size, about `size` at most: none of one
+    image, in which KoLeo finds no neighbour, unless there is but one."""
     count = min(math.ceil(len(samples) / size), max(1, len(samples) // 2))
-    parts = np.array_split(np.arange(len(samples)), count)
-    return [[(HELD_OUT_EPOCH, index) for index in part.tolist()] for part in parts]
+    whole = np.arange(len(samples))
+    return [
+        StepPart(((HELD_OUT_EPOCH, index) for index in part.tolist()), whole) for part in np.array_split(whole, count)
+    ]
 
 
 def validation(task: Pretraining, samples: Samples, batch: int, device: torch.device, tracker: Tracker) -> Monitor:

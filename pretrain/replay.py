@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from common import processes
 from common.errors import Refusal
 from common.loop import fit
-from common.sampling import Batch
+from common.sampling import Batch, StepPart
 from common.stopping import Stopped, StopSignal, fetch
 from pretrain import flight
 from pretrain.assemble import Parts, assemble, fit_options, optimizer_for, schedule_for
@@ -121,8 +122,10 @@ def _again(folder: Path, record: flight.Record, parts: Parts, state: dict[str, A
     witness = _Witness(parts.task, checkpoints, state, (task, optimizer), hooked=not config.model.compile)
 
     def batches() -> Iterator[Batch]:
+        whole = np.array([index for of_process in record.keys for part in of_process for _, index in part])
         for keys in record.keys[process.process_index]:
-            yield fetch(functools.partial(parts.samples.__getitems__, [(epoch, index) for epoch, index in keys]))
+            part = StepPart(((epoch, index) for epoch, index in keys), whole)
+            yield fetch(functools.partial(parts.samples.__getitems__, part))
 
     def unused(*_: Any) -> Any:
         raise AssertionError("the step was to end before")

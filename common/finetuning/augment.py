@@ -17,7 +17,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from ..errors import Refusal
-from ..sampling import FIRST_VIEW, Batch, Samples, StepSampler, generator, order
+from ..sampling import FIRST_VIEW, Batch, Samples, StepPart, StepSampler, generator, order
 
 ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)
 ERASED_RATIO = (0.3, 1 / 0.3)  # narrowest and widest height:width
@@ -140,7 +140,7 @@ class RepeatedSampler(StepSampler):
         super().__init__(*arguments, **options)
         self.repeats = repeats
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[StepPart]:
         if self.repeats == 1:
             yield from super().__iter__()
             return
@@ -154,4 +154,4 @@ class RepeatedSampler(StepSampler):
             whole = [(epoch * self.repeats + copy, int(images[which])) for copy, which in keys]
             for part in range(self.accumulate):
                 begin = part * micro + self.rank * share
-                yield whole[begin : begin + share]
+                yield StepPart(whole[begin : begin + share], np.array([index for _, index in whole]))

@@ -64,14 +64,14 @@ class Segmentation(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Means over all pixels, in which ignored ones count as 0 (mmsegmentation's habit, and equal for any number of
-        processes)."""
+        processes and parts); "pixel_accuracy" as a pair, right and known pixels, as parts have unequally many."""
         mask = batch.draws[MASK].long()
         output = self.segmenter(batch.views[FIRST_VIEW])
         logits = _resized(output["logits"], mask)
         loss = _cross_entropy(logits, mask)
         known = mask != IGNORED
         right = (logits.detach().argmax(1) == mask) & known
-        found = {"loss": loss, "pixel_accuracy": right.sum() / known.sum().clamp_min(1)}
+        found = {"loss": loss, "pixel_accuracy": torch.stack([right.sum(), known.sum()])}
         if "auxiliary" in output:
             found["auxiliary"] = _cross_entropy(_resized(output["auxiliary"], mask), mask)
             found["loss"] = loss + self.auxiliary * found["auxiliary"]

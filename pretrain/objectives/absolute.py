@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import positions
+from common import collectives, positions
 from common.errors import Refusal, nearest
 from common.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
 from common.models import Backbone, Features
@@ -165,6 +165,15 @@ class Absolute(Positional):
             return weights
         return asked.float() if weights is None else weights * asked
 
+    def _total(self, weights: Tensor) -> Tensor:
+        """What the weights add up to, (): over all processes and divided by them, so that the mean of their losses is
+        the weighted mean of all. Where they are `attentive` they follow from the tokens, so that those of a later part
+        of the step are not known yet: each part is a weighted mean by itself (DropPos: of each process by itself)."""
+        total = weights.sum()
+        if self.options.attentive == "none":
+            return total  # as many in every process
+        return collectives.total(total) / collectives.processes()
+
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, weighted mean over the patches asked), accuracy, distance (mean, in patches), chance."""
         logits_BKN = self.logits(features)
@@ -179,7 +188,7 @@ class Absolute(Positional):
             loss = F.cross_entropy(logits_BKN.flatten(0, 1), labels.flatten(0, 1))
         else:
             each = F.cross_entropy(logits_BKN.flatten(0, 1), labels.flatten(0, 1), reduction="none")
-            loss = (each * weights_BK.flatten()).sum() / weights_BK.sum()
+            loss = (each * weights_BK.flatten()).sum() / self._total(weights_BK)
         return {
             "loss": loss,
             "accuracy": answers.accuracy(),

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import collectives
 from common.errors import Refusal, nearest
 from common.heads import LinearHead, wide
 from common.models import Backbone, Features
@@ -50,8 +50,8 @@ class ClassificationOptions:
 class Classification(Objective):
     """Cross-entropy of one linear layer on the final-norm class token or mean patch token.
 
-    An image without a label (-1) takes no part: the loss is the mean over those that have one, of all processes
-    together, and 0 where none has.
+    An image without a label (-1) takes no part: the loss is the mean over those of the whole step that have one, in
+    whatever part and process they are, and 0 where none has.
     """
 
     Options = ClassificationOptions
@@ -87,13 +87,13 @@ class Classification(Objective):
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, smoothing included), accuracy, and chance: that of a guess among classes of equal size.
 
-        draws: "label" (B,) int64, -1 for an image without one.
+        draws: "label" (B,) int64, -1 for an image without one, and "known" (): images with a label in the whole step,
+        divided by its parts, over which what is returned is averaged. A part that has more than its share returns more:
+        else an image would count the more, the fewer labels those beside it have.
         """
         logits_BK, labels_B = self.logits(features), draws["label"]
         known_B = labels_B >= 0
-        processes = collectives.processes()
-        # per process, of all: else an image would count the more, the fewer labels those beside it have
-        count = (collectives.total(known_B.sum().float()) / processes).clamp(min=1 / processes)
+        count = torch.where(draws["known"] > 0, draws["known"], 1.0)
         each_B = F.cross_entropy(
             logits_BK, labels_B.clamp(min=0), reduction="none", label_smoothing=self.options.smoothing
         )

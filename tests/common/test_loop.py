@@ -14,10 +14,13 @@ from accelerate.state import AcceleratorState, GradientState
 from ranks import ranks
 from torch import Tensor, nn
 
-from common import ema
+from common import ema, sampling
 from common.errors import Refusal
-from common.loop import fit
+from common.loop import _mean, fit
 from common.optim import clip_gradients
+from common.segmentation.data import IGNORED
+from common.segmentation.training import Segmentation
+from common.segmentation.transforms import MASK
 from common.tracking import Progress
 
 GOOD, NAN, INF, STEEP = "good", "nan loss", "inf loss, finite gradient", "finite loss, nan gradient"
@@ -254,3 +257,35 @@ def one_meets_it(rank: int, processes: int) -> dict[str, Any]:
             "refused": refused,
         }
     return mine
+
+
+def test_a_pair_is_averaged_over_what_it_counts() -> None:
+    results = [
+        {"loss": torch.tensor(1.0), "right": torch.tensor([1, 4])},
+        {"loss": torch.tensor(2.0), "right": torch.tensor([5, 6])},
+        {"loss": torch.tensor(6.0), "right": torch.tensor([0, 0])},
+    ]
+    assert _mean(Accelerator(cpu=True), results) == {"loss": 3.0, "right": pytest.approx(0.6)}
+    assert _mean(Accelerator(cpu=True), results[2:])["right"] == 0
+
+
+def test_ignored_pixels_leave_a_segmentation_the_same_in_one_part_and_in_several() -> None:
+    """Crops of unequally many labelled pixels: loss, gradient and the accuracy that is logged."""
+    torch.manual_seed(0)
+    head = nn.Conv2d(3, 4, 1)
+    task = Segmentation(lambda images: {"logits": head(images), "auxiliary": head(images) ** 2}, 0.4)  # type: ignore[arg-type]
+    images, masks = torch.rand(4, 3, 6, 6), torch.randint(0, 4, (4, 6, 6))
+    masks[0, 1:], masks[1, :, 2:], masks[3] = IGNORED, IGNORED, IGNORED
+    found = []
+    for parts in (1, 2, 4):
+        head.zero_grad()
+        results = []
+        for rows in torch.arange(4).chunk(parts):
+            batch = sampling.Batch({"global": images[rows]}, rows, {MASK: masks[rows].to(torch.int16)})
+            results.append(task(batch))
+            (results[-1]["loss"] / parts).backward()
+        found.append((_mean(Accelerator(cpu=True), results), head.weight.grad.clone()))
+    right = (head(images).argmax(1) == masks)[masks != IGNORED].double().mean().item()
+    for numbers, gradient in found:
+        assert numbers == pytest.approx(found[0][0], rel=1e-6) and numbers["pixel_accuracy"] == pytest.approx(right)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-7, rtol=1e-5)

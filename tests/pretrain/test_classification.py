@@ -1,24 +1,23 @@
 """`classification` by hand; who is told labels, and who is not; what it trains, exports and resumes."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from children import Run
-from ranks import ranks
+from children import Run, Train
 from small import Noise, backbone, task
 
-from common import collectives
 from common.data import Images, Unreadable
 from common.errors import Refusal
-from common.models import Features
-from common.sampling import Batch, Samples
+from common.sampling import Batch, Samples, StepSampler
 from common.transforms import View
-from pretrain import objectives
+from pretrain import monitors, objectives
 from pretrain.assemble import _settle_classes
 from pretrain.audit import cached_audit
 from pretrain.config import PretrainConfig
@@ -81,30 +80,107 @@ def test_images_without_a_label_take_no_part() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in made.parameters())
 
 
-def gradients(rank: int, processes: int) -> list[float]:
-    """The gradient of the head's bias for this process's share of six images, two of them unlabelled."""
+QUARTER = [0, -1, -1, 2, -1, 1, -1, -1, -1, -1, -1, -1, -1, 2, -1, -1]  # labels of 16 images
+BROKEN = (1, 5)  # of which these cannot be read: one without a label, one with
+
+
+class Damaged(Noise):
+    """16 images, two of which cannot be read."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def read(self, i: int, channels: int) -> torch.Tensor:
+        if i in BROKEN:
+            raise Unreadable(f"noise[{i}]", "cut short")
+        return super().read(i, channels)
+
+
+def one_step(processes: int, accumulate: int) -> dict[str, Any]:
+    """The first step of a run of 16 images: what DistributedDataParallel and the loop average over parts and processes:
+    the loss, its gradient and the accuracy that is logged; and by the definition, from all images that are shown."""
+    made = task({"classification": THREE, "absolute": {"weight": 0.5}}).eval()
+    images = Images(Damaged(), "noise", QUARTER, ["cat", "dog", "owl"])
+    samples = Samples(
+        images, {"global": View(size=list(made.backbone.size))}, 0, 3, made.draws, made.collates, made.labelled
+    )
+    reports, logits, labels = [], [], []
+    for rank in range(processes):
+        for part in StepSampler(16, 16, 0, 1, rank=rank, processes=processes, accumulate=accumulate):
+            batch = samples.__getitems__(pickle.loads(pickle.dumps(part)))  # on its way to a worker
+            reports.append(made(batch))
+            (reports[-1]["loss"] / (processes * accumulate)).backward()
+            objective: Any = made.objectives["classification"]
+            logits.append(objective.logits(made.inputs("classification", batch, made.features(batch))[0]).detach())
+            labels.append(batch.draws["classification/label"])
+    found = {name: float(np.mean([report[name].item() for report in reports])) for name in reports[0]}
+    told, known = torch.cat(labels), torch.cat(labels) >= 0
+    wanted = torch.nn.functional.cross_entropy(torch.cat(logits)[known].double(), told[known]).item()
+    return found | {
+        "gradient": torch.cat([each.grad.flatten() for each in made.parameters() if each.grad is not None]),
+        "known": int(known.sum()),
+        "wanted": wanted,
+        "unevenly": len({int((some >= 0).sum()) for some in labels}) > 1,
+    }
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 4)])
+def test_an_image_counts_alike_whatever_part_and_process_it_is_in(processes: int, accumulate: int) -> None:
+    whole, parts = one_step(1, 1), one_step(processes, accumulate)
+    assert whole["known"] == parts["known"] == 4  # an image that cannot be read gives way to one that counts alike
+    assert parts["classification/loss"] == pytest.approx(whole["wanted"], rel=1e-5)
+    assert parts["unevenly"] == (processes * accumulate > 1)
+    for name in ("loss", "classification/accuracy", "absolute/loss", "absolute/accuracy"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-6), name
+    torch.testing.assert_close(parts["gradient"], whole["gradient"], atol=1e-6, rtol=1e-4)
+
+
+def test_held_out_images_count_alike_in_every_batch() -> None:
+    """Monitors show them in batches, of which some have no label at all."""
     made = task({"classification": THREE}).eval()
-    share = 6 // processes
-    own = slice(rank * share, (rank + 1) * share)
-    rows = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, -1, -1, 2, 1, 2])
-    objective: Any = made.objectives["classification"]
-    objective({"image": Features(rows[own], rows[own], (1, 1))}, {"label": labels[own]})["loss"].backward()
-    return objective.head.classifier.bias.grad.tolist()
+    made.objectives["classification"].head.classifier.bias.data[2] = 9.0  # type: ignore[union-attr, index]
+    images = Images(Noise(), "noise", [-1, -1, 1, 0, 2, -1, -1, -1], ["cat", "dog", "owl"])
+    samples = Samples(
+        images, {"global": View(size=list(made.backbone.size))}, 0, 3, made.draws, made.collates, made.labelled
+    )
+    found = [
+        monitors.validation(made, samples, batch, torch.device("cpu"), None)(1)  # type: ignore[arg-type]
+        for batch in (8, 4, 2)
+    ]
+    assert [each["val/classification/accuracy"] for each in found] == pytest.approx([1 / 3] * 3)
+    losses = [each["val/classification/loss"] for each in found]
+    assert losses == pytest.approx(losses[:1] * 3) and losses[0] > 4
 
 
-def test_an_image_counts_alike_whatever_process_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    together = gradients(0, 1)
-    monkeypatch.setattr(collectives, "processes", lambda: 2)
-    monkeypatch.setattr(collectives, "total", lambda own: torch.full_like(own, 4))  # of six images, two are unlabelled
-    apart = [gradients(rank, 2) for rank in range(2)]
-    assert apart[0] != apart[1]
-    assert np.mean(apart, 0) == pytest.approx(together, abs=1e-6)  # as DistributedDataParallel does
+def few_labels(images: Path, folder: Path) -> str:
+    """A table of these images of which a quarter has a label."""
+    files = sorted(images.rglob("*.*g"))[:24]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    labels = [(i // 4) % 2 if i % 4 == 0 else -1 for i in range(len(files))]
+    table = datasets.Dataset.from_dict({"image": list(map(str, files)), "label": labels}, features=features)
+    table.to_parquet(str(folder / "train.parquet"))
+    return f"hf:{folder / 'train.parquet'}"
 
 
 @pytest.mark.slow
-def test_the_same_in_two_real_processes() -> None:
-    assert np.mean(ranks(gradients), 0) == pytest.approx(gradients(0, 1), abs=1e-6)
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 4), (2, 2)])
+def test_a_run_with_few_labels_is_the_same_however_its_steps_are_shared(
+    train: Train, tiny: list[str], images: Path, tmp_path: Path, processes: int, accumulate: int
+) -> None:
+    """In real processes: the loss, the gradient's norm and the accuracy of three steps; no dropout."""
+    words = [*tiny, "objectives={classification: {smoothing: 0.1}, absolute: {weight: 0.5}}", "steps=3", "batch=8"]
+    words += ["model.kwargs.drop_path_rate=0", "model.kwargs.proj_drop_rate=0", "tensorboard=false", "log_every=1"]
+    words += ["monitor.held_out=0", f"data={few_labels(images, tmp_path)}"]
+    runs = []
+    for number, (together, parts) in enumerate([(1, 1), (processes, accumulate)]):
+        run = tmp_path / str(number)
+        ended = train(*words, f"accumulate={parts}", f"run={run}", processes=together)
+        assert ended.status == 0, ended.stderr
+        assert f"{together} x CPU" in ended.stdout or together == 1
+        runs.append(Run(run).metrics)
+    for one, other in zip(*runs, strict=True):
+        for name in ("loss", "classification/loss", "classification/accuracy", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=2e-5), (name, one["step"])
 
 
 # ------------------------------------------------------------------------------------------------ who is told labels
@@ -149,7 +225,7 @@ def test_nobody_else_is_told_and_nothing_else_changes() -> None:
     beside = task({"classification": THREE, "absolute": {}, "relative": {}})
     given = told(beside, [2, 0, 1, 1])
     assert beside.labelled == ["classification"]
-    assert given.draws.keys() - random.draws.keys() == {"classification/label"}
+    assert given.draws.keys() - random.draws.keys() == {"classification/label", "classification/known"}
     assert all(torch.equal(given.draws[name], drawn) for name, drawn in random.draws.items())
     assert not Objective.labelled
 
