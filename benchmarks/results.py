@@ -21,12 +21,14 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from common import config as configuration
 from common.config import flat
+from common.neighbors import FIELD
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "RESULTS.md"
@@ -35,14 +37,22 @@ HEADER = """# Results
 Every row was written by the command in its last column (`benchmarks/results.py`); no number here was typed in. Accuracies
 are in percent on the test split, mean ± standard deviation over seeds; each seed has its own weights, order, crops, its own
 untrained backbone of the same architecture, and its own probe. Features: of the last block, frozen: the mean patch token, or
-the class token where an objective trains it. k-NN: k = 20, cosine, temperature 0.07. Linear: the learning rate chosen on a
+the class token where an objective trains it. k-NN: k = 20, cosine, temperature 0.07; *centred*: all rows' features less the
+mean of the training features; *DINO's*: not centred, as the field has it. Linear: the learning rate chosen on a
 tenth of the training images. Cost: milliseconds of an optimizer step, data included, in the fastest of the logged intervals
-(the machine is shared); a dash where it was not noted. Time is that of one pretraining, without evaluation. Published figures are other people's, on other models and data: they stand
-in a column of their own, and there is none for these small settings.
+(the machine is shared). Time is that of one pretraining, without evaluation. A dash stands where something was not measured.
+Published figures are other people's, on other models and data: they stand in a column of their own, and there is none for
+these small settings.
 
-| recipe | data | images seen | commit | seeds | features | k-NN: random | k-NN: pixels | k-NN: **pretrained** | linear: random | linear: pixels | linear: **pretrained** | position, held out | cost | published | hardware | time | command |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """  # noqa: E501
+ROWS = {"random": "random", "pixels": "pixels", "patches": "patches", "subject": "**pretrained**"}  # as columns say
+NUMBERS = ("k-NN, centred", "k-NN, DINO's", "linear")
+COLUMNS = (
+    "recipe", "data", "images seen", "commit", "seeds", "features",
+    *(f"{number}: {word}" for number in NUMBERS for word in ROWS.values()),
+    "position, held out", "cost", "published", "hardware", "time", "command",
+)  # fmt: skip
+MINUTES = "minutes.json"  # in a run's folder: how long it trained
 
 
 def run(script: str, *words: str) -> None:
@@ -82,6 +92,40 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}{deviation}"
 
 
+def line(cells: Sequence[str]) -> str:
+    """A line of the table."""
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def heading() -> str:
+    """RESULTS.md without a row."""
+    return HEADER + line(COLUMNS) + "|---" * len(COLUMNS) + "|\n"
+
+
+def trained(folder: Path, words: Sequence[str], anew: bool) -> float | None:
+    """Minutes that a run took to train, which it is `anew`, or was by an earlier call; None where nobody noted it."""
+    if anew:
+        begun = time.perf_counter()
+        run("pretrain/run.py", *words, f"run={folder}", "--overwrite")
+        (folder / MINUTES).write_text(json.dumps((time.perf_counter() - begun) / 60) + "\n")
+    return json.loads((folder / MINUTES).read_text()) if (folder / MINUTES).is_file() else None
+
+
+def judged(folder: Path, seed: int, words: Sequence[str], linear: Sequence[str]) -> dict[str, float]:
+    """{"k-NN, centred: random": share, ...} of a run, judged now."""
+    run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed), *words)
+    run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *words, *linear)
+    kind = json.loads((folder / "backbone.json").read_text())["pooling"]
+    reports = {name: json.loads((folder / "evaluate" / f"{name}.json").read_text()) for name in ("knn", "linear")}
+    found = {}
+    for row in reports["knn"]["values"]:
+        of_row, word = kind if row in ("random", "subject") else row, ROWS[row]
+        neighbors, probe = (reports[name]["values"][row][of_row] for name in ("knn", "linear"))
+        entries = (neighbors, neighbors[FIELD], probe)
+        found |= {f"{number}: {word}": entry["accuracy"] for number, entry in zip(NUMBERS, entries, strict=True)}
+    return found
+
+
 def main() -> None:
     """Train, judge, write the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,63 +134,52 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives-of", metavar="RECIPE", help="take the objectives of another recipe")
     parser.add_argument("--judge", metavar="SPEC", help="labelled images to judge on (default: those of the training)")
+    parser.add_argument("--no-training", action="store_true", help="judge the runs that an earlier call has trained")
     parser.add_argument("--linear", nargs=argparse.REMAINDER, default=[], help="further words for evaluate/linear.py")
     arguments = parser.parse_intermixed_args()
     told = [word.removeprefix("objectives.") for word in arguments.words if word.startswith("objectives.")]
     told += [f"objectives of {arguments.objectives_of}"] if arguments.objectives_of else []
     data = [word for word in arguments.words if word.startswith("data=")]
     stem = re.sub(r"[^\w.-]+", "-", "-".join([Path(arguments.recipe).stem, *told, *data]))
-    judged = ["--data", arguments.judge] if arguments.judge else []
-    found: dict[str, list[float]] = {}
-    minutes: list[float] = []
-    costs: list[float] = []
-    about: dict[str, Any] = {}
+    borrowed = objectives_of(arguments.objectives_of) if arguments.objectives_of else []
+    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    minutes: list[float | None] = []
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "results" / f"{stem}-s{seed}"
-        begun = time.perf_counter()
-        borrowed = objectives_of(arguments.objectives_of) if arguments.objectives_of else []
-        words = [*borrowed, *arguments.words, f"seed={seed}", f"run={folder}", "--overwrite"]
-        run("pretrain/run.py", arguments.recipe, *words)
-        minutes.append((time.perf_counter() - begun) / 60)
-        run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed), *judged)
-        run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *judged, *arguments.linear)
-        for name in ("knn", "linear"):
-            report = json.loads((folder / "evaluate" / f"{name}.json").read_text())
-            values = report["values"]
-            description = json.loads((folder / "backbone.json").read_text())
-            kind = description["pooling"]
-            for row in ("random", "pixels", "subject"):
-                of_row = "pixels" if row == "pixels" else kind
-                found.setdefault(f"{name} {row}", []).append(values[row][of_row]["accuracy"])
+        words = [arguments.recipe, *borrowed, *arguments.words, f"seed={seed}"]
+        minutes.append(trained(folder, words, not arguments.no_training))
+        spec = ["--data", arguments.judge] if arguments.judge else []
+        for name, share in judged(folder, seed, spec, arguments.linear).items():
+            found[name].append(share)
         position = held_out_accuracy(folder / "metrics.jsonl")
-        found.setdefault("position", []).extend([] if position is None else [position])
-        costs.append(step_cost(folder / "metrics.jsonl", description["training"]["batch"]))
-        about = {"report": report, "training": description["training"], "kind": kind}
-    machine, training = about["report"]["hardware"], about["training"]
+        found["position, held out"] += [] if position is None else [position]
+        description = json.loads((folder / "backbone.json").read_text())
+        found["cost"].append(step_cost(folder / "metrics.jsonl", description["training"]["batch"]))
+    machine = json.loads((folder / "evaluate" / "knn.json").read_text())["hardware"]
+    training, kind = description["training"], description["pooling"]
     hidden = [word if not word.startswith("data_root=") else "data_root=PATH" for word in arguments.words]
     options = ["--objectives-of", arguments.objectives_of] if arguments.objectives_of else []
     options += ["--judge", arguments.judge] if arguments.judge else []
     command = " ".join(
         ["python benchmarks/results.py", arguments.recipe, *options, *hidden, "--seeds", *map(str, arguments.seeds)]
     )
-    row = [
-        ", ".join([Path(arguments.recipe).stem, *told]) + (" (LEAK allowed)" if training["audit"] == "leak" else ""),
-        Path(training["data"]).name + (f", judged on {arguments.judge}" if arguments.judge else ""),
-        f"{training['images_seen']:,}",
-        str(training["commit"]),
-        ", ".join(map(str, arguments.seeds)),
-        {"mean": "mean patch", "class": "class token"}[about["kind"]],
-        *(spread(found[f"{name} {row}"]) for name in ("knn", "linear") for row in ("random", "pixels", "subject")),
-        spread(found["position"]) if found["position"] else "–",
-        f"{min(costs):.0f} ms",
-        "none",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {training['precision']}",
-        f"{statistics.fmean(minutes):.1f} min",
-        f"`{command}` ({datetime.date.today()})",
-    ]
-    line = "| " + " | ".join(row) + " |\n"
-    RESULTS.write_text((RESULTS.read_text() if RESULTS.exists() else HEADER) + line)
-    print(line)
+    cells = {name: spread(shares) if shares else "–" for name, shares in found.items()}
+    cells |= {
+        "recipe": ", ".join([Path(arguments.recipe).stem, *told]) + " (LEAK allowed)" * (training["audit"] == "leak"),
+        "data": Path(training["data"]).name + (f", judged on {arguments.judge}" if arguments.judge else ""),
+        "images seen": f"{training['images_seen']:,}",
+        "commit": str(training["commit"]),
+        "seeds": ", ".join(map(str, arguments.seeds)),
+        "features": {"mean": "mean patch", "class": "class token"}[kind],
+        "cost": f"{min(found['cost']):.0f} ms",
+        "published": "none",
+        "hardware": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {training['precision']}",
+        "time": "–" if None in minutes else f"{statistics.fmean(minutes):.1f} min",  # type: ignore[arg-type, type-var]
+        "command": f"`{command}` ({datetime.date.today()})",
+    }
+    row = line([cells[name] for name in COLUMNS])
+    RESULTS.write_text((RESULTS.read_text() if RESULTS.exists() else heading()) + row)
+    print(row)
 
 
 if __name__ == "__main__":

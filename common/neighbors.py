@@ -1,5 +1,10 @@
 """k-nearest-neighbour classification of features: the probe that has nothing to train.
 
+How features are treated before their cosine is decided here, for every script: `CENTRED` unless it says otherwise. What
+all features have in common (the mean image of raw pixels, the mean token of a network) says nothing about classes, but
+makes every cosine nearly 1; the field's protocol, DINO's, leaves it in, and understates raw pixels by as much as ten
+points.
+
 Letters: M bank images, Q queries, D feature width, k neighbours, C classes.
 """
 
@@ -8,6 +13,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+CENTRED, FIELD = "centred", "field"
+TREATMENTS = {  # as reports say it
+    CENTRED: "centred: less the mean of the training features, then L2-normalised",
+    FIELD: "the field's (DINO's): L2-normalised, not centred",
+}
+PORTION = 65_536  # features that are summed at a time, in float64
+
+
+@torch.no_grad()
+def centre_of(bank: Tensor, treatment: str = CENTRED) -> Tensor:
+    """What is subtracted from all features before their cosine, (D,) float32: the mean of `bank` (M, D), or zeros."""
+    if treatment not in TREATMENTS:
+        raise ValueError(f"treatment {treatment!r}: expected one of {', '.join(TREATMENTS)}")
+    total = bank.new_zeros(bank.shape[1], dtype=torch.float64)
+    for some in bank.split(PORTION) if treatment == CENTRED else ():
+        total += some.double().sum(0)
+    return (total / len(bank)).float()
+
+
+def unit_vectors(features: Tensor, centre: Tensor) -> Tensor:
+    """`features` (..., D) less `centre` (D,) as unit vectors, float32, whose products are cosines.
+
+    A vector of zeros stays one: its cosine to everything is 0.
+    """
+    return F.normalize(features.float() - centre, dim=-1)
 
 
 def knn(
@@ -19,9 +50,13 @@ def knn(
     num_classes: int | None = None,
     temperature: float = 0.07,
     chunk: int = 1024,
+    treatment: str = CENTRED,
 ) -> Tensor:
     """Predicted class of every query, (Q,), from the k bank images most alike; see `knn_many`."""
-    return knn_many(bank, labels, queries, [k], num_classes=num_classes, temperature=temperature, chunk=chunk)[k]
+    return knn_many(
+        bank, labels, queries, [k],
+        num_classes=num_classes, temperature=temperature, chunk=chunk, treatment=treatment,
+    )[k]  # fmt: skip
 
 
 @torch.no_grad()
@@ -34,17 +69,19 @@ def knn_many(
     num_classes: int | None = None,
     temperature: float = 0.07,
     chunk: int = 1024,
+    treatment: str = CENTRED,
 ) -> dict[int, Tensor]:
-    """{k: predicted class of every query (Q,)} for several k from one search, as DINO does (eval_knn.py).
+    """{k: predicted class of every query (Q,)} for several k from one search; with FIELD, as DINO does (eval_knn.py).
 
-    bank (M, D), labels (M,) in [0, C), queries (Q, D): any scale, they are L2-normalised here. A neighbour's vote is
+    bank (M, D), labels (M,) in [0, C), queries (Q, D): as they are, they are treated here. A neighbour's vote is
     exp(cosine similarity / temperature). `chunk` queries are compared at a time: chunk * M similarities in memory.
     Raises ValueError if some k exceeds M.
     """
     if not 1 <= min(ks) <= max(ks) <= len(bank):
         raise ValueError(f"k in {sorted(ks)} neighbours of {len(bank)} bank images")
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    centre = centre_of(bank, treatment)
+    bank, queries = unit_vectors(bank, centre), unit_vectors(queries, centre)
     predictions: dict[int, list[Tensor]] = {k: [] for k in ks}
     for some in queries.split(chunk):  # the last one may be shorter, also when there are few queries
         similarity, neighbors = (some @ bank.T).topk(max(ks), dim=1)  # (q, k) each, most alike first

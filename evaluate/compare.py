@@ -4,7 +4,8 @@
     python evaluate/compare.py runs/*-seed? runs/other --against runs/other --make knn linear --out comparison
     python evaluate/compare.py runs/first runs/second --no-run
 
-Evaluations that are missing, or were made of other weights or data than now, are made first, by their own scripts.
+Evaluations that are missing, or were made of other weights or data than now or by a protocol that has been replaced,
+are made first, by their own scripts.
 Runs that differ in nothing but their seed are one line. The words `random` and `pixels` add the baselines that the
 reports have. Writes compare.md, compare.csv, differences.csv and compare.html, a page that needs no other file. One
 process. The exit status is 1 if an evaluation failed; the table is made without it.
@@ -174,7 +175,8 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
         spec = arguments.data or run.training.get("data") or "builtin"
         root = root_of(run, spec, arguments.data, arguments.data_root)
         for name in arguments.make or wanted(run):
-            if name in run.reports and not run.reports[name].stale:
+            one = run.reports.get(name)
+            if one is not None and not one.stale and not one.superseded:
                 continue
             labels = fingerprints(spec, root) if name in WHOLE_DATA else []
             if isinstance(labels, Refusal):
@@ -182,7 +184,7 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
                 print(line, flush=True)
                 failed += [line] if arguments.make else []
                 continue
-            why = run.reports[name].stale if name in run.reports else "damaged" if name in run.damaged else ""
+            why = (one.stale or one.superseded) if one is not None else "damaged" if name in run.damaged else ""
             command = ["--ckpt", run.word]
             of_data = () if name == "segmentation" else ("data", "data_root")  # masks are not where labels are
             for option in (*of_data, "device", "workers", "threads"):
@@ -197,7 +199,9 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
 
 def wanted(run: Run) -> list[str]:
     """What is made where nothing is said: the usual, and sheets and layers that are there, and out of date."""
-    old = [name for name in APART if name in run.damaged or (name in run.reports and run.reports[name].stale)]
+    there = [run.reports[name] for name in APART if name in run.reports]
+    old = [name for name in APART if name in run.damaged]
+    old += [one.path.stem for one in there if one.stale or one.superseded]
     return [*USUAL, *old]
 
 

@@ -48,6 +48,7 @@ from common.feature_cache import cached
 from common.features import Part, cache_key, extract_parts, shown
 from common.metrics import accuracy
 from common.models import Backbone
+from common.neighbors import CENTRED, TREATMENTS, centre_of, unit_vectors
 from common.protocol import Evaluation, alone, any_splits, begin, parser
 from common.report import table, write
 from common.ridge import scores
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> int:
         "id": "explain/deletion",
         "target": arguments.target,
         "neighbors": NEIGHBORS,
+        "features": TREATMENTS[CENTRED],
         "deleted": list(SHARES),
         "replaced_by": "mean colour of the image",
         "random_draws": DRAWS,
@@ -157,9 +159,8 @@ def look(job: Evaluation, backbone: Backbone) -> Looked:
     with torch.no_grad():
         plain = [attribution.pool(backbone(batch.to(job.device), plan), kind) for batch in images.split(BATCH)]
     pooled = torch.cat(plain)
-    centre = references["pooled"].mean(0)
-    towards = F.normalize(references["pooled"] - centre, dim=-1)
-    near = (F.normalize(pooled - centre, dim=-1) @ towards.T).topk(NEIGHBORS, 1).indices
+    centre = centre_of(references["pooled"])
+    near = (unit_vectors(pooled, centre) @ unit_vectors(references["pooled"], centre).T).topk(NEIGHBORS, 1).indices
     target, said = targets(job, references, pooled, near, index)
     job.say(f"attributions of {len(images)} test images")
     k, maps, heads, tokens = job.arguments.images, [], [], []
@@ -198,7 +199,7 @@ def targets(
 ) -> tuple[list[Score], str]:
     """(what is explained of each batch of images, in words)."""
     if job.arguments.target == "neighbors":
-        towards, centre = references["pooled"][near].mean(1), references["pooled"].mean(0)
+        towards, centre = references["pooled"][near].mean(1), centre_of(references["pooled"])
         made: list[Score] = [attribution.similarity(batch, centre) for batch in towards.split(BATCH)]
         return made, f"cosine to the mean of its {NEIGHBORS} nearest training images"
     assert job.train.labels is not None and job.test.labels is not None

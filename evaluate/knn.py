@@ -1,10 +1,11 @@
-"""k-nearest-neighbour accuracy of frozen features, as in DINO: cosine, votes exp(similarity / 0.07), nothing trained.
+"""k-nearest-neighbour accuracy of frozen features: cosine, votes exp(similarity / 0.07) as in DINO, nothing trained.
 
     python evaluate/knn.py --ckpt runs/quickstart-001
     accelerate launch evaluate/knn.py --ckpt timm:vit_small_patch16_224.dino --data PATH
 
-Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw pixels. Several processes
-extract the features together; one answers from them.
+The features of every row are centred: less the mean of the training features. The field's number, DINO's, which is not
+centred, stands beside it. Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw
+pixels. Several processes extract the features together; one answers from them.
 """
 
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from common.errors import Refusal
 from common.features import MOST_UNREADABLE
 from common.metrics import accuracy
-from common.neighbors import knn_many
+from common.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
 from common.protocol import LABELS, begin, first_process, parser, together
 from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 
@@ -39,34 +40,35 @@ def main(argv: list[str]) -> int:
     job = begin("knn", arguments, raw=True)
     ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
     together("k-NN")
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    found: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)
     outcomes, index = Outcomes(), None
     for split in job.splits():
         for kind, features in split.train.items():
-            guesses = knn_many(
-                features, split.train_labels, split.test[kind], ks,
-                num_classes=len(job.classes), temperature=TEMPERATURE,
-            )  # fmt: skip
-            by_k = found.setdefault(split.row, {}).setdefault(kind, {})
-            for k, guess in guesses.items():
-                by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
-            outcomes.add(split.row, kind, guesses[headline] == split.test_labels)
+            by_treatment = found.setdefault(split.row, {}).setdefault(kind, {})
+            for treatment in (CENTRED, FIELD):
+                guesses = knn_many(
+                    features, split.train_labels, split.test[kind], ks,
+                    num_classes=len(job.classes), temperature=TEMPERATURE, treatment=treatment,
+                )  # fmt: skip
+                by_k = by_treatment.setdefault(treatment, {})
+                for k, guess in guesses.items():
+                    by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
+                if treatment == CENTRED:
+                    outcomes.add(split.row, kind, guesses[headline] == split.test_labels)
         index = split.test_index
     if not first_process():
         return 0
     assert index is not None
-    judged = len(index)
     values = {
-        row: {
-            kind: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in ks}}
-            for kind, by_k in kinds.items()
-        }
+        row: {kind: entry_of(by_treatment, headline, len(index)) for kind, by_treatment in kinds.items()}
         for row, kinds in found.items()
     }
-    protocol = {"id": "knn/dino", "k": ks, "headline": headline, "temperature": TEMPERATURE, "similarity": "cosine"}
+    protocol = {"id": f"knn/{CENTRED}", "k": ks, "headline": headline, "temperature": TEMPERATURE}
+    protocol |= {"similarity": "cosine", "features": TREATMENTS[CENTRED]}
+    protocol["beside"] = {"id": "knn/dino", "features": TREATMENTS[FIELD], "values": FIELD}
     protocol["selection"] = f"none: k = {headline} whatever comes out"
-    write(job, protocol, values, judged, outcomes=outcomes.arrays(), index=index)
+    write(job, protocol, values, len(index), outcomes=outcomes.arrays(), index=index)
     tell(job, "k-NN accuracy (%)", shown(values, ks, headline, job.size))
     return 0
 
@@ -85,14 +87,26 @@ def possible(wished: Sequence[int] | None, images: int) -> list[int]:
     return [k for k in ks if k <= images]
 
 
+def entry_of(by_treatment: Mapping[str, Mapping[int, list[float]]], headline: int, judged: int) -> dict[str, Any]:
+    """What the report says of one kind of features: headline and every k, centred; "field": the same, not centred."""
+    each = {
+        treatment: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in by_k}}
+        for treatment, by_k in by_treatment.items()
+    }
+    return each[CENTRED] | {FIELD: each[FIELD]}
+
+
 def shown(values: Mapping[str, Any], ks: Sequence[int], headline: int, size: Sequence[int]) -> str:
     """The table."""
-    header = ["features of", "", *(f"k={k}" for k in ks), f"95 % of k={headline}"]
+    header = ["features of", "", *(f"k={k}" for k in ks), f"95 % of k={headline}", f"k={headline}, DINO's*"]
     rows = [
-        [LABELS[row], kind_name(row, kind, size)] + [percent(entry["k"][str(k)]) for k in ks] + [interval(entry)]
+        [LABELS[row], kind_name(row, kind, size)]
+        + [percent(entry["k"][str(k)]) for k in ks]
+        + [interval(entry), percent(entry[FIELD])]
         for row, kind, entry in ordered(values)
     ]
-    return table(header, rows)
+    told = "features are centred (less the mean of the training features); * the field's protocol: not centred"
+    return f"{table(header, rows)}\n{told}"
 
 
 if __name__ == "__main__":

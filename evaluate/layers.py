@@ -37,7 +37,7 @@ from common.errors import Refusal
 from common.layerwise import Layer, groups, independent, patches, read_position, sample
 from common.metrics import accuracy
 from common.models import Backbone, Features
-from common.neighbors import knn
+from common.neighbors import CENTRED, TREATMENTS, knn
 from common.precision import DTYPES
 from common.protocol import LABELS, Evaluation, alone, any_splits, begin, parser
 from common.report import accuracies, interval, leak_note, percent, table, write
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     values, judged = measured(job)
     notes = remarks(job)
     protocol = {
-        "id": "layers/position+knn",
+        "id": f"layers/position+knn/{CENTRED}",
         "images": arguments.images,
         "position": {
             "probe": "softmax of one token, whitened by the training tokens; SGD, momentum 0.9, cosine to 0",
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         "knn": {
             "k": neighbors(job),
             "temperature": TEMPERATURE,
-            "features": "mean patch token",
+            "features": f"mean patch token, {TREATMENTS[CENTRED]}",
             "similarity": "cosine",
         },
         "selection": "none, but for the learning rate of the position probe",

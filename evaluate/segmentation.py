@@ -35,6 +35,7 @@ from PIL import Image
 from common import processes, recipes
 from common.errors import Refusal
 from common.finetuning.training import at_size
+from common.neighbors import CENTRED, TREATMENTS
 from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, interval, percent, table, tell, write
 from common.segmentation import heads
@@ -235,6 +236,7 @@ def protocol(job: Evaluation, recipe: str | None, config: SegmentationConfig) ->
         },
         **{name: value for name, value in dataclasses.asdict(config).items() if name not in quiet},
         "lr": peak_of(config),
+        "similarity": f"cosine of patches, {TREATMENTS[CENTRED]}" if config.head == "knn" else None,
         "judged_at": "the size of the image as it is stored",
         "ignored_in_loss": "counted as 0 in the mean over all pixels, as mmsegmentation's",
         "layer_decay_from_scratch": None,

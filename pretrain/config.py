@@ -93,7 +93,7 @@ class MonitorConfig:
     most: int = 1000
     """At most so many are held out."""
     bank: int = 2000
-    """Training images whose labels the k-NN and ridge monitors learn from, where there are labels."""
+    """Training images whose labels the k-NN (as DINO's, not centred) and ridge monitors learn from, where labelled."""
     shots: int = 10
     """Images of each class that the ridge monitor learns from."""
 

@@ -15,7 +15,7 @@ from common.features import shown
 from common.loop import Report
 from common.metrics import accuracy, rankme
 from common.models import Backbone
-from common.neighbors import knn
+from common.neighbors import FIELD, knn
 from common.pictures import board, histogram, maps
 from common.plan import TokenPlan
 from common.ridge import ridge
@@ -206,8 +206,9 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
 
 def frozen(task: Pretraining, train: Images, held_out: Images, config: MonitorConfig, device: torch.device) -> Monitor:
     """What the features of held-out images are worth, `WHAT/student` and, where there is one, `WHAT/teacher`: their
-    effective rank (`rankme`) and, where there are labels, the accuracy of their 20 nearest training images (`knn`) and
-    of a ridge classifier learned from a few of each class (`ridge`).
+    effective rank (`rankme`) and, where there are labels, the accuracy of their 20 nearest training images (`knn`; as
+    DINO's, not centred: a curve is held against other runs', and not against raw pixels) and of a ridge classifier
+    learned from a few of each class (`ridge`).
 
     Every process has to call it: each extracts a share of the images, and the first returns what all say.
     """
@@ -232,7 +233,8 @@ def frozen(task: Pretraining, train: Images, held_out: Images, config: MonitorCo
             labels, right = torch.from_numpy(train.labels), torch.from_numpy(held_out.labels)[index[where]]
             bank, of_bank = known[who]
             if len(of_bank) >= NEIGHBORS:
-                found[f"knn/{who}"] = accuracy(knn(bank, labels[of_bank], features[where], k=NEIGHBORS), right)
+                guesses = knn(bank, labels[of_bank], features[where], k=NEIGHBORS, treatment=FIELD)
+                found[f"knn/{who}"] = accuracy(guesses, right)
             few = torch.isin(of_bank, shots)
             if few.any():
                 found[f"ridge/{who}"] = accuracy(ridge(bank[few], labels[of_bank[few]], features[where]), right)

@@ -10,8 +10,8 @@ from common.checkpoint import sha256
 
 K = 200  # test images
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
-PROTOCOLS = {"knn": {"id": "knn/dino", "headline": 20}, "linear": {"id": "linear/sweep"},
-             "explain": {"id": "explain/deletion"}, "layers": {"id": "layers/position+knn"}}  # fmt: skip
+PROTOCOLS = {"knn": {"id": "knn/centred", "headline": 20}, "linear": {"id": "linear/sweep"},
+             "explain": {"id": "explain/deletion"}, "layers": {"id": "layers/position+knn/centred"}}  # fmt: skip
 
 
 def right(share, seed, seeds=1):

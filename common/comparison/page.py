@@ -216,6 +216,7 @@ def layered(lines: list[tuple[int, Run]]) -> Iterator[Html]:
         each = []
         for number, run in lines:
             one = run.reports.get("layers")
+            one = None if what == "knn" and one is not None and one.superseded else one
             points = [
                 (int(entry.features.removeprefix("layer ")), entry.value)
                 for entry in (entries(one.content) if one is not None and not one.stale else ())

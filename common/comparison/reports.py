@@ -18,12 +18,15 @@ from .. import checkpoint, report
 from .. import config as configuration
 from ..data import labelled_splits
 from ..errors import Refusal
+from ..neighbors import FIELD
 from ..run_folder import CONFIG
 from .settings import settings
 
 COLUMNS = ("knn", "linear", "fewshot", "finetune", "segmentation")  # in the order of a table; others come after them
 APART = ("layers", "explain")  # their values are no accuracies of the whole subject
 WHOLE_DATA = ("knn", "linear", "fewshot", "finetune")  # of which the fingerprint is that of the data as they are
+NOT_CENTRED = "its k-NN is of features that are not centred"
+SUPERSEDED = {"knn/dino": NOT_CENTRED, "layers/position+knn": NOT_CENTRED}  # by id: what earlier versions did otherwise
 
 
 @dataclass(eq=False)
@@ -41,6 +44,11 @@ class Report:
     def protocol(self) -> str:
         """Its id."""
         return str(self.content["protocol"].get("id", "?"))
+
+    @property
+    def superseded(self) -> str:
+        """What an earlier version did otherwise, if its protocol is that of one."""
+        return SUPERSEDED.get(self.protocol, "")
 
     @property
     def test(self) -> str:
@@ -270,6 +278,8 @@ def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
                 yield _entry(row, kind, "", metric, entry)
                 for k, values in entry.get("k", {}).items():
                     yield _entry(row, kind, f"k={k}", metric, values)
+                for k, values in entry.get(FIELD, {}).get("k", {}).items():
+                    yield _entry(row, kind, f"k={k}, not centred", metric, values)
                 for name, by_classifier in entry.get("subsets", {}).items():
                     for classifier, values in by_classifier.items():
                         yield _entry(row, kind, f"{name}, {classifier}", metric, values)

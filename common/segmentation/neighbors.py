@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..errors import Refusal
 from ..models import Backbone
 from ..models.backbone import Features
+from ..neighbors import centre_of, unit_vectors
 from ..plan import TokenPlan
 from ..sampling import generator
 from .data import IGNORED, Scenes
@@ -64,11 +65,12 @@ def histograms(mask: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
 class Neighbors(nn.Module):
     """k-NN of patches: each is what the training patches most like it are, as DINO's k-NN of images votes.
 
-    The bank holds final-norm tokens (M, D), L2-normalised, and the classes of their pixels (M, C): a neighbour's vote,
-    exp(cosine similarity / temperature), is shared as its pixels are.
+    The bank holds final-norm tokens (M, D) and the classes of their pixels (M, C): a neighbour's vote,
+    exp(cosine similarity / temperature), is shared as its pixels are. Tokens are centred by the bank's mean.
     """
 
     bank: Tensor
+    centre: Tensor
     labels: Tensor
 
     def __init__(
@@ -78,13 +80,14 @@ class Neighbors(nn.Module):
         if not 1 <= k <= len(bank):
             raise Refusal(f"--k {k}: the training images have {len(bank)} labelled patches; choose so many at most")
         self.backbone, self.plan, self.k, self.temperature = backbone, plan, k, temperature
-        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("centre", centre_of(bank), persistent=False)
+        self.register_buffer("bank", unit_vectors(bank, self.centre), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, C, H, W) -> {"logits": (B, K, h, w)}: shares of the votes, which sum to 1."""
         features = self.backbone.layers(images, 1, self.plan)[0]
-        tokens = F.normalize(features.tokens.float(), dim=2)
+        tokens = unit_vectors(features.tokens, self.centre)
         found = []
         for queries in tokens.flatten(0, 1).split(max(1, AT_ONCE // len(self.bank))):
             similarity, neighbor = (queries @ self.bank.T).topk(self.k, dim=1)
@@ -127,7 +130,7 @@ def collect(
             labelled = torch.nonzero(labels.sum(1) > 0)[:, 0]
             order = generator(seed, 1, i, "bank").permutation(len(labelled))[:share]
             rows = labelled[torch.from_numpy(np.sort(order))]
-            found.append((i, F.normalize(tokens[rows], dim=1), labels[rows]))
+            found.append((i, tokens[rows], labels[rows]))
         windows.clear()
 
     for i, image, mask in pairs(scenes, mine, backbone.channels, workers):

@@ -224,9 +224,9 @@ def test_rates():
 
 def test_votes_of_patches_by_hand():
     generator = torch.Generator().manual_seed(0)
-    bank, labels = F.normalize(torch.randn(40, 6, generator=generator), dim=1), torch.rand(40, 3, generator=generator)
+    bank, labels = 3 + torch.randn(40, 6, generator=generator), torch.rand(40, 3, generator=generator)
     labels /= labels.sum(1, keepdim=True)
-    tokens = torch.randn(2, 4, 6, generator=generator)
+    tokens = 3 + torch.randn(2, 4, 6, generator=generator)
 
     class Given:
         def layers(self, images, last, plan):
@@ -235,10 +235,11 @@ def test_votes_of_patches_by_hand():
             return [Features(tokens, tokens[:, :0], (2, 2))]
 
     found = Neighbors(Given(), None, bank, labels, 5, 0.07)(torch.zeros(2, 3, 8, 8))["logits"]
+    centred = (bank - bank.mean(0)).numpy()
     for b in range(2):
         for n in range(4):
-            token = (tokens[b, n] / tokens[b, n].norm()).numpy()
-            similarity = bank.numpy() @ token
+            token = (tokens[b, n] - bank.mean(0)).numpy()
+            similarity = centred @ token / np.linalg.norm(centred, axis=1) / np.linalg.norm(token)
             order = np.argsort(-similarity)[:5]
             weights = np.exp(similarity[order] / 0.07)
             expected = (weights[:, None] * labels.numpy()[order]).sum(0) / weights.sum()

@@ -12,6 +12,7 @@ from reports_by_hand import K, comparer, maker, right, rows_of, standard, write
 
 from common import bootstrap
 from common.comparison.costs import forward, hours, per_image
+from common.data import labelled_splits
 from common.errors import Refusal
 from common.plan import PlanSpec
 
@@ -45,9 +46,8 @@ def test_seeds_are_one_line_and_differences_are_paired(make, compare, capsys):
     assert a["pretraining_seeds"] == "0 1" and heads["raw pixels"]["pretraining_seeds"] == ""
     both = np.concatenate(each)  # runs of one seed each count alike: the mean over them, image by image
     assert (float(a["low"]), float(a["high"])) == pytest.approx(bootstrap.interval(both))
-    assert (
-        b["features"] == "mean" and b["std_over_seeds"] == "" and b["protocol"] == "knn/dino" and b["setting"] == "k=20"
-    )
+    assert b["features"] == "mean" and b["std_over_seeds"] == ""
+    assert b["protocol"] == "knn/centred" and b["setting"] == "k=20"
 
     gaps = {row["row"]: row for row in rows_of(files["differences.csv"])}
     expected = bootstrap.difference(right(0.80, 2), both)
@@ -106,15 +106,15 @@ def test_what_is_not_comparable_is_said_and_never_mixed(make, compare):
     a, b, c, d = make("a"), make("b", keep=0.5), make("c", keep=0.6), make("d", keep=0.7)
     standard(a, 0.7, 0)
     standard(b, 0.8, 1, test="u" * 16)
-    standard(c, 0.8, 2, protocol={"id": "knn/dino", "headline": 10})
+    standard(c, 0.8, 2, protocol={"id": "knn/centred", "headline": 10})
     standard(d, 0.8, 3, index=np.arange(K) + 1)
     files = compare(a, b, c, d)
     gaps = {row["row"]: row for row in rows_of(files["differences.csv"])}
     assert all(row["difference"] == "" for row in gaps.values())
     assert "other test images" in gaps["b"]["why_not"]
-    assert gaps["c"]["why_not"] == "by knn/dino, k=10, the reference by knn/dino, k=20: not paired"
+    assert gaps["c"]["why_not"] == "by knn/centred, k=10, the reference by knn/centred, k=20: not paired"
     assert "not all images" in gaps["d"]["why_not"]
-    for what in ("test images, so not comparable: nowhere (", "protocols, so not comparable: knn/dino, k=20: a, b, d;"):
+    for what in ("test images, so not comparable: nowhere (", "protocols, so not comparable: knn/centred, k=20: a, b"):
         assert f"k-NN: different {what}" in files["compare.md"]
 
     e = make("e", seed=1)  # a seed of a, judged on other images
@@ -136,8 +136,6 @@ def test_stale_and_missing_are_left_out_and_said(make, compare, data, tmp_path):
     text = compare(a, b)["compare.md"]
     assert "linear probe of b: not evaluated" in text
     assert "could not be checked" in text  # there is no data called nowhere
-
-    from common.data import labelled_splits
 
     train, test, _ = labelled_splits(str(data))
     about = {
@@ -188,6 +186,32 @@ def test_only_what_is_missing_or_stale_is_made(make, compare, started):
         compare(a, "--make", "knn", "--data", "builtin", "--threads", "1", run=True)
     assert started[-1][1].endswith("knn.py")
     assert started[-1][2:] == ["--ckpt", str(a), "--data", "builtin", "--threads", "1"]
+
+
+def test_uncentred_reports_of_earlier_versions_are_made_again_or_stand_apart(make, compare, started, data):
+    a, b = make("a", data=str(data)), make("b", keep=0.5, data=str(data))
+    train, test, _ = labelled_splits(str(data))
+    sides = {
+        side: {"images": 1, "fingerprint": each.fingerprint()} for side, each in (("train", train), ("test", test))
+    }
+    about = {"spec": str(data), "note": ""} | sides
+    standard(a, 0.7, 0, data=about, protocol={"id": "knn/dino", "headline": 20})
+    standard(b, 0.8, 1, data=about)
+    files = compare(a, b)  # nothing may be made
+    assert "protocols, so not comparable: knn/dino, k=20: a; knn/centred, k=20: b" in files["compare.md"]
+    (gap,) = rows_of(files["differences.csv"])
+    assert gap["difference"] == "" and "reference by knn/dino" in gap["why_not"]
+    compare(a, b, "--make", "knn", run=True, status=1)
+    assert [command[2:4] for command in started] == [["--ckpt", str(a)]]  # of b there is one already
+
+    # of layers the k-NN curve alone is not centred; position stays
+    entry = {"position": {"accuracy": 0.25, "interval": [0.2, 0.3]}, "knn": {"accuracy": 0.625, "interval": [0.6, 0.7]}}
+    values = {"subject": {"layer 1": entry, "layer 2": entry}}
+    titles = "position of single tokens, by layer", "k-NN of the mean token, by layer"
+    for protocol, seen in (("layers/position+knn", titles[:1]), ("layers/position+knn/centred", titles)):
+        write(a, "layers", {}, data=about, protocol={"id": protocol}, values=values)
+        page = compare(a, b)["compare.html"]
+        assert [title for title in titles if title in page] == list(seen)
 
 
 # -------------------------------------------------------------------------------------------------------------- costs

@@ -21,7 +21,7 @@ from common.errors import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {"name": "evaluation", "size": [16, 16], "crop": 1.0}
-KNN = {"id": "knn/dino", "headline": 20, "k": [20], "transform": SHOWN}
+KNN = {"id": "knn/centred", "headline": 20, "k": [20], "transform": SHOWN}
 
 
 @pytest.fixture

@@ -5,10 +5,14 @@ import shutil
 
 import pytest
 import timm
+import torch
 from pictures import COLOURS, write_images
+from torch.nn import functional as F
 
 from common import checkpoint
+from common.data import open_data
 from common.errors import Refusal
+from common.features import extract, pixels
 from common.subjects import find
 
 
@@ -26,10 +30,31 @@ def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, dat
     assert report["weights_sha256"] == checkpoint.sha256(run / "backbone.safetensors")
     assert report["step"] == 12 and report["seeds"] == [0] and report["data"]["spec"] == str(data)
     assert report["data"]["train"]["images"] == 36 and report["data"]["test"]["judged"] == 21
-    assert report["protocol"]["id"] == "knn/dino" and report["protocol"]["transform"]["size"] == [8, 8]
+    protocol = report["protocol"]
+    assert protocol["id"] == "knn/centred" and protocol["features"].startswith("centred: less the mean")
+    assert protocol["beside"]["id"] == "knn/dino" and protocol["transform"]["size"] == [8, 8]
     assert report["command"].startswith("knn.py --ckpt") and report["versions"]["PIL"].startswith("pillow")
-    for words in ("trained", "random init", "raw pixels", "class token", "mean patch", "class + mean", "k=20"):
+    for words in ("trained", "random init", "raw pixels", "class token", "mean patch", "class + mean", "k=20, DINO's*"):
         assert words in done.stdout
+
+
+def test_both_treatments_of_every_row_are_those_of_its_features(make_run, script, report_of, data):
+    """By hand from the features: centred is the headline, the field's is beside it, for all rows alike."""
+    run = make_run()
+    assert script("knn").main(["--ckpt", str(run), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
+    values, subject = report_of(run, "knn")["values"], find(str(run))
+    train, test = (open_data(str(data), split) for split in ("train", "test"))
+    raw = [pixels(images, (8, 8), 1.0)["pixels"] for images in (train, test)]
+    rows = {("pixels", "pixels"): raw}
+    for row, backbone in (("subject", subject.backbone()), ("random", subject.untrained().backbone())):
+        rows[row, "mean"] = [extract(backbone, subject.plan, images)["mean"] for images in (train, test)]
+    for (row, kind), (bank, queries) in rows.items():
+        for entry, centre in ((values[row][kind], bank.mean(0)), (values[row][kind]["field"], 0)):
+            a, b = (F.normalize(each - centre, dim=1) for each in (bank, queries))
+            similarity, near = (b @ a.T).topk(3)
+            votes = F.one_hot(torch.from_numpy(train.labels)[near], 3) * (similarity / 0.07).exp()[..., None]
+            share = (votes.sum(1).argmax(1) == torch.from_numpy(test.labels)).double().mean().item()
+            assert entry["k"]["3"]["accuracy"] == entry["accuracy"] == pytest.approx(share), (row, kind)
 
 
 def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_of, capsys):

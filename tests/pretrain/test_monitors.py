@@ -17,7 +17,7 @@ from small import Noise
 from common.data import Images
 from common.features import extract
 from common.metrics import rankme
-from common.neighbors import knn
+from common.neighbors import FIELD, knn
 from common.plan import TokenPlan
 from common.ridge import ridge
 from common.sampling import Samples
@@ -158,7 +158,7 @@ def test_frozen_features_by_hand() -> None:
         there = torch.from_numpy(held_out.labels)[new["index"]]
         asked, right = new["class"][there >= 0], there[there >= 0]
         assert told[f"rankme/{who}"] == pytest.approx(rankme(new["class"]), rel=1e-4)
-        guesses = knn(known["class"][bank], labels[known["index"][bank]], asked)
+        guesses = knn(known["class"][bank], labels[known["index"][bank]], asked, treatment=FIELD)
         assert told[f"knn/{who}"] == pytest.approx((guesses == right).float().mean().item())
         guesses = ridge(known["class"][few], labels[known["index"][few]], asked)
         assert told[f"ridge/{who}"] == pytest.approx((guesses == right).float().mean().item())

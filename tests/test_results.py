@@ -1,0 +1,76 @@
+"""benchmarks/results.py: a row says of each number which it is."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "results.py"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("results", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "RESULTS.md")
+    return module
+
+
+def test_a_row_tells_centred_from_uncentred_and_may_be_judged_again(results, tmp_path, monkeypatch, capsys):
+    """Reports of two seeds with numbers of their own for every row and treatment, written where the scripts would."""
+    calls = []
+
+    def entry(share):
+        return {"accuracy": share, "field": {"accuracy": share - 0.1}}
+
+    def run(script, *words):
+        calls.append(script)
+        folder = Path(words[words.index("--ckpt") + 1] if "--ckpt" in words else words[-2].removeprefix("run="))
+        seed = int(folder.name[-1]) / 100
+        (folder / "evaluate").mkdir(parents=True, exist_ok=True)
+        if script == "pretrain/run.py":
+            training = {
+                "batch": 32,
+                "audit": "clean",
+                "data": "builtin",
+                "images_seen": 64,
+                "commit": "c",
+                "precision": "fp32",
+            }
+            (folder / "backbone.json").write_text(json.dumps({"pooling": "mean", "training": training}))
+            record = {"step": 2, "images_per_second": 320.0, "val/loss": 1.0, "val/absolute/accuracy": 0.5}
+            (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+            return
+        by_row = {"subject": ("mean", 0.8), "random": ("mean", 0.5), "pixels": ("pixels", 0.7)}
+        share = 0.1 if script == "evaluate/linear.py" else 0.0
+        values = {row: {kind: entry(value + share + seed)} for row, (kind, value) in by_row.items()}
+        content = {"values": values, "hardware": {"gpu": None, "cpu": "some", "threads": 1}}
+        (folder / "evaluate" / f"{Path(script).stem}.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(results, "run", run)
+    monkeypatch.setattr("sys.argv", ["results.py", "quickstart", "--seeds", "0", "2"])
+    results.main()
+    monkeypatch.setattr("sys.argv", ["results.py", "quickstart", "--seeds", "0", "2", "--no-training"])
+    results.main()
+    assert calls.count("pretrain/run.py") == 2 and calls.count("evaluate/knn.py") == 4
+    header, rule, first, again = (tmp_path / "RESULTS.md").read_text().splitlines()[-4:]
+    names, cells = ([cell.strip() for cell in each.strip("|").split(" | ")] for each in (header, first))
+    row = dict(zip(names, cells, strict=True))
+    assert rule == "|" + "---|" * len(names) and first == again
+    expected = {
+        "k-NN, centred: random": "51.0 ± 1.4", "k-NN, centred: pixels": "71.0 ± 1.4",
+        "k-NN, centred: **pretrained**": "81.0 ± 1.4", "k-NN, DINO's: pixels": "61.0 ± 1.4",
+        "k-NN, DINO's: **pretrained**": "71.0 ± 1.4", "linear: random": "61.0 ± 1.4",
+        "linear: **pretrained**": "91.0 ± 1.4", "linear: patches": "–", "cost": "100 ms",
+        "position, held out": "50.0 ± 0.0", "seeds": "0, 2",
+    }  # fmt: skip
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_every_row_of_results_has_the_columns_of_the_header(results):
+    lines = (SCRIPT.parents[1] / "RESULTS.md").read_text()
+    assert lines.startswith(results.heading())
+    assert all(len(line.split(" | ")) == len(results.COLUMNS) for line in lines.splitlines() if line.startswith("| "))
