@@ -29,7 +29,8 @@ from . import collectives
 from .checkpoint import sha256, write_atomically
 from .data import Images
 from .errors import Refusal
-from .features import MOST_UNREADABLE, Part, digest, refuse_unreadable, tell_unreadable
+from .features import Part, digest, refuse_unreadable, tell_unreadable
+from .unreadable import USUAL, Limit
 
 T = TypeVar("T")
 Extract = Callable[[Sequence[range], Callable[[int], None]], Iterator[Part]]  # (parts, `seen`), see extract_parts
@@ -49,7 +50,7 @@ def cached(
     say: Callable[[str], None] = print,
     *,
     larger: Sequence[Mapping[str, Any]] = (),
-    tolerated: float = MOST_UNREADABLE,
+    limit: Limit = USUAL,
     part: int | None = None,
 ) -> dict[str, Tensor]:
     """The features that `key` stands for, mapped into memory from a folder in `folder`; extracted first if need be.
@@ -59,7 +60,7 @@ def cached(
     is then given all features, from a folder that they have to share. A folder or a part that was made for another
     key, is truncated, or has changed since, is said to be so and extracted again. Writing to what is returned changes
     no file. Whatever is kept for a key in `larger` has these features among others, and is returned in place of an
-    extraction. Raises Refusal if more than the `tolerated` share of `images` cannot be read.
+    extraction. Raises Refusal if more of `images` cannot be read than `limit` allows.
     """
     text, home = _place(folder, key)
     found, missing = None, []
@@ -80,7 +81,7 @@ def cached(
         problem = ""
         if collectives.rank() == 0:
             try:
-                _merge(home, text, images, _ranges(len(images), part), tolerated, say)
+                _merge(home, text, images, _ranges(len(images), part), limit, say)
             except (Refusal, OSError) as error:
                 problem = str(error)
         _refuse(problem)
@@ -214,7 +215,7 @@ def _progress(images: int, processes: int, say: Callable[[str], None]) -> Callab
 
 
 def _merge(
-    home: Path, text: str, images: Images, ranges: Sequence[range], tolerated: float, say: Callable[[str], None]
+    home: Path, text: str, images: Images, ranges: Sequence[range], limit: Limit, say: Callable[[str], None]
 ) -> None:
     """Make one array of the parts of each kind, and remove the parts. Raises Refusal if one is missing."""
     files = [_file(home, rows) for rows in ranges]
@@ -227,7 +228,7 @@ def _merge(
                 for name in part.keys():  # noqa: SIM118
                     rows, *width = part.get_slice(name).get_shape()
                     shapes.setdefault(name, [0, *width])[0] += rows
-        refuse_unreadable(unreadable, len(images), images, tolerated)
+        refuse_unreadable(unreadable, len(images), images, limit)
         for name, shape in shapes.items():
             write_atomically(home / f"{name}.npy", functools.partial(_concatenate, files, name, shape))
     except FileNotFoundError as error:

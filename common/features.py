@@ -15,15 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .data import Images, Unreadable
-from .errors import Refusal
 from .loading import Loader
 from .models import Backbone
 from .plan import TokenPlan
 from .precision import DTYPES
 from .transforms import evaluation
+from .unreadable import USUAL, Limit
 
 KINDS = ("class", "mean", "both")
-MOST_UNREADABLE = 0.01  # of the images; more is an error of the data set, not of a file
 PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an image would fill any memory
 FORMAT = 2  # of the cache: another number is extracted anew
 
@@ -45,29 +44,26 @@ class _Shown(Dataset):
 
 
 def _batches(
-    shown: _Shown, batches: Sequence[Sequence[int]], workers: int, tolerated: float
+    shown: _Shown, batches: Sequence[Sequence[int]], workers: int, limit: Limit
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
     """(images, their indices, messages about those that cannot be read) of each of `batches`.
 
-    Raises Refusal as soon as more than `tolerated` of the whole data set cannot be read.
+    Raises Refusal as soon as more than `limit` allows of the whole data set cannot be read.
     """
     unreadable: list[str] = []
     loaded = 0
     for items in Loader(shown, batches, workers):
         messages = [item for _, item in items if isinstance(item, str)]
         unreadable, loaded = unreadable + messages, loaded + len(items)
-        refuse_unreadable(unreadable, loaded, shown.images, tolerated)
+        refuse_unreadable(unreadable, loaded, shown.images, limit)
         kept = [(item, i) for i, item in items if isinstance(item, Tensor)]
         yield [image for image, _ in kept], [i for _, i in kept], messages
 
 
-def refuse_unreadable(unreadable: Sequence[str], loaded: int, images: Images, tolerated: float) -> None:
-    """Raises Refusal if more than the `tolerated` share of `images` are among the `unreadable` of those `loaded`."""
-    if len(unreadable) > tolerated * len(images):
-        raise Refusal(
-            f"{len(unreadable)} of the first {loaded} images in {images.where} cannot be read, more "
-            f"than {tolerated:.0%} of its {len(images)}: {'; '.join(unreadable[:3])}; repair or remove them"
-        )
+def refuse_unreadable(unreadable: Sequence[str], loaded: int, images: Images, limit: Limit) -> None:
+    """Raises Refusal if more of `images` than `limit` allows are among the `unreadable` of those `loaded`."""
+    if len(unreadable) > limit.allowed(len(images)):  # not before: those loaded first are no sample
+        limit.refuse(len(unreadable), loaded, len(images), images.where, unreadable)
 
 
 def tell_unreadable(unreadable: Sequence[str], images: Images, warn: Callable[[str], None]) -> None:
@@ -86,16 +82,16 @@ def shown(
     batch_size: int = 256,
     workers: int = 0,
     warn: Callable[[str], None] = print,
-    tolerated: float = MOST_UNREADABLE,
+    limit: Limit = USUAL,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(uint8 (b, C, h, w), their indices (b,)) over all of `images` in order, under the evaluation transform.
 
     Images that cannot be read are left out and, at the end, counted and named to `warn`. Raises Refusal as soon as
-    they are more than the `tolerated` share.
+    they are more than `limit` allows.
     """
     unreadable: list[str] = []
     batches = _cut(range(len(images)), batch_size)
-    for kept, index, messages in _batches(_Shown(images, size, crop, channels), batches, workers, tolerated):
+    for kept, index, messages in _batches(_Shown(images, size, crop, channels), batches, workers, limit):
         unreadable += messages
         if kept:
             yield torch.stack(kept), torch.tensor(index)
@@ -126,7 +122,7 @@ def extract(
     workers: int = 0,
     precision: str = "fp32",
     warn: Callable[[str], None] = print,
-    tolerated: float = MOST_UNREADABLE,
+    limit: Limit = USUAL,
 ) -> dict[str, Tensor]:
     """{"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, on the CPU.
 
@@ -135,7 +131,7 @@ def extract(
     "class4", (K, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where
     there are fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where
     one of the blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it
-    was in. Raises Refusal if more than the `tolerated` share of `images` cannot be read.
+    was in. Raises Refusal if more of `images` cannot be read than `limit` allows.
     """
     (part,) = extract_parts(
         backbone,
@@ -147,7 +143,7 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         precision=precision,
-        tolerated=tolerated,
+        limit=limit,
     )
     tell_unreadable(part.unreadable, images, warn)
     return part.features
@@ -165,7 +161,7 @@ def extract_parts(
     batch_size: int = 256,
     workers: int = 0,
     precision: str = "fp32",
-    tolerated: float = MOST_UNREADABLE,
+    limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
     """`extract`, of one part of the images after another; `seen` is told how many images each batch had.
@@ -182,7 +178,7 @@ def extract_parts(
             lambda batch: _features(backbone, plan, batch, blocks, device, precision),
             batch_size=batch_size,
             workers=workers,
-            tolerated=tolerated,
+            limit=limit,
             seen=seen,
         )
     finally:
@@ -196,10 +192,10 @@ def _parts(
     *,
     batch_size: int = 256,
     workers: int,
-    tolerated: float = MOST_UNREADABLE,
+    limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
-    loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, tolerated)
+    loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, limit)
     for rows in parts:
         found: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
         unreadable = []
@@ -243,12 +239,13 @@ def pixels(
     channels: int = 3,
     workers: int = 0,
     warn: Callable[[str], None] = print,
+    limit: Limit = USUAL,
 ) -> dict[str, Tensor]:
     """{"pixels": raw pixels in [0, 1] (K, C * h * w), "index": (K,)} under the same evaluation transform.
 
     A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
     """
-    (part,) = pixel_parts(images, size, crop, [range(len(images))], channels=channels, workers=workers)
+    (part,) = pixel_parts(images, size, crop, [range(len(images))], channels=channels, workers=workers, limit=limit)
     tell_unreadable(part.unreadable, images, warn)
     return part.features
 
@@ -261,6 +258,7 @@ def pixel_parts(
     *,
     channels: int = 3,
     workers: int = 0,
+    limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
     """`pixels`, of one part of the images after another; see `extract_parts`."""
@@ -270,7 +268,7 @@ def pixel_parts(
         pixels = batch.float().div_(255)
         return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
 
-    return _parts(_Shown(images, size, crop, channels), parts, features_of, workers=workers, seen=seen)
+    return _parts(_Shown(images, size, crop, channels), parts, features_of, workers=workers, limit=limit, seen=seen)
 
 
 def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:

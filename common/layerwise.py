@@ -16,6 +16,7 @@ from .features import shown
 from .models import Features
 from .positions import distances
 from .probing.probe import probe
+from .unreadable import USUAL, Limit
 
 TRAIN_TOKENS = 2**16  # of a layer that train its probe: with fewer, the probe of a 14x14 grid learns them by heart
 TEST_TOKENS = 2**15
@@ -80,6 +81,7 @@ def sample(
     test: bool,
     workers: int = 0,
     warn: Callable[[str], None] = print,
+    limit: Limit = USUAL,
 ) -> list[Layer]:
     """What the layers that `see` shows, uint8 (B, C, H, W) -> one `Features` each, say of all of `images`.
 
@@ -88,7 +90,7 @@ def sample(
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     grids: list[tuple[int, int]] = []
     indices = []
-    for batch, index in shown(images, size, crop, channels, workers=workers, warn=warn):
+    for batch, index in shown(images, size, crop, channels, workers=workers, warn=warn, limit=limit):
         seen = see(batch)
         parts, grids = parts or [[] for _ in seen], [features.grid for features in seen]
         for part, tokens in zip(parts, (features.tokens.float() for features in seen), strict=True):

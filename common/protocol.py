@@ -26,6 +26,7 @@ from .launch import set_threads
 from .precision import DTYPES, refuse_impossible
 from .sampling import held_out
 from .subjects import Subject
+from .unreadable import LISTED, USUAL, Limit, Look, look_at
 
 BLOCKS = 4  # the most that a protocol asks for
 IN_MEMORY = 1 << 30  # bytes of raw pixels, at most; more of them are kept in the cache and mapped
@@ -91,6 +92,9 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     if crop:
         add("--crop", type=float, metavar="SHARE", help="of the short side that is shown: 0.875, 224 of 256 pixels, is "
             "DINO's, DINOv2's and MAE's (default: as the checkpoint says; timm says 0.9 of many)")  # fmt: skip
+    add("--max-bad", metavar="N|SHARE", help="unreadable images, of both splits together, that are borne: a share "
+        "below 1 (0.01 or 1%%), a number from 1, 0 for none, or auto: a hundredth or, of less than 600, 5 but no more "
+        "than a tenth (default: as the run, else auto)")  # fmt: skip
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
     return parser
@@ -152,6 +156,8 @@ class Evaluation:
     precision: str
     out: Path
     threads: int
+    limit: Limit = USUAL  # of unreadable images, over both splits
+    look: Look = field(default_factory=Look)  # at the images, before anything else
     quiet: bool = False
     began: float = field(default_factory=time.perf_counter)
 
@@ -184,6 +190,23 @@ class Evaluation:
         """A line on the terminal, from one process only."""
         if not self.quiet:
             print(line, flush=True)
+
+    def refuse_unreadable(self) -> None:
+        """Raises Refusal if a look at the images has found more unreadable ones than are borne; says which they are."""
+        look = self.look
+        try:
+            self.limit.refuse(len(look.bad), look.looked, look.images, self.spec, look.bad)
+        except Refusal:
+            self.say("\n".join(look.lines("too many", most=LISTED)))
+            raise
+        for line in look.lines("they are left out, and listed beside the report"):
+            self.say(line)
+
+    @property
+    def training_images(self) -> int:
+        """How many training images can be read, at the least."""
+        bad = len(self.look.bad) if self.look.is_whole else self.limit.allowed(self.look.images)
+        return max(0, len(self.train) - bad)
 
     def splits(self, blocks: int = 1) -> Iterator[Split]:
         """Frozen features of every row: the subject's, the untrained backbone's for each seed, and raw pixels'.
@@ -231,11 +254,20 @@ class Evaluation:
                 device=self.device,
                 workers=self.arguments.workers,
                 precision=self.precision,
+                limit=self.limit,
             )
             larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
             kinds = self._cached(key, images, name, extract, larger)
             found.append({kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()})
+        self._refuse_lost(found)
         return found
+
+    def _refuse_lost(self, found: list[dict[str, Tensor]]) -> None:
+        """Raises Refusal if too many images of both splits together are not among what was found."""
+        total = len(self.train) + len(self.test)
+        lost = total - sum(len(each["index"]) for each in found)
+        if lost > self.limit.allowed(total):
+            self.limit.refuse(lost, total, total, self.spec, ["they were named above"])
 
     def _pixels(self, alone: bool = True) -> list[dict[str, Tensor]]:
         """Of the training and of the test images: from the cache if they are many, and nothing else if not `alone`."""
@@ -244,12 +276,15 @@ class Evaluation:
         found = []
         for images in (self.train, self.test):
             if 4 * channels * min(size[0], PIXELS) * min(size[1], PIXELS) * len(images) > IN_MEMORY:
-                extract = functools.partial(pixel_parts, images, size, self.crop, channels=channels, workers=workers)
+                extract = functools.partial(
+                    pixel_parts, images, size, self.crop, channels=channels, workers=workers, limit=self.limit
+                )
                 found.append(
                     self._cached(pixel_key(images, size, self.crop, channels), images, LABELS["pixels"], extract)
                 )
             elif alone:
-                found.append(pixels(images, size, self.crop, channels=channels, workers=workers, warn=self.say))
+                how: dict[str, Any] = {"workers": workers, "warn": self.say, "limit": self.limit}
+                found.append(pixels(images, size, self.crop, channels=channels, **how))
         return found
 
     def _cached(
@@ -259,15 +294,13 @@ class Evaluation:
             self.say(f"features of {len(images):,} images from {what}")
             return extract(parts=ranges, seen=seen)
 
-        return cached(self.out.parent / "cache", key, images, parts_of, self.say, larger=larger)
+        return cached(self.out.parent / "cache", key, images, parts_of, self.say, larger=larger, limit=self.limit)
 
     def pixels(self) -> Split:
         """Raw pixels of both splits under the subject's own evaluation transform."""
         channels = len(self.subject.description["mean"])
-        parts = [
-            pixels(images, self.size, self.crop, channels=channels, workers=self.arguments.workers, warn=self.say)
-            for images in (self.train, self.test)
-        ]
+        how: dict[str, Any] = {"workers": self.arguments.workers, "warn": self.say, "limit": self.limit}
+        parts = [pixels(images, self.size, self.crop, channels=channels, **how) for images in (self.train, self.test)]
         return self._split("pixels", None, *parts)
 
     def _split(self, row: str, seed: int | None, train: dict[str, Tensor], test: dict[str, Tensor]) -> Split:
@@ -316,10 +349,18 @@ def begin(
     if train.labels is not None:
         refuse_gaps(train, test, spec)
     quiet = quiet or not first_process()
-    job = Evaluation(name, arguments, subject, train, test, spec, note, device, precision, out, threads, quiet)
+    usual = training.get("max_bad") if arguments.data is None else None
+    limit = Limit(arguments.max_bad or usual or "auto", len(train) + len(test), "--max-bad ").check()
+    job = Evaluation(
+        name, arguments, subject, train, test, spec, note, device, precision, out, threads, limit, quiet=quiet
+    )
     for where, left_out in dict.fromkeys((images.where, images.left_out) for images in (train, test)):
         if left_out:
             job.say(f"not read in {where}: {left_out}")
+    if first_process():
+        job.look = look_at([train, test], len(subject.description["mean"]), job.say)
+    if not getattr(arguments, "resume", False):  # else by the limit that was stored, see `recipes.resumed`
+        job.refuse_unreadable()
     return job
 
 

@@ -21,7 +21,14 @@ from .protocol import Evaluation, Parser
 from .run_folder import CONFIG, WAIT, RunLock
 from .subjects import RANDOM
 
-FREE = ("log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard")  # may differ at a resume
+FREE = (
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "tensorboard",
+    "max_bad",
+)  # may differ at a resume
 Config = TypeVar("Config")
 
 
@@ -55,9 +62,11 @@ def read(options: Parser, kind: type[Config], argv: Sequence[str]) -> tuple[argp
     flags = [(key.partition(".")[2], value) for key, value in vars(arguments).items() if key.startswith("option.")]
     words = [f"{name}={value}" for name, value in flags if value is not None]
     words += [word for word in arguments.words if "=" in word]
+    words += [f"max_bad={arguments.max_bad}"] if arguments.max_bad is not None else []
     path = configuration.find_recipe(recipes[0], "evaluate") if recipes else None
     config = configuration.load(kind, path, words)
     arguments.recipe, arguments.said = path, words
+    arguments.max_bad = config.max_bad  # type: ignore[attr-defined]
     if arguments.ckpt == RANDOM:
         arguments.like = arguments.like or config.like  # type: ignore[attr-defined]
     return arguments, path.stem if path is not None else None, config
@@ -98,6 +107,9 @@ def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Con
                 f"--resume: {name}={now}, and {path.parent} was begun with {name}={before}: give the same options, or "
                 "none, or begin again with --overwrite"
             )
+    if config.max_bad is not None:  # type: ignore[attr-defined]
+        job.limit = dataclasses.replace(job.limit, max_bad=config.max_bad).check()  # type: ignore[attr-defined]
+    job.refuse_unreadable()
     return first.removeprefix("# recipe: ") if first.startswith("# recipe: ") else recipe, config
 
 

@@ -24,6 +24,7 @@ from .features import KINDS, PIXELS, digest
 from .launch import active_pil
 from .metrics import wilson
 from .protocol import LABELS, Evaluation
+from .unreadable import UNREADABLE, write_list
 
 FORMAT = 1  # of reports; those written before there was a number read as 1
 CHOSEN = "chosen"  # the kind of features of a protocol in which several compete for one number
@@ -54,6 +55,9 @@ def write(
     transform = {"name": "evaluation", "size": about["size"], "crop": job.crop, "interpolation": "bicubic"}
     state = job.subject.state
     job.out.parent.mkdir(parents=True, exist_ok=True)
+    listed = job.out.with_suffix(f".{UNREADABLE}")
+    listed.unlink(missing_ok=True)
+    write_list(listed, job.look.bad)
     content = {
         "format": FORMAT,
         "evaluation": job.name,
@@ -75,6 +79,12 @@ def write(
             "note": job.note,
             "classes": list(job.classes),
             "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},
+            "looked_at": {
+                "images": job.look.looked,
+                "unreadable": len(job.look.bad),
+                "max_bad": str(job.limit.max_bad),
+            },
+            "not_read": list(dict.fromkeys(images.left_out for images in (job.train, job.test) if images.left_out)),
             "test": {"images": len(job.test), "fingerprint": job.test.fingerprint(), "judged": judged},
         },
         "seeds": job.seeds,

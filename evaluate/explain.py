@@ -53,6 +53,7 @@ from common.protocol import Evaluation, alone, any_splits, begin, parser
 from common.report import table, write
 from common.ridge import scores
 from common.sampling import order
+from common.unreadable import NO_LIMIT
 
 IMAGES, JUDGED, REFERENCES = 8, 200, 2000  # drawn; whose patches are deleted; among which neighbours are looked for
 NEIGHBORS = 8  # of an image, on the sheet and in the target
@@ -153,7 +154,15 @@ def look(job: Evaluation, backbone: Backbone) -> Looked:
     kind = pooling_of(job, backbone)
     references = references_of(job, backbone, kind)
     batches = list(
-        shown(job.test, job.size, job.crop, len(about["mean"]), batch_size=BATCH, workers=job.arguments.workers)
+        shown(
+            job.test,
+            job.size,
+            job.crop,
+            len(about["mean"]),
+            batch_size=BATCH,
+            workers=job.arguments.workers,
+            limit=job.limit,
+        )
     )
     images, index = (torch.cat([batch[at] for batch in batches]) for at in (0, 1))
     with torch.no_grad():
@@ -182,10 +191,10 @@ def references_of(job: Evaluation, backbone: Backbone, kind: str) -> dict[str, T
     def extract(parts: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
         job.say(f"features of {len(job.train):,} training images, to find neighbours among")
         workers = job.arguments.workers
-        return extract_parts(backbone, plan, job.train, parts, workers=workers, seen=seen, **settings)
+        return extract_parts(backbone, plan, job.train, parts, workers=workers, limit=job.limit, seen=seen, **settings)
 
     key = cache_key(backbone, plan, job.train, **settings)
-    found = cached(job.out.parent / "cache", key, job.train, extract, job.say)
+    found = cached(job.out.parent / "cache", key, job.train, extract, job.say, limit=job.limit)
     return {"pooled": found[kind].to(job.device), "index": found["index"]}
 
 
@@ -274,7 +283,7 @@ def neighbors(job: Evaluation, looked: Looked, name: str) -> Figure:
     for at in range(len(looked.tokens)):
         places = looked.references["index"][looked.neighbors[at].cpu()].tolist()
         near = job.train.subset(places)
-        batches = shown(near, job.size, job.crop, looked.images.shape[1], tolerated=1.0)
+        batches = shown(near, job.size, job.crop, looked.images.shape[1], limit=NO_LIMIT)
         cells = [cell(image) for batch, _ in batches for image in batch]
         if labels is not None:
             alike = [bool(labels[0][place] == labels[1][int(looked.index[at])]) for place in places]  # type: ignore[index]

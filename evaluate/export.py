@@ -50,6 +50,7 @@ from common.plan import TokenPlan
 from common.protocol import Parser, alone
 from common.report import leak_note
 from common.subjects import RANDOM, Subject
+from common.unreadable import NO_LIMIT
 
 KINDS = ("timm", "safetensors", "onnx")
 FILES = {"timm": "model.safetensors", "safetensors": checkpoint.WEIGHTS, "onnx": "model.onnx"}
@@ -133,7 +134,7 @@ def real_images(subject: Subject, arguments: argparse.Namespace) -> tuple[Tensor
     root = arguments.data_root or (training.get("data_root") if arguments.data is None else None)
     whole = data.open_data(spec, "train", root)
     some = whole.subset(range(min(len(whole), arguments.images)))
-    batches = shown(some, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), tolerated=1.0)
+    batches = shown(some, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)
     pixels = [batch for batch, _ in batches]
     if not pixels:
         raise Refusal(f"data={spec}: none of the first {len(some)} images can be read; give other images with --data")

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import Refusal
-from common.features import MOST_UNREADABLE
 from common.metrics import accuracy
 from common.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
 from common.protocol import LABELS, begin, first_process, parser, together
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
     arguments = options.parse_args(argv)
     job = begin("knn", arguments, raw=True)
-    ks = possible(arguments.k, len(job.train) - int(MOST_UNREADABLE * len(job.train)))  # those that will be there
+    ks = possible(arguments.k, job.training_images)  # those that will be there
     together("k-NN")
     found: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)

@@ -17,6 +17,7 @@ if not __package__:  # `python evaluate/layers.py` puts evaluate/ first, where `
 from common.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
+import dataclasses
 import functools
 import math
 import statistics
@@ -181,8 +182,9 @@ def both(
 ) -> tuple[list[Layer], list[Layer]]:
     """Tokens of training and test images."""
     size, channels, workers = job.size, len(job.subject.description["mean"]), job.arguments.workers
+    limit = dataclasses.replace(job.limit, images=len(job.train) + len(job.test))  # of those that are left of all
     train, test = (
-        sample(see, images, size, job.crop, channels, test=images is job.test, workers=workers, warn=say)
+        sample(see, images, size, job.crop, channels, test=images is job.test, workers=workers, warn=say, limit=limit)
         for images in (job.train, job.test)
     )
     return train, test

@@ -20,6 +20,7 @@ from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from common.unreadable import LISTED, Limit, Look, look_at
 from pretrain import objectives
 from pretrain.audit import Verdict, cached_audit
 from pretrain.config import PretrainConfig, num_steps
@@ -43,7 +44,13 @@ class Parts:
     per_epoch: int
     reasons: dict[str, str] = field(default_factory=dict)  # automatic value -> where it came from
     notes: list[str] = field(default_factory=list)  # what was repaired, and what looks unwise
+    look: Look = field(default_factory=Look)  # at the images, before anything else
     init: str = ""  # what the backbone begins from, if not from scratch
+
+    @property
+    def limit(self) -> Limit:
+        """Of unreadable images."""
+        return Limit(self.config.max_bad)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -72,10 +79,13 @@ class Parts:
         return Samples(self.held_out, samples.views, 0, samples.channels, task.draws, task.collates, task.labelled)
 
 
-def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) -> Parts:
+def assemble(
+    config: PretrainConfig, process: PartialState, fresh: bool = True, stopped: Callable[[], bool] = lambda: False
+) -> Parts:
     """Build the parts of a run and settle every automatic value. Writes nothing. Raises Refusal for what cannot be.
 
-    Not `fresh`: the weights will come from a checkpoint, and those of model.init are not asked for.
+    Not `fresh`: the weights will come from a checkpoint, and those of model.init are not asked for. `stopped`: whether
+    a signal came, so that looking at the images ends early.
     """
     config = dataclasses.replace(config)
     reasons: dict[str, str] = {}
@@ -106,6 +116,7 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
     task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     _settle_export(config, task, reasons)
+    look = _look(config, images, backbone.channels, process, stopped)
     verdict = _audit(config, task, process)
     views = {name: view for name, view in config.views.items() if name in task.views}
     samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates, task.labelled)
@@ -121,7 +132,20 @@ def assemble(config: PretrainConfig, process: PartialState, fresh: bool = True) 
     if Path(config.data).exists():
         config.data = str(Path(config.data).resolve())
     return Parts(
-        config, process, images, train, aside, task, verdict, samples, steps, sampler.per_epoch, reasons, notes, init
+        config,
+        process,
+        images,
+        train,
+        aside,
+        task,
+        verdict,
+        samples,
+        steps,
+        sampler.per_epoch,
+        reasons,
+        notes,
+        look,
+        init,
     )
 
 
@@ -159,6 +183,26 @@ def _settle_export(config: PretrainConfig, task: Pretraining, reasons: dict[str,
             f"export={config.export}: this run has no teacher, as none of its objectives "
             f"({', '.join(task.objectives)}) compares with one; use export=student, or add dino or ibot"
         )
+
+
+def _look(
+    config: PretrainConfig, images: Images, channels: int, process: PartialState, stopped: Callable[[], bool]
+) -> Look:
+    """What the first process finds when it looks at the images. Raises Refusal, in all processes, if more of them
+    cannot be read than max_bad allows."""
+    shared: list[Any] = [None]
+    if process.is_main_process:
+        shared = [look_at([images], channels, functools.partial(print, flush=True), stopped)]
+    if process.num_processes > 1:
+        broadcast_object_list(shared)
+    look: Look = shared[0]
+    try:
+        Limit(config.max_bad).refuse(len(look.bad), look.looked, look.images, images.where, look.bad)
+    except Refusal:
+        if process.is_main_process:
+            print("\n".join(look.lines("too many", most=LISTED)), flush=True)
+        raise
+    return look
 
 
 def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> Verdict:

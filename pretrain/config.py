@@ -17,6 +17,7 @@ from common.models import ModelConfig
 from common.optim import CLIP_BY
 from common.run_folder import CONFIG
 from common.transforms import View, presets
+from common.unreadable import Limit
 from pretrain import objectives
 from pretrain.task import resolve
 
@@ -113,6 +114,9 @@ class PretrainConfig:
     """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images."""
     data_root: str | None = None
     """Folder in which a named data set is looked for, and fetched to."""
+    max_bad: Any = "auto"
+    """Unreadable images that are borne, others taking their places: a share below 1 (0.01 or 1%), a number from 1, 0
+    for none, or auto: a hundredth or, of less than 600 images, 5 but no more than a tenth."""
     seed: int = 0
     """Initial weights, order, crops, sampled pairs, dropout."""
     epochs: float | None = None
@@ -159,6 +163,7 @@ class PretrainConfig:
 MAY_CHANGE = (
     "loader.",
     "log_every",
+    "max_bad",
     "checkpoint_every",
     "checkpoint_minutes",
     "keep",
@@ -198,6 +203,7 @@ def check(config: PretrainConfig) -> None:
     ):
         if given not in known:
             raise Refusal(f"{name}={given!r}: expected one of {', '.join(known)}{nearest(given, known)}")
+    Limit(config.max_bad).check()
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:

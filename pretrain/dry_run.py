@@ -14,6 +14,7 @@ from common.optim import clip_gradients
 from common.precision import DTYPES
 from common.sampling import HELD_OUT_EPOCH, loader
 from common.tracking import clock
+from common.unreadable import LISTED
 from pretrain.assemble import Parts, optimizer_for, schedule_for
 from pretrain.command import written
 
@@ -28,6 +29,8 @@ def dry_run(parts: Parts) -> int:
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
     for note in [f"not read: {parts.images.left_out}"] * bool(parts.images.left_out) + parts.notes:
         accelerator.print(f"# {note}")
+    for line in parts.look.lines("others take their places", most=LISTED) or ["all images looked at can be read"]:
+        accelerator.print(line)
     accelerator.print(f"audit           {parts.audit.verdict}")
     share = config.batch // process.num_processes // config.accumulate
     flops, activations = cost(parts, share)

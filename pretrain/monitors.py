@@ -22,6 +22,7 @@ from common.ridge import ridge
 from common.sampling import HELD_OUT_EPOCH, Batch, Samples, StepPart
 from common.tally import Tally, blind_offsets, blind_places
 from common.tracking import Tracker
+from common.unreadable import NO_LIMIT
 from pretrain.assemble import Parts
 from pretrain.config import MonitorConfig
 from pretrain.task import Pretraining
@@ -266,7 +267,7 @@ def _extracted(
     like, done = task.backbone, 0
     # Unreadable images are named by `watch`, which judges them by the whole of the data.
     crops = shown(
-        images.subset(share), like.size, like.config.crop, like.channels, warn=lambda line: None, tolerated=1.0
+        images.subset(share), like.size, like.config.crop, like.channels, warn=lambda line: None, limit=NO_LIMIT
     )
     for batch, at in crops:
         place = slice(done, done := done + len(at))

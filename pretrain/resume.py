@@ -107,6 +107,7 @@ class Checkpoints:
             "init": config.model.init,
             "data": config.data,
             "data_root": config.data_root,
+            "max_bad": config.max_bad,
             "data_fingerprint": self.parts.fingerprint,
             "objectives": config.objectives,
             "audit": self.parts.audit.verdict,  # "leak" only where the recipe says allow_leak

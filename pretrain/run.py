@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     elif run is not None and process.is_main_process:
         refuse_existing(run, arguments.overwrite)
     check_tensorboard(config.tensorboard)
-    parts = assemble(config, process, fresh=arguments.resume is None)
+    parts = assemble(config, process, fresh=arguments.resume is None, stopped=lambda: stop.received is not None)
     if arguments.dry_run:
         return dry_run(parts)
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     progress = Progress(parts.steps, start, process.is_main_process)
     accelerator.print(begun(parts, run, start, active_pil()))
     fresh = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
-    watched = watch(fresh, run, len(parts.images), config.log_every, progress.say)
+    watched = watch(fresh, run, parts.images, config.log_every, progress.say, parts.limit, parts.look)
     # Closed, the stream ends the loader's workers: they ignore signals, and an exit would wait for them for ever.
     with closing(watched) as batches, closing(progress), closing(tracker):
         done = fit(

@@ -11,6 +11,7 @@ from common import schedules
 from common.commands import command
 from common.ema import half_life
 from common.models.backbone import count_parameters
+from common.unreadable import UNREADABLE
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
 
@@ -51,6 +52,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
     ]
     lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
     lines += [f"warning    {note}" for note in parts.notes]
+    lines += parts.look.lines(f"others take their places (all are listed in {run / UNREADABLE})")
     return "\n".join(lines)
 
 

@@ -68,6 +68,11 @@ class Images:
     def __len__(self) -> int:
         return len(self._source) if self._indices is None else len(self._indices)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels themselves are kept, so that every image can be read."""
+        return isinstance(self._source, Arrays)
+
     def _locate(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)} in {self.where}")

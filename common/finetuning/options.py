@@ -86,6 +86,8 @@ class FinetuneConfig:
     """So many last checkpoints are kept until the training is done."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
+    max_bad: str | None = None
+    """Unreadable images that are borne, see --max-bad; null: as the run."""
 
 
 ABOVE = ["epochs", "steps", "batch", "accumulate", "lr", "layer_decay", "scale", "repeats", "crop", "log_every"]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .. import checkpoint, collectives, ema, subjects
 from ..errors import Refusal
-from ..features import MOST_UNREADABLE, digest, shown
+from ..features import digest, shown
 from ..loop import fit
 from ..models import Backbone
 from ..optim import parameter_groups
@@ -33,7 +33,7 @@ from ..stopping import StopSignal
 from ..subjects import Subject
 from ..tracking import Progress, Tracker
 from ..transforms import View, height_width
-from ..unreadable import watch
+from ..unreadable import NO_LIMIT, watch
 from . import mixing
 from .augment import RepeatedSampler, StrongSamples
 from .options import FinetuneConfig, num_steps, rate_of
@@ -323,7 +323,7 @@ def _run(
 
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
-    watched = watch(fresh, training.folder, images, config.log_every, progress.say)
+    watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(
             accelerator,
@@ -365,7 +365,7 @@ def judge(
         classifier.eval()
     found: list[dict[str, np.ndarray]] = []
     sight = {"size": backbone.size, "crop": job.crop, "channels": backbone.channels}
-    for images, index in shown(part, **sight, workers=job.arguments.workers, tolerated=1.0):  # all decide together
+    for images, index in shown(part, **sight, workers=job.arguments.workers, limit=NO_LIMIT):  # all decide together
         images, known = images.to(device), labels[index.to(device)]
         with accelerator.autocast():
             right = {name: (each(images).argmax(1) == known).cpu().numpy() for name, each in classifiers.items()}
@@ -374,11 +374,8 @@ def judge(
         found = gather_object(found)
     at = np.concatenate([np.zeros(0, int), *(some["at"] for some in found)])
     lost = len(job.test) - len(at)
-    if lost > MOST_UNREADABLE * len(job.test):
-        raise Refusal(
-            f"{lost} of {len(job.test)} test images in {job.test.where} cannot be read, more than "
-            f"{MOST_UNREADABLE:.0%}: mend or remove those named above"
-        )
+    if lost > job.limit.allowed(len(job.test)):
+        job.limit.refuse(lost, len(job.test), len(job.test), job.test.where, ["they were named above"])
     whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
     whole["read"][at] = True
     for name in classifiers:

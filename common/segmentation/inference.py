@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..data import Unreadable
-from ..features import MOST_UNREADABLE, refuse_unreadable, tell_unreadable
+from ..features import refuse_unreadable, tell_unreadable
 from ..loading import Loader
+from ..unreadable import USUAL, Limit
 from .data import Scenes
 from .options import SegmentationConfig, stride_of
 from .scores import counts
@@ -169,11 +170,12 @@ def judge(
     accelerator: Accelerator,
     workers: int = 0,
     say: Callable[[str], None] = print,
+    limit: Limit = USUAL,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({"single": counts int64 (n, C, 3), "multi": ...}, which images could be read, (n,) bool) on all of `scenes`.
 
     Each process judges every R-th image, and everybody gets all counts: no image is counted twice. An image that
-    cannot be read counts nothing. Raises Refusal if more than a hundredth cannot be.
+    cannot be read counts nothing. Raises Refusal if more than `limit` allows cannot be.
     """
     C, n, device = len(scenes.classes or ()), len(scenes), accelerator.device
     names = (SINGLE, MULTI) if view.ratios else (SINGLE,)
@@ -186,7 +188,7 @@ def judge(
     ):
         if mask is None:
             unreadable.append(image)
-            refuse_unreadable(unreadable, len(unreadable) + int(read.sum()), scenes, MOST_UNREADABLE)
+            refuse_unreadable(unreadable, len(unreadable) + int(read.sum()), scenes, limit)
             continue
         with accelerator.autocast():
             found = segment(model, image.to(device), view)

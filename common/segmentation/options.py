@@ -103,6 +103,8 @@ class SegmentationConfig:
     """So many last checkpoints are kept until the training is done."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
+    max_bad: str | None = None
+    """Unreadable images that are borne, see --max-bad; null: as the run."""
 
 
 # 0 is too little

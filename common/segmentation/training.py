@@ -27,7 +27,7 @@ from ..sampling import FIRST_VIEW, Batch, StepSampler, loader
 from ..stopping import StopSignal
 from ..subjects import Subject
 from ..tracking import Progress, Tracker
-from ..unreadable import watch
+from ..unreadable import Limit, watch
 from . import heads
 from .data import IGNORED, Scenes
 from .inference import SINGLE, View, judge, view_of
@@ -208,7 +208,7 @@ def _neighbors(
 ) -> Neighbors:
     backbone = backbone.to(accelerator.device)
     scenes = _scenes(job.train)
-    bank, labels = collect(backbone, plan, scenes, view, config.bank, seed, accelerator, *_reading(job))
+    bank, labels = collect(backbone, plan, scenes, view, config.bank, seed, accelerator, *_reading(job)[:2])
     return Neighbors(backbone, plan, bank, labels, config.k, config.temperature).to(accelerator.device)
 
 
@@ -217,8 +217,8 @@ def _scenes(images: Any) -> Scenes:
     return images
 
 
-def _reading(job: Evaluation) -> tuple[int, Any]:
-    return job.arguments.workers, job.say
+def _reading(job: Evaluation) -> tuple[int, Any, Limit]:
+    return job.arguments.workers, job.say, job.limit
 
 
 def _train(
@@ -254,7 +254,7 @@ def _train(
 
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
-    watched = watch(fresh, training.folder, len(job.train), config.log_every, progress.say)
+    watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(
             accelerator,

@@ -19,6 +19,7 @@ from common.feature_cache import cached
 from common.features import cache_key, extract, extract_parts, pixel_key, pixel_parts, pixels, pooled
 from common.models import ModelConfig, create
 from common.plan import TokenPlan
+from common.unreadable import NO_LIMIT, Limit
 
 QUIET = {"warn": lambda line: None}
 
@@ -97,8 +98,8 @@ def test_pixels_from_a_cache(folder, tmp_path):
 def test_unreadable_images_are_left_out_and_named_or_refused(folder):
     (folder / "cats" / "2.png").write_bytes(b"not an image")
     images = open_data(str(folder))
-    with pytest.raises(Refusal, match=r"1 of the first \d+ images .* more than 1%.*2\.png"):
-        extract(tiny(), None, images)
+    with pytest.raises(Refusal, match=r"1 of 10 images .* more than the 0 that max_bad=0.01 allows: .*2\.png"):
+        extract(tiny(), None, images, limit=Limit(0.01))
     many = images.subset(np.r_[np.tile(np.r_[0, 1, 3:10], 12), 2])  # one of 109
     said = []
     found = extract(tiny(), None, many, warn=said.append)
@@ -279,16 +280,16 @@ def test_unreadable_images_in_parts(tmp_path, folder):
     images, backbone, said = open_data(str(folder)), tiny(), []
     key = key_of(images, backbone)
 
-    def get(tolerated, part):
-        calls = asked(images, backbone, [], tolerated=tolerated)
-        return cached(tmp_path / "cache", key, images, calls, said.append, tolerated=tolerated, part=part)
+    def get(limit, part):
+        calls = asked(images, backbone, [], limit=limit)
+        return cached(tmp_path / "cache", key, images, calls, said.append, limit=limit, part=part)
 
-    with pytest.raises(Refusal, match=r"2 of the first 2 images .* more than 10% of its 10.*0\.png"):
-        get(0.1, 2)
-    found = get(0.2, 2)  # none of the first part is left
+    with pytest.raises(Refusal, match=r"2 of 2 looked at among 10 images .* more than the 1 that max_bad=0.1 .*0\.png"):
+        get(Limit(0.1), 2)
+    found = get(Limit(0.2), 2)  # none of the first part is left
     assert found["index"].tolist() == list(range(2, 10)) and len(said) == 1
     assert said[0].startswith("2 of 10 images in") and "0.png" in said[0] and "1.png" in said[0]
-    torch.testing.assert_close(found["mean"], extract(backbone, TokenPlan("none"), images, tolerated=1)["mean"])
+    torch.testing.assert_close(found["mean"], extract(backbone, TokenPlan("none"), images, limit=NO_LIMIT)["mean"])
 
 
 def test_parts_are_many_whole_batches_whatever_the_processes():
@@ -342,10 +343,10 @@ def by_processes(rank, processes):
     with tempfile.TemporaryDirectory() as own:
         folder = Path(feature_cache._everybody(own)[0])
         images, backbone, calls, said = many(folder), tiny(), [], []
-        parts_of = asked(images, backbone, calls, tolerated=0.1)
+        parts_of = asked(images, backbone, calls, limit=Limit(0.1))
         key = key_of(images, backbone)
-        found = cached(folder / "cache", key, images, parts_of, said.append, tolerated=0.1, part=4)
-        again = cached(folder / "cache", key, images, parts_of, said.append, tolerated=0.1, part=4)
+        found = cached(folder / "cache", key, images, parts_of, said.append, limit=Limit(0.1), part=4)
+        again = cached(folder / "cache", key, images, parts_of, said.append, limit=Limit(0.1), part=4)
         refused = []
         for at, words in ((1, "of one process"), (0, "of the first")):
             try:
@@ -356,7 +357,7 @@ def by_processes(rank, processes):
                         raise Refusal(words)
                     yield from parts_of(ranges[1:], seen)
 
-                cached(folder / words, key, images, broken, said.append, tolerated=0.1, part=4)
+                cached(folder / words, key, images, broken, said.append, limit=Limit(0.1), part=4)
             except Refusal as error:
                 refused.append(str(error))
         try:
@@ -378,8 +379,8 @@ def by_processes(rank, processes):
 @pytest.mark.slow
 def test_two_processes_give_the_rows_of_one():
     first, second = ranks(by_processes)
-    parts = list(extract_parts(tiny(), TokenPlan("none"), many(None), feature_cache._ranges(35, 4), tolerated=0.1))
-    whole = extract(tiny(), TokenPlan("none"), many(None), tolerated=0.1, warn=lambda line: None)
+    parts = list(extract_parts(tiny(), TokenPlan("none"), many(None), feature_cache._ranges(35, 4), limit=Limit(0.1)))
+    whole = extract(tiny(), TokenPlan("none"), many(None), limit=Limit(0.1), warn=lambda line: None)
     assert whole["index"].tolist() == [i for i in range(35) if i != 17]
     for found in (first, second):
         assert found["features"].keys() == whole.keys() and found["same"]

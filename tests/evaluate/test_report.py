@@ -48,10 +48,11 @@ def test_every_number_has_its_card_and_its_images(name, make_run, script, data, 
     }
 
 
-def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_path):
+def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_path, capsys):
     folder = tmp_path / "colours"
     write_images(folder / "train", 12, seed=0)
-    write_images(folder / "test", 120, seed=1)  # one in a hundred may be unreadable
+    write_images(folder / "test", 120, seed=1)
+    (folder / "test" / "notes.txt").write_text("no image")
     test = labelled_splits(str(folder), None)[1]
     victims = [3, 200]
     for at in victims:
@@ -62,6 +63,13 @@ def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_p
         words = ["--ckpt", str(run), "--data", str(folder), "--threads", "1", "--device", "cpu", *JOBS[name]]
         assert script(name).main(words) == 0
         content, outcomes = read(run / "evaluate" / f"{name}.json")
+        listed = (run / "evaluate" / f"{name}.unreadable.txt").read_text().splitlines()
+        assert [line.partition(":")[0] for line in listed] == [test.name(at) for at in victims]
+        assert content["data"]["looked_at"] == {"images": 396, "unreadable": 2, "max_bad": "auto"}
+        assert content["data"]["not_read"] == ["1 .txt"]
+        with pytest.raises(Refusal, match=r"2 of 396 images in .*/colours cannot .* the 1 that --max-bad 1 allows"):
+            script(name).main([*words, "--max-bad", "1"])  # of both splits together
+        assert test.name(200) in capsys.readouterr().out
         assert content["data"]["test"] == {"images": 360, "fingerprint": content["data"]["test"]["fingerprint"],
                                            "judged": 358}  # fmt: skip
         assert set(range(360)) - set(outcomes["index"].tolist()) == set(victims)

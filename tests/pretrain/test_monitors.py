@@ -23,6 +23,7 @@ from common.ridge import ridge
 from common.sampling import Samples
 from common.tracking import Tracker
 from common.transforms import View
+from common.unreadable import NO_LIMIT
 from pretrain import monitors
 from pretrain.config import MonitorConfig
 from pretrain.objectives import Verdict
@@ -149,7 +150,7 @@ def test_frozen_features_by_hand() -> None:
     labels = torch.from_numpy(train.labels)
     assert len(voters) == 33 and 5 not in voters and labels[shots].bincount().tolist() == [3, 3, 3]
     assert set(shots.tolist()) <= set(voters.tolist())
-    quiet: Any = {"warn": lambda line: None, "tolerated": 1.0}
+    quiet: Any = {"warn": lambda line: None, "limit": NO_LIMIT}
     for who, backbone in (("student", task.backbone), ("teacher", task.teacher)):
         known, new = (extract(backbone, TokenPlan("full"), images, **quiet) for images in (train, held_out))
         assert known["index"].tolist() == [i for i in range(36) if i not in BROKEN]
