@@ -1,15 +1,24 @@
-"""Encoded bytes -> uint8 tensor: JPEG straight into a tensor, everything else (and every odd JPEG) through PIL."""
+"""Encoded bytes -> uint8 tensor: JPEG straight into a tensor, everything else (and every odd JPEG) through PIL.
+
+What a picture says of itself (size, orientation, range) is read once, in `headers`, for both ways.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from .depth import Range, check_deep_colours, deep_to_8_bit, is_deep, strips
+from .headers import ORIENTATION, Header, read_header
 
 try:
     # The operator itself: torchvision 0.29 deprecates the function around it, which then warns at every image, and will
@@ -22,78 +31,119 @@ except (ImportError, AttributeError):
 
 RGB, GRAY = 3, 1  # torchvision.io.ImageReadMode
 
-# PIL's own line between a large picture and an attack: twice its warning limit.
-MAX_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 89_478_485)
+# What is opened, by Pillow's names: pictures that are whole in themselves. Left out are those for which Pillow starts a
+# program (EPS: Ghostscript; WMF and EMF), asks other software (BUFR, GRIB, HDF5), unpacks without a bound (FITS), or
+# which are containers of others (ICNS, ICO, IPTC, MIC, FPX).
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "SGI", "TGA")
+MORE_ENDINGS = {".mpo": "JPEG"}  # the first picture of several
 
-ORIENTATION = 0x0112  # EXIF tag
+# Pillow's own line above which it warns. Peak memory of a decoder is at most about 20 bytes a pixel (README).
+MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` refuses what it is about
+
 WHITE = (255, 255, 255, 255)
 
 
-def decode(data: np.ndarray, channels: int = 3) -> Tensor:
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of PICTURES that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in PICTURES if name in Image.OPEN)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """Lower-case file name endings of the pictures that can be opened, with the dot."""
+    known = {**Image.registered_extensions(), **MORE_ENDINGS}
+    return frozenset(ending for ending, name in known.items() if name in formats())
+
+
+def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Tensor:
     """Encoded uint8 (bytes,) -> uint8 (channels, H, W), upright (EXIF applied), transparency over white, first frame.
 
-    The memory layout is the decoder's. Raises ValueError or what PIL raises on data that is broken or absurdly large.
+    span  values of black and white in pictures deeper than 8 bits, if the rules of `depth` shall not decide
+
+    The memory layout is the decoder's. Raises ValueError or what PIL raises on data that is broken or too large.
+    """
+    header, _ = read_header(data.data, bare=False)
+    check_size(header.height, header.width)
+    pixels = None
+    if header.components in (1, 3) and fast_jpeg is not None:
+        with contextlib.suppress(RuntimeError):  # PIL reads some JPEGs that this decoder does not
+            pixels = fast_jpeg(torch.from_numpy(data), RGB if channels == 3 else GRAY, False)
+    if pixels is None:
+        pixels, header = decode_with_pil(data, channels, span)
+    return upright(pixels, header.orientation)
+
+
+def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tuple[Tensor, Header]:
+    """uint8 (channels, H, W) of any picture that is opened, as it is stored, and its header."""
+    with open_picture(data) as (image, header):
+        pixels = torch.from_numpy(to_8_bit(image, channels, header, span))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1), header
+
+
+@contextlib.contextmanager
+def open_picture(data: np.ndarray) -> Iterator[tuple[Image.Image, Header]]:
+    """The picture in uint8 (bytes,), not decoded yet and not turned, and its header. The only way to PIL's decoders.
+
+    Raises ValueError if there is nothing or it has more than MAX_PIXELS, and what PIL raises.
     """
     if len(data) == 0:
         raise ValueError("the file is empty")
-    frame = jpeg_frame(data)
-    if frame is not None:
-        height, width, components = frame
-        check_size(height, width)
-        if components in (1, 3) and fast_jpeg is not None:
-            with contextlib.suppress(RuntimeError):  # PIL reads some JPEGs that this decoder does not
-                return fast_jpeg(torch.from_numpy(data), RGB if channels == 3 else GRAY, True)  # True: EXIF applied
-    return decode_with_pil(data, channels)
-
-
-def jpeg_frame(data: np.ndarray) -> tuple[int, int, int] | None:
-    """(height, width, components) from a JPEG's frame header, None when there is none. A few microseconds."""
-    view = memoryview(data.data)
-    if view[:3] != b"\xff\xd8\xff":
-        return None
-    at = 2
-    while at + 9 < len(view):
-        if view[at] != 0xFF:
-            return None
-        marker = view[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame, not DHT, JPG, DAC
-            height, width = view[at + 5] << 8 | view[at + 6], view[at + 7] << 8 | view[at + 8]
-            return height, width, view[at + 9]
-        else:
-            at += 2 + (view[at + 2] << 8 | view[at + 3])
-    return None
-
-
-def check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels is more than the {MAX_PIXELS:,} allowed (decompression bomb?)")
-
-
-def decode_with_pil(data: np.ndarray, channels: int) -> Tensor:
-    """The same as `decode` for any format PIL opens."""
-    with Image.open(io.BytesIO(data.tobytes())) as image:
+    header, bare = read_header(data.data)
+    check_size(header.height, header.width)  # some decoders take memory as soon as they are opened
+    try:
+        opened = Image.open(io.BytesIO(bare), formats=formats())
+    except UnidentifiedImageError:
+        if header.kind:
+            raise ValueError(f"broken, or a kind of {header.kind} that Pillow does not read") from None
+        raise ValueError(f"none of the kinds of pictures that are opened ({', '.join(formats())})") from None
+    with opened as image:
         check_size(image.height, image.width)
-        upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
-        pixels = np.array(to_8_bit(upright, channels))
-    tensor = torch.from_numpy(pixels)
-    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+        if not header.kind or header.kind == "AVIF":
+            with contextlib.suppress(Exception):  # it raises almost anything
+                header.orientation = int(image.getexif().get(ORIENTATION, 1))
+        yield image, header
 
 
-def to_8_bit(image: Image.Image, channels: int) -> Image.Image:
-    """Any PIL mode -> "RGB" for three channels, "L" for one."""
+def check_size(height: int | None, width: int | None) -> None:
+    if height and width and height * width > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed (README: Your own images)")
+
+
+def upright(pixels: Tensor, orientation: int) -> Tensor:
+    """(C, H, W) as it is to be seen; `orientation` as EXIF counts, 1 or anything unknown: as it is."""
+    if orientation not in range(2, 9):
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 2)
+    flips = [axis for axis, turned in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in turned]
+    return pixels.flip(flips) if flips else pixels  # in the memory's order, so it costs a third of a decoding
+
+
+def to_8_bit(image: Image.Image, channels: int, header: Header, span: Range | None = None) -> np.ndarray:
+    """Any PIL mode -> uint8 (H, W, 3), or (H, W) for one channel."""
+    if is_deep(image):
+        grey = deep_to_8_bit(image, header, span)
+        return grey if channels == 1 else np.repeat(grey[..., None], 3, -1)
+    if header.deep:
+        check_deep_colours(image, header, span)
+        if isinstance(image.info.get("transparency"), tuple):
+            image.load()
+            image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
     mode = "RGB" if channels == 3 else "L"
-    if image.mode.startswith("I"):  # 16 bits per pixel; PIL's own convert would clip them to white
-        deep = np.asarray(image)
-        image = Image.fromarray((deep.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":  # floating-point TIFF: no declared range, so either 0 … 1 or 0 … 255
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise ValueError("some of its pixels are NaN or infinite: replace them, or remove the image")
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
+    pixels = np.empty((image.height, image.width, 3)[: 2 + (channels == 3)], np.uint8)
+    for top, part in strips(image):
+        pixels[top : top + part.height] = np.asarray(opaque(part, mode))
+    return pixels
+
+
+def opaque(image: Image.Image, mode: str) -> Image.Image:
+    """A picture of 8 bits over white, "RGB" or "L"."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
         colour = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", colour.size, WHITE), colour)
     elif image.mode not in ("RGB", "L"):

@@ -7,27 +7,17 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ..errors import Refusal
 from ..printable import printable
-from .decode import decode
+from .decode import decode, endings, formats
 from .images import Images
 from .listing import LeftOut, images_of, is_hidden, walk
 
 TEST_NAMES = ("test", "val", "validation")
 
-# Formats that PIL only identifies, or hands to another program: not pictures one can train on.
-NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
 MAX_SIZES = 4096  # files whose size enters the fingerprint: each costs a stat, slow on network disks
-
-
-def extensions() -> frozenset[str]:
-    """Lower-case file name endings that PIL can open, with the dot."""
-    known = Image.registered_extensions()  # loads PIL's plugins
-    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NOT_PICTURES)
 
 
 class Files:
@@ -73,12 +63,12 @@ class Files:
 
 def scan(root: str) -> tuple[list[bytes], LeftOut]:
     """Sorted relative names of the images under `root`, and what else is there. Raises Refusal."""
-    return images_of(root, extensions())
+    return images_of(root, endings())
 
 
 def holds_images(folder: Path) -> bool:
     try:
-        return folder.is_dir() and any(True for _ in walk(str(folder), extensions(), LeftOut()))
+        return folder.is_dir() and any(True for _ in walk(str(folder), endings(), LeftOut()))
     except OSError:
         return False
 
@@ -108,7 +98,7 @@ def load(root: str) -> Images:
 
 
 def no_images(root: str, left: LeftOut) -> str:
-    expected = "expected images (.jpg, .png, .webp, … anything PIL opens) in it or in its sub-folders"
+    expected = f"expected images ({', '.join(formats())}) in it or in its sub-folders"
     if not (seen := left.kinds()):
         return f"no images in {root}: the folder is empty; {expected}"
     hint = "; to read tables, write data=hf:PATH" if {".parquet", ".arrow"} & set(left.others) else ""
