@@ -16,7 +16,8 @@ NAMELESS = {"utils", "helpers", "misc", "base"}  # where unnamed ideas hide
 LINES = 500
 DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
-PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel")
+PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel",
+          "http://ns.adobe.com/xap")  # fmt: skip  # the last: how an XMP segment begins
 
 
 def files() -> list[Path]:

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
+
+from ..data.decode import open_picture
 
 WIDEST = 1600  # pixels of a picture; wider ones are made smaller
 COLOURS = 8  # in STYLE; curves after them begin again, with other dashes
@@ -173,7 +176,7 @@ def picture(path: Path, alt: str, caption: object) -> Html | None:
     """A figure with the picture in it, or None if it cannot be read."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(np.frombuffer(content, np.uint8)) as (image, _):
             image.load()
             kind, size = image.get_format_mimetype(), image.size  # type: ignore[attr-defined]
             if size[0] > WIDEST or kind not in ("image/png", "image/jpeg", "image/webp"):

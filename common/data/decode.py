@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from .depth import Range, check_deep_colours, deep_to_8_bit, is_deep, strips
@@ -84,7 +85,7 @@ def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tupl
 
 
 @contextlib.contextmanager
-def open_picture(data: np.ndarray) -> Iterator[tuple[Image.Image, Header]]:
+def open_picture(data: np.ndarray) -> Iterator[tuple[ImageFile, Header]]:
     """The picture in uint8 (bytes,), not decoded yet and not turned, and its header. The only way to PIL's decoders.
 
     Raises ValueError if there is nothing or it has more than MAX_PIXELS, and what PIL raises.

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..data import UNLABELLED, Images, open_data
-from ..data.decode import ORIENTATION
+from ..data.decode import open_picture, upright
 from ..data.folder import Files, scan
 from ..data.images import Arrays
 from ..data.listing import with_links
@@ -122,7 +121,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     65535. Of a palette's picture it is the indices, whatever their colours. Raises Refusal for colours."""
     shown = printable(os.fspath(path))
     try:
-        with Image.open(path) as image:
+        with open_picture(np.fromfile(path, np.uint8)) as (image, header):
             if image.mode not in MASK_MODES or image.format == "JPEG":
                 what = "a JPEG, which changes values" if image.format == "JPEG" else f"a picture of mode {image.mode}"
                 raise Refusal(
@@ -141,7 +140,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Refusal(f"the mask {shown} cannot be read: {printable(reason)}; write it anew") from None
     deep = values.dtype.itemsize > 1
-    values = values.astype(np.int32)
+    values = upright(torch.from_numpy(values.astype(np.int32))[None], header.orientation)[0].contiguous().numpy()
     values[np.isin(values, VOID[2 if deep else 1])] = IGNORED
     return values
 
@@ -215,9 +214,8 @@ def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool
 def _size(path: str) -> tuple[int, int] | None:
     """(height, width) of a picture, upright; None if it cannot be read, which is told where it is used."""
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
+        with open_picture(np.fromfile(path, np.uint8)) as (image, header):
+            return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
     except Exception:
         return None
 
