@@ -1,4 +1,4 @@
-"""Pictures for tests: a smooth one, folders of noisy colours that any feature can tell apart, and files made by hand."""
+"""Pictures for tests: a smooth one, folders of noisy colours that features tell apart, and files made by hand."""
 
 import struct
 import zlib

@@ -1,4 +1,4 @@
-"""What pictures say of themselves: how they are turned counts, wherever it stands, and nothing else decides anything."""
+"""What pictures say of themselves: how they are turned counts, wherever it stands, and nothing else decides."""
 
 import io
 import os
