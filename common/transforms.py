@@ -1,7 +1,8 @@
 """Named views of an image, and the one evaluation transform. uint8 tensors in, uint8 tensors out.
 
 The crop is taken as a view first and only its pixels are resized, by torch's uint8 kernels. Everything here is exact
-integer arithmetic (or floating point without rounding), so threads and workers cannot change a single bit.
+integer arithmetic, floating point without rounding, or rounded in an order that is fixed (`colour`), so threads and
+workers cannot change a single bit.
 
 PRESETS holds the multi-crop views of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
 """
@@ -18,15 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .colour import ORDERS, Change, recolour
 from .errors import Refusal, nearest
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
-LUMA = np.array([306, 601, 117]) / 1024  # ITU-R 601 in 1/1024, the unit of all colour arithmetic (see `recolour`)
 
 # Places in the row of uniform numbers that one crop draws.
 AREA, RATIO = slice(0, CROP_TRIES), slice(CROP_TRIES, 2 * CROP_TRIES)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(2 * CROP_TRIES, 2 * CROP_TRIES + 9)
+JITTERS = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
 BLUR, SIGMA, SOLARISE = range(2 * CROP_TRIES + 9, 2 * CROP_TRIES + 12)  # at the end: old recipes keep their crops
 DRAWS = 2 * CROP_TRIES + 12
 
@@ -131,15 +133,13 @@ def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) 
     """
     draws: list[float] = rng.random(DRAWS).tolist()
     height, width = int(image.shape[1]), int(image.shape[2])
-    crop_height, crop_width = crop_size(height, width, view, draws)
-    top, left = int(draws[TOP] * (height - crop_height + 1)), int(draws[LEFT] * (width - crop_width + 1))
+    top, left, crop_height, crop_width = crop_box(height, width, view, draws)
     cut = image[:, top : top + crop_height, left : left + crop_width]
     out = resize(cut, height_width(view.size), view.interpolation)
     if draws[FLIP] < view.flip:
         out = out.flip(-1)
-    colour = colour_change(view, draws, channels=int(image.shape[0]))
-    if colour is not None:
-        out = recolour(out, *colour)
+    if changes := colour_changes(view, draws, channels=int(image.shape[0])):
+        out = recolour(out, changes)
     if draws[BLUR] < chance(view.blur, crop):
         low, high = view.blur_sigma
         out = blur(out, low + (high - low) * draws[SIGMA])
@@ -154,8 +154,9 @@ def chance(value: Any, crop: int) -> float:
     return value[crop] if hasattr(value, "__iter__") else value
 
 
-def crop_size(height: int, width: int, view: View, draws: list[float]) -> tuple[int, int]:
-    """(height, width) of the random crop: the first of ten tries that fits, else the largest of a legal ratio."""
+def crop_box(height: int, width: int, view: View, draws: list[float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the random crop, as torchvision's RandomResizedCrop: the first of ten tries that
+    fits, anywhere, else the largest of a legal ratio, in the centre."""
     low, high = view.scale
     narrow, wide = view.ratio
     log_narrow, log_wide = math.log(narrow), math.log(wide)
@@ -164,9 +165,11 @@ def crop_size(height: int, width: int, view: View, draws: list[float]) -> tuple[
         ratio = math.exp(log_narrow + (log_wide - log_narrow) * ratio_draw)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            return crop_height, crop_width
+            top, left = int(draws[TOP] * (height - crop_height + 1)), int(draws[LEFT] * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
     ratio = min(max(width / height, narrow), wide)
-    return max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    crop_height, crop_width = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -176,65 +179,22 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return F.interpolate(image[None], size, mode=interpolation, antialias=True)[0]
 
 
-def colour_change(view: View, draws: list[float], channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The view's colour change as `(matrix, share)`: x -> matrix @ x + share * (mean luma); None for no change.
-
-    Brightness, then contrast about the mean luma, saturation, hue (a turn of the chroma plane of YIQ) and grayscale are
-    all linear in the colour, so one matrix does what would be five passes over the image.
-    """
-    jitter, gray = draws[JITTER] < view.jitter, draws[GRAY] < view.grayscale and channels == 3
-    if not (jitter or gray):
-        return None
-    matrix, share = np.eye(channels), 0.0
-    if jitter:
-        strengths = (view.brightness, view.contrast, view.saturation)
-        factors = (draws[BRIGHTNESS], draws[CONTRAST], draws[SATURATION])
-        bright, contrast, saturation = (
-            1.0 + strength * (2.0 * draw - 1.0) for strength, draw in zip(strengths, factors, strict=True)
-        )
-        share = bright * (1.0 - contrast)
-        matrix = matrix * (bright * contrast)
-        if channels == 3:
-            matrix = (saturation * np.eye(3) + (1.0 - saturation) * LUMA) @ matrix
-            if view.hue:
-                matrix = turn_hue(2.0 * math.pi * view.hue * (2.0 * draws[HUE] - 1.0)) @ matrix
-    if gray:
-        matrix = np.tile(LUMA @ matrix, (3, 1))
-    return matrix, np.full(channels, share)
-
-
-TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-FROM_YIQ = np.linalg.inv(TO_YIQ)
-
-
-def turn_hue(angle: float) -> np.ndarray:
-    """(3, 3) matrix that turns every colour about the grey axis and keeps its luma."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return FROM_YIQ @ np.array([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]]) @ TO_YIQ
-
-
-def recolour(image: Tensor, matrix: np.ndarray, share: np.ndarray) -> Tensor:
-    """uint8 (C, h, w) -> uint8 (C, h, w): matrix @ colour + share * mean luma, rounded and clamped.
-
-    Coefficients are rounded to 1/1024. Times 8-bit pixels every product and sum is then a multiple of 1/1024 below
-    2^14, which float32 holds exactly: fused or not, in whatever order and number of threads, the bits are the same.
-    """
-    channels = image.shape[0]
-    pixels = image.numpy().astype(np.float32)  # numpy: it converts faster, and on one thread
-    offset = np.zeros(channels)
-    if share.any():
-        means = pixels.sum(axis=2).sum(axis=1, dtype=np.float64) / (image.shape[1] * image.shape[2])  # rows: below 2^24
-        offset = share * (means @ LUMA if channels == 3 else means)
-    coefficients = (np.round(matrix * 1024) / 1024).astype(np.float32)
-    biases = (np.round((offset + 0.5) * 1024) / 1024).astype(np.float32)  # + 0.5: astype truncates
-    out = np.empty_like(pixels)
-    term = np.empty_like(pixels[0])
-    for plane, row, bias in zip(out, coefficients, biases, strict=True):
-        np.multiply(pixels[0], row[0], out=plane)
-        for k in range(1, channels):
-            plane += np.multiply(pixels[k], row[k], out=term)
-        plane += bias
-    return torch.from_numpy(np.clip(out, 0, 255, out=out).astype(np.uint8))
+def colour_changes(view: View, draws: list[float], channels: int) -> list[Change]:
+    """What `recolour` is to do for a crop with these draws, in this order: as torchvision's ColorJitter, brightness,
+    contrast, saturation and hue in an order of the crop's own, then RandomGrayscale."""
+    changes: list[Change] = []
+    if draws[JITTER] < view.jitter:
+        # Below the threshold the draw is uniform, and says nothing of the others: it draws the order too.
+        order = ORDERS[min(int(draws[JITTER] / view.jitter * len(ORDERS)), len(ORDERS) - 1)]
+        strengths = {"brightness": view.brightness, "contrast": view.contrast, "saturation": view.saturation}
+        either_way = {name: 2.0 * draws[place] - 1.0 for name, place in JITTERS.items()}
+        amounts = {name: 1.0 + strength * either_way[name] for name, strength in strengths.items() if strength}
+        if view.hue:
+            amounts["hue"] = view.hue * either_way["hue"]
+        changes = [(name, amounts[name]) for name in order if name in amounts]
+    if draws[GRAY] < view.grayscale:
+        changes.append(("grayscale", 1.0))
+    return changes if channels == 3 else [change for change in changes if change[0] in ("brightness", "contrast")]
 
 
 BLOCK = 16  # output rows (columns) of one product; products are too small for a BLAS to share among threads

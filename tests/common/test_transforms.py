@@ -2,15 +2,18 @@
 
 import math
 import zlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torchvision.transforms import v2
+from pictures import photo
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as V
 
+from common.colour import ORDERS, recolour
 from common.errors import Refusal
 from common.sampling import generator
 from common.transforms import (
@@ -21,12 +24,11 @@ from common.transforms import (
     View,
     augment,
     blur,
-    crop_size,
+    colour_changes,
+    crop_box,
     evaluation,
     gaussian,
     presets,
-    recolour,
-    turn_hue,
 )
 
 PLAIN: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0}  # crop and resize only
@@ -109,27 +111,34 @@ def test_same_generator_same_bits_whatever_the_threads_and_the_layout():
 
 def test_crops_are_pinned():
     """So that a run that was begun with an older version goes on alike. No resizing, whose kernels are not ours."""
-    view = View(size=8, scale=[0.25, 0.25], ratio=[1.0, 1.0], flip=0.5)
-    sums = [zlib.crc32(augment(noise(3, 16, 16), view, generator(0, 1, i)).numpy().tobytes()) for i in range(4)]
-    assert sums == [3477024384, 2308719395, 3172822526, 1721201791]
+    square: dict[str, Any] = {"size": 8, "scale": [0.25, 0.25], "ratio": [1.0, 1.0], "flip": 0.5}
+    for view, pinned in (
+        (View(**square, **PLAIN), [3477024384, 3193285459, 3414042814, 1721201791]),
+        (View(**square), [3477024384, 714271515, 896738287, 1721201791]),  # the second and third change colour
+    ):
+        sums = [zlib.crc32(augment(noise(3, 16, 16), view, generator(0, 1, i)).numpy().tobytes()) for i in range(4)]
+        assert sums == pinned
 
 
 def test_crops_keep_their_bounds_and_spread():
     view = View(scale=[0.2, 0.6], ratio=[0.5, 2.0])
     areas, ratios = [], []
     for seed in range(2000):
-        height, width = crop_size(200, 300, view, rng(seed).random(DRAWS).tolist())
-        assert 1 <= height <= 200 and 1 <= width <= 300
+        top, left, height, width = crop_box(200, 300, view, rng(seed).random(DRAWS).tolist())
+        assert 0 <= top <= 200 - height and 0 <= left <= 300 - width and height >= 1 and width >= 1
         areas.append(height * width / 60000)
         ratios.append(width / height)
     assert 0.19 < min(areas) < 0.22 and 0.57 < max(areas) < 0.61 and abs(np.mean(areas) - 0.4) < 0.02
     assert min(ratios) > 0.49 and max(ratios) < 2.05
 
 
-def test_a_crop_that_never_fits_is_the_largest_of_a_legal_ratio():
-    draws = [0.999] * (2 * CROP_TRIES) + [0.5] * (DRAWS - 2 * CROP_TRIES)
-    assert crop_size(10, 1000, View(ratio=[0.75, 4 / 3]), draws) == (10, 13)
-    assert crop_size(1000, 12, View(ratio=[0.75, 4 / 3]), draws) == (16, 12)
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 12), (333, 500), (21, 20), (7, 101)])
+def test_a_crop_that_never_fits_is_torchvisions_the_largest_of_a_legal_ratio_in_the_centre(height, width):
+    draws = [0.999] * (2 * CROP_TRIES) + [0.9] * (DRAWS - 2 * CROP_TRIES)  # too wide, ten times
+    found = crop_box(height, width, View(scale=[0.9, 1.0]), draws)
+    # an image of which every crop of twice its area is too large, so that torchvision gives up as well
+    wanted = RandomResizedCrop.get_params(noise(1, height, width), [2.0, 2.0], [3 / 4, 4 / 3])
+    assert found == tuple(wanted)
 
 
 def test_crops_reach_every_corner():
@@ -150,38 +159,77 @@ def test_resizing_is_torchvisions(interpolation):
 # ---------------------------------------------------------------------------- colour
 
 
-def coloured(image: torch.Tensor, **strengths: float) -> torch.Tensor:
-    """The image under a jitter with these strengths alone, all drawn at their upper end."""
-
-    class Upper:
-        def random(self, count: int) -> np.ndarray:
-            draws = np.zeros(count)
-            draws[2 * CROP_TRIES + 4 :] = 1.0
-            return draws
-
-    zero: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-    view = View(size=list(image.shape[1:]), **{**WHOLE, "jitter": 1.0, **zero, **strengths})
-    return augment(image, view, Upper())  # type: ignore[arg-type]
+ADJUST = {
+    "brightness": V.adjust_brightness,
+    "contrast": V.adjust_contrast,
+    "saturation": V.adjust_saturation,
+    "hue": V.adjust_hue,
+    "grayscale": lambda image, _: V.rgb_to_grayscale(image, num_output_channels=3),
+}
+PICTURE = torch.from_numpy(photo(60, 80)).permute(2, 0, 1).contiguous()
 
 
-@pytest.mark.parametrize(
-    ("strength", "reference"),
-    [("brightness", V.adjust_brightness), ("contrast", V.adjust_contrast), ("saturation", V.adjust_saturation)],
-)
+@pytest.mark.parametrize("amount", [0.6, 0.9, 1.4])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_matrix_is_torchvisions_adjustment(strength, reference, channels):
-    image = noise(channels, 16, 16) // 2 + 50
-    expected = reference(image, 1.3) if channels == 3 or strength != "saturation" else image
-    assert (coloured(image, **{strength: 0.3}).int() - expected.int()).abs().max() <= 1
+def test_each_change_is_torchvisions(name, amount, channels):
+    image = PICTURE[:channels]
+    expected = image if channels == 1 and name == "saturation" else ADJUST[name](image, amount)
+    assert (recolour(image, [(name, amount)]).int() - expected.int()).abs().max() <= 1
 
 
-def test_hue_turns_and_keeps_grey():
+@pytest.mark.parametrize("turn", [-0.5, -0.1, -0.05, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("picture", [PICTURE, noise(3, 60, 80)])
+def test_hue_turns_as_torchvisions_in_direction_and_size(picture, turn):
+    found = recolour(picture, [("hue", turn)])
+    exact = V.adjust_hue(picture.double() / 255, turn) * 255
+    assert (found - exact).abs().max() < 0.51  # rounded once
+    assert (found.int() - V.adjust_hue(picture, turn).int()).abs().max() <= 1
+    if turn != -0.5:  # half a turn is the same either way
+        away = (found.int() - V.adjust_hue(picture, -turn).int()).abs().float().mean()
+        assert away > 2
+
+
+def test_hue_of_greys_and_of_the_corners_of_the_cube():
     grey = noise(1, 4, 4).expand(3, -1, -1)
-    assert (coloured(grey, hue=0.3).int() - grey.int()).abs().max() <= 1
-    assert np.allclose(turn_hue(2 * math.pi), np.eye(3), atol=1e-9)
-    red = torch.tensor([150, 50, 50], dtype=torch.uint8)[:, None, None]
-    third = coloured(red, hue=1 / 3).flatten().tolist()
-    assert sorted(third)[2] in (third[1], third[2]) and third[0] < 60  # no longer red
+    assert torch.equal(recolour(grey, [("hue", 0.3)]), grey)
+    wheel = torch.tensor([[255, 0, 0], [255, 255, 0], [0, 255, 0], [0, 255, 255], [0, 0, 255], [255, 0, 255]])
+    for sixths in range(-6, 7):
+        turned = recolour(wheel.T[..., None].contiguous().to(torch.uint8), [("hue", sixths / 6)])
+        assert torch.equal(turned[..., 0].T.long(), wheel.roll(-sixths, 0)), sixths
+
+
+def test_changes_follow_each_other_and_are_clamped_each():
+    """In every order, as torchvision's ColorJitter; its own roundings to whole numbers set the tolerance."""
+    amounts = {"brightness": 1.4, "contrast": 1.4, "saturation": 0.6, "hue": 0.1}
+    results = []
+    for order in ORDERS:
+        changes = [(name, amounts[name]) for name in order]
+        expected = PICTURE.double() / 255
+        for name, amount in [*changes, ("grayscale", 1.0)][: 4 + (order[0] == "hue")]:
+            expected = ADJUST[name](expected, amount)
+        if order[0] == "hue":
+            changes.append(("grayscale", 1.0))
+        results.append(recolour(PICTURE, changes))
+        assert (results[-1] - 255 * expected).abs().max() < 0.6
+    assert len({tuple(result.flatten().tolist()) for result in results}) > 12  # the order matters
+
+
+def test_the_order_is_drawn_evenly_and_beside_nothing_else():
+    view = View(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2)
+    drawn = [rng(seed).random(DRAWS).tolist() for seed in range(4800)]
+    found = [[name for name, _ in colour_changes(view, draws, 3)] for draws in drawn]
+    orders = Counter(tuple(names[:4]) for names in found if len(names) >= 4)
+    assert set(orders) == set(ORDERS) and min(orders.values()) > 100 and max(orders.values()) < 225  # 160 each
+    assert sum(orders.values()) / 4800 == pytest.approx(0.8, abs=0.02)
+    assert sum("grayscale" in names for names in found) / 4800 == pytest.approx(0.2, abs=0.02)
+    # amounts do not depend on the order, nor on which changes there are
+    alone = View(jitter=0.8, brightness=0.4, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0)
+    for draws in drawn[:50]:
+        assert dict(colour_changes(alone, draws, 3)).items() <= dict(colour_changes(view, draws, 3)).items()
+        assert [name for name, _ in colour_changes(view, draws, 1) if name not in ("brightness", "contrast")] == []
+    hues = [dict(colour_changes(view, draws, 3)).get("hue", 0.0) for draws in drawn]
+    assert -0.1 <= min(hues) < -0.099 and 0.099 < max(hues) <= 0.1 and abs(np.mean(hues)) < 0.004
 
 
 def test_grayscale_is_luma_in_three_channels():
@@ -191,11 +239,13 @@ def test_grayscale_is_luma_in_three_channels():
     assert torch.equal(view[0], view[1]) and (view.int() - expected.int()).abs().max() <= 1
 
 
-def test_colours_are_clamped_and_exact():
+def test_colours_are_clamped_and_rounded():
     image = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 3)
-    assert recolour(image, np.array([[2.0]]), np.zeros(1)).flatten().tolist() == [0, 200, 255]
-    assert recolour(image, np.array([[-1.0]]), np.zeros(1)).flatten().tolist() == [0, 0, 0]
-    assert torch.equal(recolour(noise(3, 8, 8), np.eye(3), np.zeros(3)), noise(3, 8, 8))
+    assert recolour(image, [("brightness", 2.0)]).flatten().tolist() == [0, 200, 255]
+    assert recolour(image, [("brightness", 2.0), ("brightness", 0.5)]).flatten().tolist() == [0, 100, 128]
+    assert recolour(image, [("brightness", 0.0)]).flatten().tolist() == [0, 0, 0]
+    assert torch.equal(recolour(noise(3, 8, 8), []), noise(3, 8, 8))
+    assert torch.equal(recolour(noise(3, 8, 8), [(name, 1.0) for name in ORDERS[0]]), noise(3, 8, 8))
 
 
 # ---------------------------------------------------------------------------- blur and solarise
