@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_a_passing_nan_is_recorded_survived_and_reproduced(
     assert norm[2] == "nan" and 0 < float(norm[3]) < 100
     text = (record / "record.json").read_text()
     (record / "record.json").write_text(text.replace('"terms": [[', '"terms": [[{}, {}], ['))
-    with pytest.raises(Refusal, match=r"taken by 2 processes, not 1: torchrun --nproc-per-node 2 pretrain/run\.py"):
+    with pytest.raises(Refusal, match=r"taken by 2 processes, not 1: torchrun --nproc-per-node 2 \S*pretrain/run\.py"):
         inside("--replay", record)
 
 
@@ -169,7 +170,7 @@ def test_two_processes_record_together_and_repeat_together(train: Train, tiny: l
     first, second = ([index for _, index in parts[0]] for parts in record.keys)
     assert len(first) == len(second) == 8 and not set(first) & set(second)
     assert len(state(folder)["random"]) == 2
-    assert f"torchrun --nproc-per-node 2 pretrain/run.py --replay {folder}" in ended.stdout
+    assert re.search(rf"torchrun --nproc-per-node 2 \S*pretrain/run\.py --replay {folder}", ended.stdout)
     again = train("--replay", folder, processes=2)
     assert again.status == 0, again.stderr
     assert "reproduced: all" in again.stdout and "in process 1" in again.stdout
