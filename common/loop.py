@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .averages import Averages
 from .errors import Refusal
 from .optim import clip_gradients
 from .random_state import undo_later
@@ -59,6 +60,7 @@ def fit(
     weight_decay: Callable[[int], float] | None = None,
     most_skipped: int = MOST_SKIPPED,
     skipped: int = 0,
+    averages: Averages | None = None,
     log_every: int = 10,
     images_per_step: int,
     reports: Sequence[Report] = (),
@@ -73,11 +75,14 @@ def fit(
 ) -> int:
     """Train from step `start` (already done) to `steps`; returns the last step done, earlier if `stop` was signalled.
 
-    task(batch) -> {"loss", statistics}, each averaged over the parts and processes of a step (`_mean`): a loss whose
+    task(batch) -> {"loss", statistics}, each averaged over the parts and processes of a step (`Averages`): a loss whose
     count differs between them divides by the count of the whole step. schedule(step) -> learning rate of the 0-based
     optimizer step, which each group multiplies by its lr_scale; weight_decay(step), if given, for the groups that
     decay; `clip_by`: see `clip_gradients`; read(step, a logged record) -> words that join it; a report's numbers join
     the record that `track` gets.
+
+    Every `log_every` steps a line is logged, of means over the steps since the last one (see `Averages`; `averages`:
+    those of a checkpoint between two lines).
 
     A signal ends a wait for a batch, and with it the step, as if it had not begun, or the report, which lacks numbers.
 
@@ -88,6 +93,7 @@ def fit(
     skipped_in_a_row = 0
     seconds = waited = longest = 0.0
     since = saved = start
+    averages = averages or Averages()
     task.train()
     for step in range(start + 1, steps + 1):
         logged = step % log_every == 0 or step == steps
@@ -128,6 +134,7 @@ def fit(
         taken = math.isfinite(norm)  # of the all-reduced gradient: every process decides alike
         if not taken and recorder is not None:
             recorder.keep(step, results, norm, used)
+        averages.add(results, norm, taken)
         if taken:
             optimizer.step()
         elif accelerator.scaler is not None:
@@ -147,8 +154,8 @@ def fit(
 
         record: dict[str, Any] = {}
         if logged:
-            record = _mean(accelerator, results)
-            record |= {"lr": schedule(step - 1), "gradient_norm": norm, "skipped": skipped}
+            record = averages.means(accelerator)
+            record |= {"lr": schedule(step - 1), "skipped": skipped}
             if weight_decay is not None:
                 record["weight_decay"] = weight_decay(step - 1)
             if read is not None:
@@ -158,11 +165,14 @@ def fit(
             seconds, waited, since = 0.0, 0.0, step
             progress.show(step, record)
         due_now = [measure for every, measure in reports if step % every == 0 or step == steps]
+        begun, held_out = time.perf_counter(), dict[str, Any]()
         with contextlib.suppress(Stopped):
             for measure in due_now:
-                record |= measure(step)
+                held_out |= measure(step)
         if due_now:
             task.train()
+            progress.tell(step, held_out, time.perf_counter() - begun)
+            record |= held_out
         if record:
             track(step, record)
         progress.step()
@@ -180,19 +190,6 @@ def fit(
 def _spread(loss: Tensor) -> Tensor:
     """The same loss; one that is not finite makes every gradient so, and by their sum every process hears of it."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-
-
-def _mean(accelerator: Accelerator, results: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """Each number averaged over the accumulated parts and all processes: a scalar with equal weights, a pair (2,) of a
-    sum and what it is a sum of as the sum of sums over that of counts, 0 where nothing was counted."""
-    table = torch.stack([torch.stack([_pair(value) for value in result.values()]) for result in results]).sum(0)
-    total: Any = accelerator.reduce(table, "sum")  # (names, 2)
-    return dict(zip(results[0], (total[:, 0] / total[:, 1].clamp(min=1)).tolist(), strict=True))
-
-
-def _pair(value: Tensor) -> Tensor:
-    """(2,): a sum and what it is a sum of; of a scalar, itself and 1."""
-    return value.float() if value.ndim else torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
 
 
 def _agree(accelerator: Accelerator, stopping: bool, saving: bool) -> tuple[bool, bool]:

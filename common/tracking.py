@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ class Tracker:
                     self.words[name] = value
                     self.writer.add_text(name, value, step)
 
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text of several lines, in TensorBoard alone, as it is written."""
+        if self.writer is not None:
+            self.writer.add_text(
+                name, "".join(f"    {line}\n" for line in text.splitlines()), step
+            )  # Markdown: as code
+
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """An RGB picture, uint8 (H, W, 3): run/pictures/<name>-<step>.png and TensorBoard."""
         if not self.active:
@@ -119,6 +127,7 @@ class Progress:
     def __init__(self, steps: int, start: int, active: bool) -> None:
         self.steps, self.start, self.active = steps, start, active
         self.begun = time.perf_counter()
+        self.measuring = 0.0  # seconds spent on held-out images
         self.bar = None
         if active and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -138,6 +147,17 @@ class Progress:
         else:
             each = (time.perf_counter() - self.begun) / max(1, step - self.start)
             print(f"step {step}/{self.steps}  {text}  ETA {clock(each * (self.steps - step))}", flush=True)
+
+    def tell(self, step: int, held_out: Mapping[str, Any], seconds: float) -> None:
+        """Tell what was measured after `step` on images held out, and note how long it took."""
+        self.measuring += seconds
+        if self.active and (text := held_out_summary(held_out)):
+            self.say(f"step {step}/{self.steps}  {text}")
+
+    @property
+    def share(self) -> float:
+        """Share of the time since the beginning that measurements on held-out images took."""
+        return self.measuring / max(1e-9, time.perf_counter() - self.begun)
 
     def say(self, line: str) -> None:
         """A line that does not tear the bar."""
@@ -162,6 +182,41 @@ def summary(record: dict[str, Any]) -> str:
             words.append(f"{task} {value}")
     words += [f"{record['images_per_second']:,.0f} img/s", f"data_wait {record['data_wait']:.1%}"]
     return "  ".join(words)
+
+
+NAMES = {"knn": "k-NN", "ridge": "ridge", "rankme": "effective rank"}
+
+
+def held_out_summary(record: Mapping[str, Any]) -> str:
+    """What a record says of images held out, or of test images; empty where it says nothing."""
+    losses = [f"loss {record[name]:.4f}" for name in ("val/loss",) if name in record]
+    words, noise = [], []
+    for name, value in record.items():
+        kind, _, rest = name.partition("/")
+        if kind == "val" and rest.endswith("/accuracy"):
+            words.append(f"{rest.removesuffix('/accuracy')} {value:.1%}")
+        elif kind in NAMES:
+            shown = f"{value:.1f}" if kind == "rankme" else f"{value:.1%}"
+            words.append(f"{NAMES[kind]} {f'of the {rest} ' if f'{kind}/teacher' in record else ''}{shown}")
+        elif kind == "control" and rest.endswith("/noise"):
+            task = rest.removesuffix("/noise")
+            noise.append(f"{task} on noise {value:.1%} (chance {record.get(f'control/{task}/chance', math.nan):.1%})")
+        elif kind == "test" and isinstance(value, float):
+            words.append(f"{rest.replace('_', ' ')} {value:.1%}")
+    said = losses + words + noise
+    where = "test images" if any(name.startswith("test/") for name in record) else "held out"
+    return f"{where}: {', '.join(said)}" if said else ""
+
+
+def last_held_out(run: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, record) of the last measurement in metrics.jsonl that says something of images held out."""
+    lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
+    for line in reversed(lines):
+        if any(f'"{kind}/' in line for kind in ("val", "rankme", "test")):
+            record = json.loads(line)
+            finite = {name: value for name, value in record.items() if value is not None}
+            return record["step"], finite
+    return None
 
 
 def clock(seconds: float) -> str:

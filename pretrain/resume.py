@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from common import checkpoint
+from common.averages import Averages
 from common.errors import Refusal
 from common.random_state import random_state, set_random_state
 from common.tracking import Tracker
@@ -22,6 +23,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, parts: Parts, accelerator: Accelerator, recipe: str) -> None:
         self.run, self.parts, self.accelerator, self.recipe = run, parts, accelerator, recipe
+        self.averages = Averages()  # of the steps since the last line of the log
         self.commit = commit()
         self.saved = time.monotonic()
 
@@ -39,15 +41,15 @@ class Checkpoints:
         Refusal, in all of them, for weights that are not finite."""
         process, config, accelerator = self.parts.process, self.parts.config, self.accelerator
         self._refuse_broken(step, accelerator.unwrap_model(task))
-        random = [random_state()]
+        random, averages = [random_state()], [self.averages.state()]
         if process.num_processes > 1:
-            random = gather_object(random)
+            random, averages = gather_object(random), gather_object(averages)
         if process.is_main_process:
             tracker.sync()
             checkpoint.save_state(
                 self.run,
                 step,
-                self.state(step, task, optimizer, random),
+                self.state(step, task, optimizer, random) | {"averages": averages},
                 lambda to: self._export(to, step, accelerator.unwrap_model(task)),
                 config.keep,
                 milestone=config.milestone_every is not None and step % config.milestone_every == 0,
@@ -153,6 +155,8 @@ class Checkpoints:
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        index, count = process.process_index, process.num_processes
+        self.averages.load(state.get("averages", []), index, count, accelerator.device)
         if len(state["random"]) == process.num_processes:
             set_random_state(state["random"][process.process_index])
         else:

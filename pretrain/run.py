@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     checkpoints = Checkpoints(run, parts, accelerator, arguments.stem)
     start = checkpoints.resume(task, optimizer)
     tracker = Tracker(run, start, config.tensorboard, process.is_main_process)
+    if not start or arguments.words:  # the recipe, and where it changes
+        tracker.text("recipe", written(config, parts.reasons), start)
     progress = Progress(parts.steps, start, process.is_main_process)
     accelerator.print(begun(parts, run, start, active_pil()))
     fresh = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
             start=start,
             most_skipped=config.optimizer.most_skipped,
             skipped=int(parts.task.skipped),
+            averages=checkpoints.averages,
             reports=monitors.reports(parts, accelerator.unwrap_model(task), tracker, progress.say),
             track=tracker.write,
             save=lambda step: checkpoints.save(step, task, optimizer, tracker),

@@ -11,6 +11,7 @@ from common import schedules
 from common.commands import command
 from common.ema import half_life
 from common.models.backbone import count_parameters
+from common.tracking import held_out_summary, last_held_out
 from common.unreadable import UNREADABLE
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
@@ -89,10 +90,19 @@ def ended(parts: Parts, run: Path, done: int) -> str:
     return "\n".join(
         [
             f"done: {done} steps. The backbone is in {run}",
+            *_measured(run),
             *_judged(parts, run),
             *([f"  how it went:     tensorboard --logdir {shlex.quote(str(run.parent))}"] * parts.config.tensorboard),
         ]
     )
+
+
+def _measured(run: Path) -> list[str]:
+    """What was last measured on images held out."""
+    last = last_held_out(run)
+    if last is None or not (text := held_out_summary(last[1])):
+        return []
+    return [f"  at step {last[0]}:  {text}"]
 
 
 def _judged(parts: Parts, run: Path) -> list[str]:

@@ -74,6 +74,31 @@ def test_a_finished_run_says_so(inside, copied, capsys):
     assert {name: after[name] for name in before} == before  # TensorBoard adds an empty file
 
 
+def test_means_of_an_interval_that_was_cut_are_those_of_one_that_was_not(inside, tiny, monkeypatch):
+    """Lines every five steps, of means over them; a signal after step 4 and another after 9, in mid-interval."""
+    words = [*tiny, "steps=12", "monitor.held_out=0", "tensorboard=false"]
+    assert inside(*words, "run=each", "log_every=1") == 0
+    assert inside(*words, "run=whole", "log_every=5") == 0
+    for at, first in ((4, 1), (9, 5)):
+        done = itertools.count(first)
+
+        def stepped(progress, done=done, at=at):
+            if next(done) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("common.tracking.Progress.step", stepped)
+            assert inside(*(("--resume", "cut") if at > 4 else (*words, "run=cut", "log_every=5"))) == 0
+    assert inside("--resume", "cut") == 0
+    each, whole, cut = (Run(Path(name)) for name in ("each", "whole", "cut"))
+    assert whole.steps == cut.steps == [5, 10, 12] and cut.checkpoints == [9, 12]
+    assert whole.numbers == cut.numbers
+    for name in ("loss", "absolute/accuracy", "relative/distance", "gradient_norm"):
+        values = [line[name] for line in each.metrics]
+        means = [sum(values[first:last]) / (last - first) for first, last in ((0, 5), (5, 10), (10, 12))]
+        assert [line[name] for line in whole.metrics] == pytest.approx(means, rel=1e-6), name
+
+
 def test_unlabelled_images_are_not_sent_to_where_labels_are_needed(inside, images, tmp_path, capsys):
     shutil.copytree(images / "left", tmp_path / "flat")
     words = ["steps=1", "loader.workers=0", "tensorboard=false", f"run={tmp_path / 'a run'}"]
@@ -115,7 +140,10 @@ def test_a_moved_run_and_other_intervals(inside, tiny, small, at_step, tmp_path)
     assert moved.checkpoints == [4, 6]
     assert inside("--resume", moved.path, "log_every=2", "monitor.every=3", "checkpoint_every=5", "keep=9") == 0
     assert moved.steps == [*range(1, 7), 8]
-    assert moved.losses == [*small.losses[:6], small.losses[7]]
+    assert moved.losses[:6] == small.losses[:6]
+    last = [line["loss"] for line in small.metrics[6:]]  # a line of two steps has their mean
+    assert moved.metrics[-1]["loss"] == pytest.approx(sum(last) / 2, rel=1e-6)
+    assert moved.metrics[-1]["val/loss"] == small.metrics[-1]["val/loss"]  # and the weights are the same
     assert moved.checkpoints == [4, 6, 8]
 
 

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpoint, collectives, ema, subjects
+from ..averages import Averages
 from ..errors import Refusal
 from ..features import digest, shown
 from ..loop import fit
@@ -156,6 +158,7 @@ class Training:
         self.folder, self.identity, self.config, self.accelerator = folder, dict(identity), config, accelerator
         # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
         self.history: list[dict[str, Any]] = []
+        self.averages = Averages()  # of the steps since the last line of the log
         self.saved = time.monotonic()
 
     def result(self) -> list[dict[str, Any]] | None:
@@ -176,9 +179,9 @@ class Training:
     def save(self, step: int, task: nn.Module, optimizer: Any, tracker: Tracker) -> None:
         """Store everything that step + 1 depends on. Every process calls it."""
         accelerator = self.accelerator
-        random = [random_state()]
+        random, averages = [random_state()], [self.averages.state()]
         if accelerator.num_processes > 1:
-            random = gather_object(random)
+            random, averages = gather_object(random), gather_object(averages)
         if accelerator.is_main_process:
             whole: Any = accelerator.unwrap_model(task)
             state = {
@@ -189,6 +192,7 @@ class Training:
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "random": random,
+                "averages": averages,
             }
             tracker.sync()
             checkpoint.save_state(self.folder, step, state, lambda to: self.export(to, whole, step), self.config.keep)
@@ -224,6 +228,8 @@ class Training:
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.history = list(state["history"])
+        index, count = accelerator.process_index, accelerator.num_processes
+        self.averages.load(state.get("averages", []), index, count, accelerator.device)
         if len(state["random"]) == accelerator.num_processes:
             set_random_state(state["random"][accelerator.process_index])
         else:
@@ -323,6 +329,8 @@ def _run(
 
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
+    if not start:
+        tracker.text("recipe", OmegaConf.to_yaml(OmegaConf.structured(config)), 0)
     watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(
@@ -344,6 +352,7 @@ def _run(
             stop=stop,
             progress=progress,
             observer=task,
+            averages=training.averages,
         )
     if stop.received is None and (not training.history or training.history[-1]["step"] != steps):
         look(steps)  # a signal had ended the last one

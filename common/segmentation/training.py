@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -254,6 +255,8 @@ def _train(
 
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
+    if not start:
+        tracker.text("recipe", OmegaConf.to_yaml(OmegaConf.structured(config)), 0)
     watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(
@@ -274,6 +277,7 @@ def _train(
             save_due=training.due,
             stop=stop,
             progress=progress,
+            averages=training.averages,
         )
     if stop.received is None and training.counts is None:  # killed between its last step and its end
         look(steps)

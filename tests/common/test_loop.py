@@ -15,8 +15,9 @@ from ranks import ranks
 from torch import Tensor, nn
 
 from common import ema, sampling
+from common.averages import Averages
 from common.errors import Refusal
-from common.loop import _mean, fit
+from common.loop import fit
 from common.optim import clip_gradients
 from common.segmentation.data import IGNORED
 from common.segmentation.training import Segmentation
@@ -259,14 +260,23 @@ def one_meets_it(rank: int, processes: int) -> dict[str, Any]:
     return mine
 
 
+def step_means(results: list[dict[str, Tensor]]) -> dict[str, float]:
+    """What is logged of one step with these parts."""
+    averages = Averages()
+    averages.add(results, 0.0, taken=True)
+    found = averages.means(Accelerator(cpu=True))
+    assert found.pop("gradient_norm") == 0
+    return found
+
+
 def test_a_pair_is_averaged_over_what_it_counts() -> None:
     results = [
         {"loss": torch.tensor(1.0), "right": torch.tensor([1, 4])},
         {"loss": torch.tensor(2.0), "right": torch.tensor([5, 6])},
         {"loss": torch.tensor(6.0), "right": torch.tensor([0, 0])},
     ]
-    assert _mean(Accelerator(cpu=True), results) == {"loss": 3.0, "right": pytest.approx(0.6)}
-    assert _mean(Accelerator(cpu=True), results[2:])["right"] == 0
+    assert step_means(results) == {"loss": 3.0, "right": pytest.approx(0.6)}
+    assert step_means(results[2:])["right"] == 0
 
 
 def test_ignored_pixels_leave_a_segmentation_the_same_in_one_part_and_in_several() -> None:
@@ -284,7 +294,7 @@ def test_ignored_pixels_leave_a_segmentation_the_same_in_one_part_and_in_several
             batch = sampling.Batch({"global": images[rows]}, rows, {MASK: masks[rows].to(torch.int16)})
             results.append(task(batch))
             (results[-1]["loss"] / parts).backward()
-        found.append((_mean(Accelerator(cpu=True), results), head.weight.grad.clone()))
+        found.append((step_means(results), head.weight.grad.clone()))
     right = (head(images).argmax(1) == masks)[masks != IGNORED].double().mean().item()
     for numbers, gradient in found:
         assert numbers == pytest.approx(found[0][0], rel=1e-6) and numbers["pixel_accuracy"] == pytest.approx(right)

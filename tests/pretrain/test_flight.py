@@ -137,7 +137,9 @@ def test_a_passing_nan_is_recorded_survived_and_reproduced(
     assert norm[2] == "nan" and 0 < float(norm[3]) < 100
     text = (record / "record.json").read_text()
     (record / "record.json").write_text(text.replace('"terms": [[', '"terms": [[{}, {}], ['))
-    with pytest.raises(Refusal, match=r"taken by 2 processes, not 1: \S*torchrun --nproc-per-node 2 \S*pretrain/run\.py"):
+    with pytest.raises(
+        Refusal, match=r"taken by 2 processes, not 1: \S*torchrun --nproc-per-node 2 \S*pretrain/run\.py"
+    ):
         inside("--replay", record)
 
 
