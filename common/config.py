@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import Refusal, nearest
 from .launch import ROOT
+from .paths import PLACE, expanded
 
 T = TypeVar("T")
 OPTIONS_OF = "options_of"  # metadata of a dict[str, Any]: name of an entry -> the dataclass of its options, or None
@@ -169,7 +170,18 @@ def to_object(config: DictConfig, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise Refusal(f"option {error.full_key!r}: {str(error).splitlines()[0]}") from None
     assert isinstance(result, schema)
+    _put_in_place(result)
     return result
+
+
+def _put_in_place(options: Any) -> None:
+    """Make the paths among `options` absolute, in place: see `paths`."""
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if dataclasses.is_dataclass(value):
+            _put_in_place(value)
+        elif PLACE in item.metadata and value is not None:
+            setattr(options, item.name, item.metadata[PLACE](value))
 
 
 def read_yaml(path: Path, schema: Any = None) -> DictConfig:
@@ -225,9 +237,9 @@ def _keys_as_written(content: DictConfig) -> DictConfig:
 
 def find_recipe(word: str, stage: str) -> Path:
     """The file a recipe argument means: a path, the name of one of configs/<stage>, or FOLDER/NAME of any other."""
-    path = Path(word)
+    path = Path(expanded(word))
     named = ROOT / "configs" / (path.parent if len(path.parts) == 2 else stage) / f"{path.stem}.yaml"
-    return named if not path.exists() and len(path.parts) <= 2 and named.exists() else path
+    return named if not path.is_file() and len(path.parts) <= 2 and named.exists() else path
 
 
 def _recipes_nearby(path: Path) -> str:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from . import collectives, data, processes, subjects
-from .data import Images, labelled_splits
+from .data import Images, Location, labelled_splits
+from .data.location import OPTIONS, changed
 from .errors import Refusal, nearest
 from .feature_cache import cached
 from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pixels, pooled
 from .launch import set_threads
+from .paths import expanded
 from .precision import DTYPES, refuse_impossible
 from .sampling import held_out
 from .subjects import Subject
@@ -78,14 +80,14 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     word = "RUN|FILE|random|pixels|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
-    add("--ckpt", required=True, metavar=word, help="what is judged")
-    add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
-    add("--like", metavar="RUN|RECIPE", help=f"architecture of `random`{', size of `pixels`' if raw else ''} "
-        "(default: the quickstart recipe's)")  # fmt: skip
-    add("--data", metavar="SPEC", help="images, labelled but for layers (default: what the run was trained on)")
-    add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
+    add("--ckpt", required=True, type=expanded, metavar=word, help="what is judged")
+    add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME, where there is no network")
+    size = ", size of `pixels`" if raw else ""
+    add("--like", type=expanded, metavar="RUN|RECIPE",
+        help=f"architecture of `random`{size} (default: the quickstart recipe's)")  # fmt: skip
+    add_data(parser, "images, labelled but for layers (default: what the run was trained on)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="of baselines and heads (default: 0)")
-    add("--out", metavar="PATH", help="folder or .json file (default: RUN/evaluate)")
+    add("--out", type=expanded, metavar="PATH", help="folder or .json file (default: RUN/evaluate)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     usual = precision or "as trained"
     add("--precision", choices=list(DTYPES), default=precision, help=f"of the backbone (default: {usual})")
@@ -98,6 +100,27 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser, about: str) -> None:
+    """Add --data, `about` which the help says so much, and what else says where images are."""
+    add = parser.add_argument
+    add("--data", type=expanded, metavar="SPEC", help=about)
+    add("--data-root", type=expanded, metavar="DIR", help="where a named data set is looked for, and fetched to")
+    add("--data-train", type=expanded, metavar="NAME", help="sub-folder or split to train on (default: by its name)")
+    add(
+        "--data-validation",
+        type=expanded,
+        metavar="NAME",
+        help="sub-folder or split to judge on",
+    )
+    add("--data-image", metavar="COLUMN", help="of the images in hf: (default: the only one)")
+    add("--data-label", metavar="COLUMN", help="of their labels in hf: (default: the only one)")
+
+
+def given_data(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What the arguments of `add_data` say, by the names that a run stores them under."""
+    return {name: getattr(arguments, name) for name in OPTIONS.values()}
 
 
 def first_process() -> bool:
@@ -150,7 +173,7 @@ class Evaluation:
     subject: Subject
     train: Images
     test: Images
-    spec: str
+    where: Location
     note: str
     device: torch.device
     precision: str
@@ -160,6 +183,11 @@ class Evaluation:
     look: Look = field(default_factory=Look)  # at the images, before anything else
     quiet: bool = False
     began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def spec(self) -> str:
+        """The data, as they are named."""
+        return self.where.spec
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -320,11 +348,11 @@ def begin(
     device: torch.device | None = None,
     quiet: bool = False,
     raw: bool = False,
-    splits: Callable[[str, str | None], tuple[Images, Images, str]] = labelled_splits,
+    splits: Callable[[Location], tuple[Images, Images, str]] = labelled_splits,
 ) -> Evaluation:
     """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be.
 
-    `raw`: whether --ckpt pixels can be judged, too. `splits`: (spec, root) -> (training images, test images, note); for
+    `raw`: whether --ckpt pixels can be judged, too. `splits`: location -> (training images, test images, note); for
     what needs no labels, one that asks for none.
     """
     threads, _ = set_threads(arguments.threads)
@@ -343,20 +371,19 @@ def begin(
     with contextlib.nullcontext() if arguments.precision else contextlib.suppress(Refusal):
         refuse_impossible(precision, device)
         precision = precision if precision in DTYPES else "fp32"
-    spec = arguments.data or training.get("data") or "builtin"
-    root = arguments.data_root or (training.get("data_root") if arguments.data is None else None)
-    train, test, note = splits(spec, root)
+    where = changed(training, given_data(arguments))
+    train, test, note = splits(where)
     if train.labels is not None:
-        refuse_gaps(train, test, spec)
+        refuse_gaps(train, test, where.spec)
     quiet = quiet or not first_process()
     usual = training.get("max_bad") if arguments.data is None else None
     limit = Limit(arguments.max_bad or usual or "auto", len(train) + len(test), "--max-bad ").check()
     job = Evaluation(
-        name, arguments, subject, train, test, spec, note, device, precision, out, threads, limit, quiet=quiet
+        name, arguments, subject, train, test, where, note, device, precision, out, threads, limit, quiet=quiet
     )
-    for where, left_out in dict.fromkeys((images.where, images.left_out) for images in (train, test)):
+    for folder, left_out in dict.fromkeys((images.where, images.left_out) for images in (train, test)):
         if left_out:
-            job.say(f"not read in {where}: {left_out}")
+            job.say(f"not read in {folder}: {left_out}")
     if first_process():
         job.look = look_at([train, test], len(subject.description["mean"]), job.say)
     if not getattr(arguments, "resume", False):  # else by the limit that was stored, see `recipes.resumed`
@@ -364,11 +391,11 @@ def begin(
     return job
 
 
-def any_splits(spec: str, root: str | None) -> tuple[Images, Images, str]:
+def any_splits(where: Location) -> tuple[Images, Images, str]:
     """(train, test, note): labelled where both are labelled, else without labels: for `begin`, of what needs none."""
-    train, test = data.open_data(spec, "train", root), data.find(spec, "test", root, True)
+    train, test, spec = data.open_data(where), data.find(where, "test"), where.spec
     if _labelled(train) and (test is None or _labelled(test)):
-        return labelled_splits(spec, root)
+        return labelled_splits(where)
     note = f"as split in {spec}"
     if test is None:
         fit, held = held_out(len(train), 0.2, len(train))

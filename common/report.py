@@ -76,6 +76,7 @@ def write(
         "step": training.get("step"),
         "data": {
             "spec": job.spec,
+            "location": {name: value for name, value in job.where.options().items() if value and name != "data"},
             "note": job.note,
             "classes": list(job.classes),
             "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from . import checkpoint
 from . import config as configuration
 from .checkpoint import build, describe, load_exactly
+from .data.location import location_of
 from .errors import Refusal, nearest
 from .models import Backbone, ModelConfig, create
 from .models.embeddings import resize_embedding
+from .paths import expanded
 from .plan import TokenPlan
 from .transforms import PRESETS, View
 
@@ -120,13 +122,28 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bo
     return Subject(name, description, backbone.model.state_dict(), folder)
 
 
+@dataclass
+class _Recipe:
+    """Of a pretraining recipe, the texts that are read here."""
+
+    data: str
+    data_root: str | None
+    data_train: str | None
+    data_validation: str | None
+    data_image: str | None
+    data_label: str | None
+    model: ModelConfig
+    views: dict[str, View]
+
+
 def _like(word: str) -> dict[str, Any]:
     """The description of an untrained backbone, from a checkpoint's own or from a pretraining recipe."""
-    path = Path(word)
-    if path.is_dir() or path.suffix == ".safetensors":
+    path = Path(expanded(word))
+    recipe_file = configuration.find_recipe(word, "pretrain")
+    if path.suffix == ".safetensors" or (path.is_dir() and not recipe_file.is_file()):
         return checkpoint.load_backbone(path)[2]
-    path = configuration.find_recipe(word, "pretrain")
-    recipe: Any = OmegaConf.to_container(configuration.read_yaml(path))
+    path = recipe_file
+    recipe: Any = OmegaConf.to_container(configuration.read_yaml(path, _Recipe))
     model = configuration.merge(
         OmegaConf.structured(ModelConfig), recipe.get("model") or {}, f"{path} (model)", ModelConfig
     )
@@ -145,7 +162,7 @@ def _like(word: str) -> dict[str, Any]:
     position = "none" if positions == {"none"} else "full"
     backbone = create(configuration.to_object(model, ModelConfig), size)
     pooling = "class" if backbone.num_prefix_tokens and trained.keys() & set(OF_CLASS_TOKENS) else "mean"
-    training = {"data": recipe.get("data", "builtin"), "data_root": recipe.get("data_root")}
+    training = location_of(recipe).options()
     return describe(backbone, position, pooling, training)
 
 

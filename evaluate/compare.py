@@ -39,15 +39,16 @@ from common.comparison.reports import (
     fingerprints,
     open_runs,
     read_reports,
-    root_of,
 )
 from common.comparison.rows import BASELINES, title_of
 from common.comparison.spreadsheet import differences, numbers
 from common.comparison.whole import Comparison, compared
 from common.comparison.words import differences_table, notes, scores_table
+from common.data.location import OPTIONS, changed
 from common.errors import Refusal, nearest
 from common.features import KINDS
-from common.protocol import Parser, alone, chosen_device
+from common.paths import expanded
+from common.protocol import Parser, add_data, alone, chosen_device, given_data
 from common.subjects import TIMM
 
 USUAL = ("knn", "linear", "fewshot")
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         read_reports(run)
         if arguments.no_run and run.damaged:
             raise next(iter(run.damaged.values()))
-    check_data(runs, arguments.data, arguments.data_root)
+    check_data(runs, given_data(arguments))
     found = compared(runs, baselines, arguments.against, arguments.features)
     found.notes = failed + found.notes
     if all(one.stale for run in runs for one in run.reports.values()):
@@ -98,16 +99,29 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = options.add_argument
-    add("words", nargs="+", metavar="RUN|random|pixels", help="run folders or weights files, and baselines")
-    add("--against", metavar="RUN|random|pixels", help="what differences are to (default: the first run)")
+    add(
+        "words",
+        nargs="+",
+        type=expanded,
+        metavar="RUN|random|pixels",
+        help="run folders or weights files, and baselines",
+    )
+    add(
+        "--against", type=expanded, metavar="RUN|random|pixels", help="what differences are to (default: the first run)"
+    )
     usual = f"{' '.join(USUAL)}, where there are labels; {' and '.join(APART)} where they are out of date"
     add("--make", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
         f"(default: {usual})")  # fmt: skip
     add("--no-run", action="store_true", help="read what is there, and say what is missing")
     add("--features", metavar="KIND", help="class, mean or both (default: chosen by the probe, or as trained)")
-    add("--data", metavar="SPEC", help="evaluate on this; reports of other data are made again")
-    add("--data-root", metavar="DIR", help="where a named data set is looked for")
-    add("--out", metavar="FOLDER", default="compare", help="of the tables and the page (default: compare)")
+    add_data(options, "evaluate on this; reports of other data are made again")
+    add(
+        "--out",
+        type=expanded,
+        metavar="FOLDER",
+        default="compare",
+        help="of the tables and the page (default: compare)",
+    )
     add("--device", help="of the evaluations that are made")
     add("--workers", type=int, metavar="N", help="of the evaluations that are made")
     add("--threads", type=int, metavar="N", help="of the evaluations that are made")
@@ -147,7 +161,7 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         if arguments.device is not None:
             chosen_device(arguments.device)
         if arguments.data is not None:
-            data.open_data(arguments.data, "train", arguments.data_root)
+            data.open_data(changed({}, given_data(arguments)))
     return words, baselines
 
 
@@ -169,16 +183,15 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
     """Make the evaluations that are missing, damaged or stale, each by its own script; what failed, in words."""
     for run in runs:
         read_reports(run)
-    check_data(runs, arguments.data, arguments.data_root)
+    check_data(runs, given_data(arguments))
     failed = []
     for run in runs:
-        spec = arguments.data or run.training.get("data") or "builtin"
-        root = root_of(run, spec, arguments.data, arguments.data_root)
+        where = changed(run.training, given_data(arguments))
         for name in arguments.make or wanted(run):
             one = run.reports.get(name)
             if one is not None and not one.stale and not one.superseded:
                 continue
-            labels = fingerprints(spec, root) if name in WHOLE_DATA else []
+            labels = fingerprints(where) if name in WHOLE_DATA else []
             if isinstance(labels, Refusal):
                 line = f"{run.name}: {title_of(name)} is left out: {labels}"
                 print(line, flush=True)
@@ -186,7 +199,7 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
                 continue
             why = (one.stale or one.superseded) if one is not None else "damaged" if name in run.damaged else ""
             command = ["--ckpt", run.word]
-            of_data = () if name == "segmentation" else ("data", "data_root")  # masks are not where labels are
+            of_data = () if name == "segmentation" else OPTIONS.values()  # masks are not where labels are
             for option in (*of_data, "device", "workers", "threads"):
                 value = getattr(arguments, option)
                 command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []

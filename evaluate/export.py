@@ -41,13 +41,15 @@ from torch import Tensor, nn
 from common import checkpoint, data, subjects
 from common import config as configuration
 from common.checkpoint import sha256
+from common.data.location import changed
 from common.errors import Refusal
 from common.features import shown
 from common.models import Backbone
 from common.models.backbone import timm_arguments
 from common.models.irpe import PUBLISHED
+from common.paths import expanded
 from common.plan import TokenPlan
-from common.protocol import Parser, alone
+from common.protocol import Parser, add_data, alone, given_data
 from common.report import leak_note
 from common.subjects import RANDOM, Subject
 from common.unreadable import NO_LIMIT
@@ -102,14 +104,13 @@ def options() -> Parser:
     """The options of this script."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="RUN|FILE|timm:NAME", help="what is exported")
-    add("--weights", metavar="FILE", help="local weights of timm:NAME, where there is no network")
+    add("--ckpt", required=True, type=expanded, metavar="RUN|FILE|timm:NAME", help="what is exported")
+    add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME, where there is no network")
     add("--to", nargs="+", choices=KINDS, default=["timm", "safetensors"], help="(default: timm safetensors)")
-    add("--out", metavar="DIR", help="(default: RUN/export)")
+    add("--out", type=expanded, metavar="DIR", help="(default: RUN/export)")
     add("--force", action="store_true", help="replace files that are there")
     add("--images", type=int, default=16, metavar="N", help="that the files are tried on (default: 16)")
-    add("--data", metavar="SPEC", help="of those images (default: what the run was trained on)")
-    add("--data-root", metavar="DIR", help="where a named data set is looked for, and fetched to")
+    add_data(parser, "of those images (default: what the run was trained on)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
     return parser
 
@@ -130,9 +131,8 @@ def refuse_existing(out: Path, kinds: list[str], force: bool) -> None:
 def real_images(subject: Subject, arguments: argparse.Namespace) -> tuple[Tensor, str]:
     """(the first images that can be read under the evaluation transform, uint8 (b, C, h, w); what they are)."""
     about, training = subject.description, subject.description.get("training", {})
-    spec = arguments.data or training.get("data") or "builtin"
-    root = arguments.data_root or (training.get("data_root") if arguments.data is None else None)
-    whole = data.open_data(spec, "train", root)
+    where = changed(training, given_data(arguments))
+    spec, whole = where.spec, data.open_data(where)
     some = whole.subset(range(min(len(whole), arguments.images)))
     batches = shown(some, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)
     pixels = [batch for batch, _ in batches]

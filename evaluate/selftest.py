@@ -26,9 +26,10 @@ from typing import Any
 
 from common import report, subjects
 from common.commands import command
-from common.data import Images, labelled_splits
+from common.data import Images, Location, labelled_splits
 from common.errors import Refusal
 from common.neighbors import FIELD
+from common.paths import expanded
 from common.protocol import Parser, alone
 
 MODEL = "timm:vit_small_patch16_224.dino"
@@ -76,10 +77,16 @@ def main(argv: list[str]) -> int:
     """Arguments -> each evaluation's own script -> verdicts. Returns the exit status."""
     options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = options.add_argument
-    add("--weights", metavar="FILE", help="of DINO's ViT-S/16")
-    add("--data", metavar="SPEC", help="ImageNet-1k: a folder with train/ and val/, or hf:NAME")
+    add("--weights", type=expanded, metavar="FILE", help="of DINO's ViT-S/16")
+    add("--data", type=expanded, metavar="SPEC", help="ImageNet-1k: a folder with train/ and val/, or hf:NAME")
     add("--only", choices=list(CHECKS), help="one of the checks")
-    add("--out", metavar="DIR", default="runs/selftest", help="where the reports go (default: runs/selftest)")
+    add(
+        "--out",
+        type=expanded,
+        metavar="DIR",
+        default="runs/selftest",
+        help="where the reports go (default: runs/selftest)",
+    )
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     given = options.parse_args(argv)
@@ -98,7 +105,7 @@ def main(argv: list[str]) -> int:
         raise Refusal(
             "--data is missing: the published figures are of ImageNet-1k; expected a folder with its train/ and val/"
         )
-    refuse_others(*labelled_splits(given.data, None)[:2], given.data)
+    refuse_others(*labelled_splits(Location(given.data))[:2], given.data)
     verdicts = [judged(check, given) for check in checks]
     print("\n" + "\n".join(line for line, _ in verdicts))
     return 0 if all(passed for _, passed in verdicts) else 1

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from common import collectives, precision, schedules, subjects
 from common.data import Images, open_data
+from common.data.location import location_of
 from common.errors import Refusal
 from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
@@ -93,7 +94,7 @@ def assemble(
     precision.refuse_impossible(config.precision, process.device)
     chosen = resolve(config.objectives)
 
-    images = open_data(config.data, "train", config.data_root)
+    images = open_data(location_of(vars(config)))
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
     sampler = StepSampler(
@@ -129,8 +130,6 @@ def assemble(
         config.monitor.every = math.ceil(steps / 10)
         reasons["monitor.every"] = "ten times in the run"
     _settle_precision(config, task, samples, process, reasons)
-    if Path(config.data).exists():
-        config.data = str(Path(config.data).resolve())
     return Parts(
         config,
         process,
@@ -160,8 +159,11 @@ def _settle_classes(chosen: Mapping[str, Any], images: Images, reasons: dict[str
         labels = images.labels
         if labels is None or images.classes is None or not (labels >= 0).any():
             raise Refusal(
-                f"{where} reads labels, and {images.where} has none: expected one sub-folder per class (two or more, "
-                "and no images beside them), or a label column"
+                f"{where} reads labels, and {images.where} has none: "
+                + (
+                    images.no_label
+                    or "expected one sub-folder per class (two or more, and no images beside them), or a label column"
+                )
             )
         count = max(len(images.classes), int(labels.max()) + 1)
         if options.classes == "auto":

@@ -45,6 +45,7 @@ from common.checkpoint import find, load_backbone, load_exactly, write_atomicall
 from common.commands import command
 from common.errors import Refusal
 from common.models import Backbone, Features, create
+from common.paths import expanded, expanded_path
 from common.run_folder import CONFIG
 from pretrain import input_cues, objectives
 from pretrain.command import Parser
@@ -438,10 +439,10 @@ def main(argv: list[str]) -> int:
         return 0
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--ckpt", type=Path)
+    parser.add_argument("--ckpt", type=expanded_path)
     parser.add_argument("--input", action="store_true")
-    parser.add_argument("--data")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=expanded)
+    parser.add_argument("--json", type=expanded_path)
     given = parser.parse_intermixed_args(parser.as_words(argv))
     if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
         raise Refusal(f"--json {given.json}: expected the name of a file in a folder that exists")

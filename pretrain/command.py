@@ -9,13 +9,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from common import config as configuration
+from common.data.location import OPTIONS
 from common.errors import Refusal, nearest
+from common.paths import expanded_path
 from common.run_folder import CONFIG
 from pretrain import flight, objectives
 from pretrain.config import PretrainConfig, check, load, resumed
 
 FLAGS = ("--debug", "--help")  # beside those of a parser
-MOVED = ("data", "data_root")  # options that a replayed step may differ in
+MOVED = tuple(OPTIONS.values())  # options that a replayed step may differ in
 
 
 @dataclass
@@ -73,8 +75,8 @@ def parse(argv: list[str], usage: str) -> Arguments:
         sys.exit(0)
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--replay", type=Path)
+    parser.add_argument("--resume", type=expanded_path)
+    parser.add_argument("--replay", type=expanded_path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     given = parser.parse_intermixed_args(parser.as_words(argv))
@@ -119,7 +121,7 @@ def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
         check(config)
         return config, arguments.resume
     config = load(arguments.recipe, arguments.words)
-    return config, Path(config.run).resolve() if config.run else None
+    return config, Path(config.run) if config.run else None
 
 
 def written(config: PretrainConfig, reasons: dict[str, str]) -> str:

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from common import config as configuration
 from common import schedules
 from common.checkpoint import sweep, write_atomically
+from common.data.location import OPTIONS, place
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
 from common.optim import CLIP_BY
+from common.paths import expanded, path_option
 from common.run_folder import CONFIG
 from common.transforms import View, presets
 from common.unreadable import Limit
@@ -108,12 +110,22 @@ def options_of(name: str) -> type | None:
 class PretrainConfig:
     """Pretraining: a folder of unlabelled images in, a backbone out."""
 
-    run: str | None = None
+    run: str | None = field(default=None, metadata=path_option())
     """Run folder; null numbers itself below runs/. One that exists is refused (see --overwrite, --resume)."""
-    data: str = "builtin"
-    """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images."""
-    data_root: str | None = None
+    data: str = field(default="builtin", metadata=path_option(place))
+    """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images (./builtin
+    for one of such a name)."""
+    data_root: str | None = field(default=None, metadata=path_option())
     """Folder in which a named data set is looked for, and fetched to."""
+    data_train: str | None = field(default=None, metadata=path_option(expanded))
+    """Sub-folder, or split of hf:, that is trained on; of a folder "." is all of it. null: by its name, such as train,
+    training, train2017."""
+    data_validation: str | None = field(default=None, metadata=path_option(expanded))
+    """Sub-folder, or split of hf:, that evaluations judge on; null: by its name, such as test, val2017, dev."""
+    data_image: str | None = None
+    """Column of the images in hf:; null: the only one there is."""
+    data_label: str | None = None
+    """Column of their labels in hf:; null: the only one there is, by its type and name."""
     max_bad: Any = "auto"
     """Unreadable images that are borne, others taking their places: a share below 1 (0.01 or 1%), a number from 1, 0
     for none, or auto: a hundredth or, of less than 600 images, 5 but no more than a tenth."""
@@ -174,8 +186,7 @@ MAY_CHANGE = (
     "tensorboard",
     "export",
     "allow_leak",
-    "data",
-    "data_root",
+    *OPTIONS.values(),
     "run",
 )
 MAY_GROW = ("steps", "epochs")
@@ -266,8 +277,10 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
     changed = configuration.override(stored, words, PretrainConfig)
     wanted: Any = OmegaConf.to_container(changed.objectives)
     resolve(wanted)  # names an option that is misspelt
-    before = configuration.flat(OmegaConf.to_container(stored))
-    after = configuration.flat(OmegaConf.to_container(changed))
+    before, after = (
+        configuration.flat(dataclasses.asdict(configuration.to_object(each, PretrainConfig)))
+        for each in (stored, changed)
+    )
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     forbidden = []
     for name in sorted(differ):

@@ -23,11 +23,12 @@ CALIBRATION = 20  # steps, of which the first quarter warms up
 
 def dry_run(parts: Parts) -> int:
     """Print options, parameters, FLOPs, memory and speed. Every process takes part. Returns the exit status."""
-    config, process = parts.config, parts.process
+    config, process, images = parts.config, parts.process, parts.images
     accelerator = processes.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
-    for note in [f"not read: {parts.images.left_out}"] * bool(parts.images.left_out) + parts.notes:
+    said = [f"{what}: {words}" for what, words in (("splits", images.note), ("not read", images.left_out)) if words]
+    for note in said + parts.notes:
         accelerator.print(f"# {note}")
     for line in parts.look.lines("others take their places", most=LISTED) or ["all images looked at can be read"]:
         accelerator.print(line)

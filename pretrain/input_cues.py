@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.data import Images, open_data
+from common.data.location import changed
 from common.errors import Refusal
 from common.sampling import HELD_OUT_EPOCH, Samples
 from pretrain.config import PretrainConfig
@@ -25,7 +26,7 @@ DEVIATIONS = 3.29  # standard errors of a 99.9 % interval
 
 def open_images(config: PretrainConfig, data: str | None) -> Images:
     """The images to look at: those of `data`, or of the recipe. Raises Refusal if they are too few."""
-    images = open_data(data or config.data, "train", config.data_root)
+    images = open_data(changed(vars(config), {"data": data}))
     if len(images) < 4:
         raise Refusal(f"--input needs at least 4 images, found {len(images)} in {data or config.data}")
     return images

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from common import checkpoint
 from common.averages import Averages
+from common.data.location import location_of
 from common.errors import Refusal
 from common.random_state import random_state, set_random_state
 from common.tracking import Tracker
@@ -107,8 +108,7 @@ class Checkpoints:
         return {
             "recipe": self.recipe,
             "init": config.model.init,
-            "data": config.data,
-            "data_root": config.data_root,
+            **location_of(vars(config)).options(),
             "max_bad": config.max_bad,
             "data_fingerprint": self.parts.fingerprint,
             "objectives": config.objectives,
@@ -134,7 +134,7 @@ class Checkpoints:
             raise Refusal(
                 f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
                 f"(fingerprint {self.parts.fingerprint}, not {state['fingerprint']}); point "
-                "data= at the same images"
+                "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
             )
         if state is not None:
             self.recipe = state.get("recipe", self.recipe)  # not the name of the folder that is resumed

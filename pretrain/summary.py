@@ -33,6 +33,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"run        {run}" + (f"  (resumed after step {start})" if start else ""),
         f"data       {parts.images.where}: {len(parts.train):,} images to train on, "
         f"{len(parts.held_out):,} held out ({classes})",
+        *([f"splits     {parts.images.note}"] if parts.images.note else []),
         *([f"not read   {parts.images.left_out}"] if parts.images.left_out else []),
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from .. import checkpoint, report
 from .. import config as configuration
-from ..data import labelled_splits
+from ..data import Location, labelled_splits
+from ..data.location import changed, place
 from ..errors import Refusal
 from ..neighbors import FIELD
 from ..run_folder import CONFIG
@@ -205,18 +206,20 @@ def fits(outcomes: np.ndarray, images: int) -> bool:
     return known and outcomes.shape[0] > 0 and outcomes.shape[1] == images > 0 and outcomes.dtype.kind in "biuf"
 
 
-def root_of(run: Run, spec: str, data: str | None, root: str | None) -> str | None:
-    """Where a named data set is looked for: at --data-root, else where the run has it, if it is the run's own data."""
-    own = data is None and spec == run.training.get("data")
-    return root or (run.training.get("data_root") if own else None)
+def location_of_report(run: Run, found: Report, given: Mapping[str, str | None]) -> Location:
+    """Where the images of a report are now: as `given`, else as it says, or the run where they are its own data."""
+    parts = found.content["data"].get("location")
+    own = run.training if found.spec == run.training.get("data") else {}
+    return changed({**(own if parts is None else parts), "data": found.spec}, given)
 
 
-def check_data(runs: Sequence[Run], data: str | None, root: str | None) -> None:
-    """Mark reports as stale that are of other images than their data have now, or than `data`, where that is given.
+def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
+    """Mark reports as stale that are of other images than their data have now, or than the data that are `given`.
 
     Data that cannot be opened are not checked, and the report says so. A segmentation has data of its own, with masks:
     it stays, and says so.
     """
+    data = place(str(given["data"])) if given.get("data") is not None else None
     for run in runs:
         for found in run.reports.values():
             evaluation = found.content["evaluation"]
@@ -230,7 +233,7 @@ def check_data(runs: Sequence[Run], data: str | None, root: str | None) -> None:
                 continue
             if evaluation not in WHOLE_DATA:
                 continue
-            now = fingerprints(found.spec, root_of(run, found.spec, data, root))
+            now = fingerprints(location_of_report(run, found, given))
             if isinstance(now, Refusal):
                 found.note = f"whether {found.spec} is what it was could not be checked: {now}"
             elif now != [found.train, found.test]:
@@ -238,10 +241,10 @@ def check_data(runs: Sequence[Run], data: str | None, root: str | None) -> None:
 
 
 @functools.cache
-def fingerprints(spec: str, root: str | None) -> list[str] | Refusal:
+def fingerprints(where: Location) -> list[str] | Refusal:
     """Of the labelled training and test images, or why they cannot be opened. Looked at once: many runs share data."""
     try:
-        train, test, _ = labelled_splits(spec, root, download=False)
+        train, test, _ = labelled_splits(where, download=False)
     except (Refusal, OSError) as error:
         return error if isinstance(error, Refusal) else Refusal(str(error))
     return [train.fingerprint(), test.fingerprint()]

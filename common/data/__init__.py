@@ -7,15 +7,15 @@ images.read(0)                     # uint8 (3, H, W)
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import Refusal, nearest
 from . import arrays, folder, huggingface
 from .images import UNLABELLED, Images, Unreadable
+from .location import NAMED, Location
 
-__all__ = ["KNOWN", "SPLITS", "UNLABELLED", "Images", "Unreadable", "labelled_splits", "open_data"]
+__all__ = ["KNOWN", "SPLITS", "UNLABELLED", "Images", "Location", "Unreadable", "labelled_splits", "open_data"]
 
 SPLITS = ("train", "test")
 
@@ -27,44 +27,55 @@ KNOWN: dict[str, Callable[[str, str | None, bool], Images]] = {
     "cifar100": lambda *request: arrays.open_cifar("cifar100", *request),
     "stl10": arrays.open_stl,
 }
+assert tuple(KNOWN) == NAMED
 
 HELD_OUT = 0.2  # share of each class that `labelled_splits` judges on when the data brings no test split
 
 
-def open_data(spec: str, split: str = "train", root: str | None = None, download: bool = True) -> Images:
+def open_data(where: Location | str, split: str = "train", download: bool = True) -> Images:
     """The "train" or "test" split of a data set.
 
-    spec      a name in `KNOWN`, `hf:NAME_OR_PATH`, or the path of a folder: of images, with first-level sub-folders as
-              classes, or of the same in train/ and test/ (or val/, validation/), or of MNIST's IDX files
-    root      folder to look in first for fashion-mnist, cifar10, cifar100 and stl10
-    download  whether those may be fetched through torchvision when they are nowhere on this machine
+    where     a name in `KNOWN`, `hf:NAME_OR_PATH`, or the path of a folder: of images, with first-level sub-folders as
+              classes, or of the same in splits, whose names are those of `splits`, or of MNIST's IDX files; a
+              `Location` says more
+    download  whether what is known by name may be fetched through torchvision when it is nowhere on this machine
 
     Refusal when there is no such data, no such split, or no image in it.
     """
     if split not in SPLITS:
         raise Refusal(f"split={split!r}: expected 'train' or 'test'")
-    images = find(spec, split, root, download)
+    where = Location(where) if isinstance(where, str) else where
+    images = find(where, split, download)
     if images is None:
         raise Refusal(
-            f"data={spec} has no test split; expected a split or sub-folder named test, val or validation beside train"
+            f"data={where.spec} has no test split; expected a split or sub-folder named test, val or validation beside "
+            "train, or data_validation=NAME"
         )
     return images
 
 
-def find(spec: str, split: str, root: str | None, download: bool) -> Images | None:
+def find(where: Location, split: str, download: bool = True) -> Images | None:
     """As `open_data`, but None when only the test split is missing."""
-    if spec in KNOWN:
-        return KNOWN[spec](split, root, download)
-    if spec.startswith("hf:"):
-        return huggingface.open_hub(spec.removeprefix("hf:"), split)
-    path = Path(spec).expanduser()
+    where.refuse_unused()
+    images = _opened(where, split, download)
+    if images is not None and (note := where.named_as_folder()):
+        images.note = "; ".join(filter(None, (note, images.note)))
+    return images
+
+
+def _opened(where: Location, split: str, download: bool) -> Images | None:
+    spec, path = where.spec, where.path
+    if where.is_named:
+        return KNOWN[spec](split, where.root, download)
+    if where.is_hub:
+        return huggingface.open_hub(where, split)
     if spec and path.is_dir():
         if any(arrays.find_idx(path, name) for name in SPLITS):
             images = arrays.open_idx(path, split, str(path))
             if images is None and split == "train":
                 raise Refusal(f"{path} has test but no training IDX files; expected {arrays.IDX_FILES['train']}")
             return images
-        return folder.open_folder(path, split)
+        return folder.open_folder(where, split)
     if path.is_file():
         tables = {".parquet", ".arrow"}
         hint = f"write data=hf:{spec}" if path.suffix.lower() in tables else f"its folder is {path.absolute().parent}"
@@ -74,32 +85,57 @@ def find(spec: str, split: str, root: str | None, download: bool) -> Images | No
     )
 
 
-def labelled_splits(spec: str, root: str | None = None, download: bool = True) -> tuple[Images, Images, str]:
+def labelled_splits(where: Location | str, download: bool = True) -> tuple[Images, Images, str]:
     """(train, test, note) for an evaluation: every image labelled, the same classes in both.
 
-    The test split that comes with the data or, without one, a fixed fifth of each class; the note says which. Refusal
-    without labels, and when the two splits differ in their classes.
+    The test split that comes with the data or, without one, a fixed fifth of each class; the note says which, and which
+    classes have no test image. Refusal without labels, and when the test images have a class that training lacks.
     """
-    train, test = find(spec, "train", root, download), find(spec, "test", root, download)
+    where = Location(where) if isinstance(where, str) else where
+    train, test = find(where, "train", download), find(where, "test", download)
     assert train is not None
     train = only_labelled(train)
     if test is None:
         train, test = hold_out(train)
-        return train, test, (
-            f"no test split in {spec}: judged on a fixed {HELD_OUT:.0%} of each class ({len(test)} images), which a"
-            " pretraining on the same data has seen, without labels"
-        )  # fmt: skip
-    test = only_labelled(test)
-    if train.classes != test.classes:
+        note = (
+            f"no test split in {where.spec}: judged on a fixed {HELD_OUT:.0%} of each class ({len(test)} images), which"
+            " a pretraining on the same data has seen, without labels"
+        )
+        return train, test, note + (f"; {train.note}" if train.note else "")
+    test = with_classes_of(train, only_labelled(test), where.spec)
+    note = f"as split in {where.spec}"
+    if test.part:
+        note += f": {train.part or 'all of it'} is trained on, {test.part} is judged on"
+    return train, test, note + _never_judged(test)
+
+
+def with_classes_of(train: Images, test: Images, spec: str) -> Images:
+    """`test` with labels as `train` has them. Refusal where it has an image of a class that `train` lacks."""
+    assert train.classes is not None and test.classes is not None and test.labels is not None
+    if train.classes == test.classes:
+        return test
+    used = {test.classes[label] for label in np.unique(test.labels)}
+    if not used <= set(train.classes):
         raise Refusal(
             f"classes differ between the splits of {spec}: train has {some(train.classes)}, test has"
-            f" {some(test.classes)}; expected the same ones"
+            f" {some(test.classes)}; expected none that train lacks"
         )
-    return train, test, f"as split in {spec}"
+    return test.with_classes(train.classes)
+
+
+def _never_judged(test: Images) -> str:
+    """A note about classes without a test image; or nothing."""
+    classes = test.classes or ()
+    assert test.labels is not None
+    counts = np.bincount(test.labels, minlength=len(classes))
+    empty = tuple(name for name, count in zip(classes, counts, strict=False) if not count)
+    return f"; {len(empty)} of {len(classes)} classes have no test image: {some(empty, 5)}" if empty else ""
 
 
 def only_labelled(images: Images) -> Images:
     if images.labels is None or images.classes is None or not (images.labels >= 0).any():
+        if images.no_label:
+            raise Refusal(f"no labels in {images.where}: {images.no_label}")
         raise Refusal(
             f"no labels in {images.where}: expected one sub-folder per class (two or more, and no images beside them),"
             " or a label column"

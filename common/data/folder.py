@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +12,10 @@ from ..errors import Refusal
 from ..printable import printable
 from .decode import decode, endings, formats
 from .images import Images
-from .listing import LeftOut, images_of, is_hidden, walk
-
-TEST_NAMES = ("test", "val", "validation")
+from .layout import Layout, folders, layout_of, without_masks
+from .listing import LeftOut, images_of
+from .location import Location
+from .splits import judge
 
 MAX_SIZES = 4096  # files whose size enters the fingerprint: each costs a stat, slow on network disks
 
@@ -66,32 +66,29 @@ def scan(root: str) -> tuple[list[bytes], LeftOut]:
     return images_of(root, endings())
 
 
-def holds_images(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and any(True for _ in walk(str(folder), endings(), LeftOut()))
-    except OSError:
-        return False
-
-
-def classes_of(names: list[bytes]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels and class names from the first folder of each name, if every image has one and there are two or more."""
+def classes_of(
+    names: list[bytes], known: frozenset[str] = frozenset()
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels and class names from the first folder of each name, if every image has one and there are two or more, or
+    one that is among the `known` classes."""
     first = [name.partition(b"/") for name in names]
     if not all(slash for _, slash, _ in first):
         return None, None
-    folders = sorted({folder for folder, _, _ in first})
-    if len(folders) < 2:
+    classes = sorted({folder for folder, _, _ in first})
+    if len(classes) < 2 and not known.issuperset(map(printable, classes)):
         return None, None
-    index = {folder: i for i, folder in enumerate(folders)}
+    index = {folder: i for i, folder in enumerate(classes)}
     labels = np.fromiter((index[folder] for folder, _, _ in first), np.int64, len(first))
-    return labels, tuple(map(printable, folders))
+    return labels, tuple(map(printable, classes))
 
 
-def load(root: str) -> Images:
-    """All images under `root`; Refusal when there are none."""
+def load(root: str, known: frozenset[str] = frozenset()) -> Images:
+    """All images under `root`, and the classes that their first folders are, or the one among the `known`; Refusal when
+    there are no images."""
     names, left = scan(root)
     if not names:
         raise Refusal(no_images(printable(root), left))
-    labels, classes = classes_of(names)
+    labels, classes = classes_of(names, known)
     images = Images(Files(root, names), printable(root), labels, classes)
     images.left_out = left.note(names, labels is not None)
     return images
@@ -105,27 +102,33 @@ def no_images(root: str, left: LeftOut) -> str:
     return f"no images in {root}: only other files ({seen}); {expected}{hint}"
 
 
-def open_folder(path: Path, split: str) -> Images | None:
+def open_folder(where: Location, split: str) -> Images | None:
     """The `split` of a folder, or None when it has no test split. Refusal when there is nothing to read."""
-    root = str(path)
-    train = training_folder(path)
-    if train is None:
-        return load(root) if split == "train" else None
+    layout = layout_of(where, endings())
+    division = layout.division
+    train = "." if division is None else division.train
     if split == "train":
-        return load(str(train))
-    candidates = [load(str(path / name)) for name in TEST_NAMES if holds_images(path / name)]
-    # ImageNet's test images come without labels, its val images with them: only a labelled split can judge.
-    return next((images for images in candidates if images.labels is not None), next(iter(candidates), None))
-
-
-def training_folder(path: Path) -> Path | None:
-    """PATH/train where the folder is laid out in splits, None where PATH itself holds the images."""
-    train = path / "train"
-    if not holds_images(train):
+        images = _part(layout, train, where.train is not None)
+        images.note = "; ".join(filter(None, (images.note, layout.note)))
+        return images
+    if division is None:
         return None
-    if any((path / name).is_dir() for name in TEST_NAMES):
-        return train
-    # No other split beside it: `train` may be the railway class of bus/ car/ train/.
-    siblings = [entry for entry in path.iterdir() if entry != train and not is_hidden(entry.name)]
-    railway = any(map(holds_images, siblings)) and not any(entry.is_dir() for entry in train.iterdir())
-    return None if railway else train
+    training = layout.root / train
+    inner = training if where.train is not None else without_masks(training, endings())[0]
+    known = frozenset(map(printable, folders(inner)))
+    return judge(
+        division,
+        lambda name: _part(layout, name, where.validation is not None, known),
+        lambda images: images.labels is not None,
+        printable(str(layout.root)),
+    )
+
+
+def _part(layout: Layout, name: str, asked: bool, known: frozenset[str] = frozenset()) -> Images:
+    """The images of a part; where it was not `asked` for by name, without the masks in it."""
+    folder, note = layout.root / name, ""
+    if not asked:
+        folder, note = without_masks(folder, endings())
+    images = load(str(folder), known)
+    images.part, images.note = "" if name == "." else printable(name), note
+    return images

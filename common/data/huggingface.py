@@ -6,6 +6,7 @@ The encoded bytes are read from the Arrow table and decoded by us, like any file
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,26 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import Refusal
+from ..printable import printable
 from .decode import decode
 from .images import UNLABELLED, Images
+from .listing import is_hidden
+from .location import Location
+from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of
 
-TEST_NAMES = ("test", "validation", "val")
-LABEL_NAMES = ("label", "labels", "fine_label")
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "target",
+    "targets",
+    "class",
+    "classes",
+    "category",
+    "cls",
+    "fine_label",
+    "coarse_label",
+)
+CANONICAL = {("coarse_label", "fine_label"): "fine_label"}  # CIFAR-100's own choice
 
 IDENTITY_SAMPLES = 256  # images whose bytes enter the fingerprint
 
@@ -64,30 +80,49 @@ class Rows:
         return digest.digest()
 
 
-def open_hub(name: str, split: str) -> Images | None:
-    """The `split` of the data set `name`, or None when it has no test split. Refusal when it cannot be had or used."""
-    splits = load_splits(name)
-    table = choose(splits, split)
-    if table is None:
+def open_hub(where: Location, split: str) -> Images | None:
+    """The `split` of a Hugging Face data set, or None when it has no test split. Refusal when it cannot be had or
+    used."""
+    shown = where.spec
+    splits = load_splits(where)
+    division = division_of(splits, where)
+    if split == "train":
+        images = open_table(splits, division.train, where)
+        images.note = "; ".join(filter(None, (division.note() if len(splits) > 1 else "", images.note)))
+        return images
+    if len(splits) == 1:
         return None
-    where = f"hf:{name}"
+    found = judge(division, lambda name: (name, splits[name]), lambda part: is_labelled(part[1], where), shown)
+    return None if found is None else open_table(splits, found[0], where)
+
+
+def open_table(splits: dict[str, Any], name: str, where: Location) -> Images:
+    """The split `name`."""
+    table, shown = splits[name], where.spec
     if len(table) == 0:
-        raise Refusal(f"{where}: the {split} split is empty; expected at least one image")
-    column = image_column(table, where)
+        raise Refusal(f"{shown}: the split {name} is empty; expected at least one image")
+    table, column = image_column(table, where)
     if table._indices is not None:  # rows chosen or shuffled before saving: put the table itself in that order
         table = table.flatten_indices()
-    labels, classes = label_column(table, splits)
-    return Images(Rows(table, column, where), where, labels, classes)
+    label, why = label_name(table, where)
+    labels, classes = (None, None) if label is None else labels_of(table, label, splits)
+    images = Images(Rows(table, column, shown), shown, labels, classes)
+    images.part, images.no_label = name if len(splits) > 1 else "", why
+    if label == "fine_label" and "coarse_label" in table.features and where.label is None:
+        images.note = "labels are those of fine_label, not coarse_label"
+    elif why:
+        images.note = f"no labels: {why}"
+    return images
 
 
-def load_splits(name: str) -> dict[str, Any]:
+def load_splits(where: Location) -> dict[str, Any]:
     """Split name -> datasets.Dataset."""
+    name, path = where.spec.removeprefix("hf:"), where.path
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise Refusal(f"data=hf:{name} needs the package `datasets`: pip install datasets") from error
-    path = Path(name).expanduser()
     if not path.exists() and (name[:1] in "/.~" or name.count("/") > 1):
         raise Refusal(f"data=hf:{name}: no such file or folder; expected parquet, arrow, an image folder or a hub name")
     try:
@@ -98,8 +133,13 @@ def load_splits(name: str) -> dict[str, Any]:
             loaded = datasets.load_dataset(kind, data_files=str(path))
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            loaded = datasets.load_dataset(str(path))
+            files = files_of_splits(path)
+            if len(loaded) < len(files):  # `datasets` knows fewer names than `splits`, and none with a capital
+                loaded = datasets.load_dataset(str(path), data_files=files)
         else:
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else name)
+            loaded = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         expected = "a folder or file that `datasets` reads"
@@ -109,59 +149,125 @@ def load_splits(name: str) -> dict[str, Any]:
     return {str(key): table for key, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
 
 
-def choose(splits: dict[str, Any], split: str) -> Any:
-    if split == "train":
-        if "train" not in splits and len(splits) > 1:
-            raise Refusal(f"no split named 'train' among {', '.join(map(repr, splits))}; expected one")
-        return splits["train"] if "train" in splits else next(iter(splits.values()))
-    if len(splits) == 1:
-        return None
-    tests = [splits[name] for name in TEST_NAMES if name in splits]
-    # Hidden test labels are published as -1: such a split cannot judge, the validation split beside it can.
-    return next((table for table in tests if is_labelled(table)), next(iter(tests), None))
+def files_of_splits(folder: Path) -> dict[str, str]:
+    """{split: pattern of its files} of the sub-folders and files in `folder` that have names of splits; none where
+    they do not include a training split and another one."""
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        inner = (folder / name).is_dir()
+        stem = name if inner else name.partition(".")[0].partition("-00")[0]  # train-00000-of-00002.parquet
+        if is_hidden(name) or role_of(stem) is None:
+            continue
+        found[stem] = f"{stem}/**" if inner else f"{stem}[.-]*"
+    roles = {role_of(stem) for stem in found}
+    usable = all(stem.isidentifier() for stem in found)  # what `datasets` takes for the name of a split
+    return found if TRAIN in roles and len(roles) > 1 and usable else {}
 
 
-def is_labelled(table: Any) -> bool:
-    name = label_name(table)
-    return name is not None and any(value is not None and value >= 0 for value in table[name][:1000])
+def division_of(splits: dict[str, Any], where: Location) -> Division:
+    """Which splits serve as what. Raises Refusal where their names leave that open."""
+    names, shown = list(splits), where.spec
+    for asked, option in ((where.train, "data_train"), (where.validation, "data_validation")):
+        if asked is not None and asked not in splits:
+            raise Refusal(f"{option}={asked}: no such split in {shown}; there is {', '.join(map(repr, names))}")
+    if where.train is None and len(names) == 1 and role_of(names[0]) not in (VALIDATION, TEST):
+        return Division(names[0], (), ())
+    return divide(names, where.train, where.validation, shown)
 
 
-def image_column(table: Any, where: str) -> str:
+def is_labelled(table: Any, where: Location) -> bool:
+    """Whether any of the first images has a label: hidden test labels are published as -1."""
+    if where.label is not None and where.label not in table.features:
+        return False
+    name, _ = label_name(table, where)
+    if name is None:
+        return False
+    values = table.with_format(None)[name][:1000]
+    return any(value is not None and (isinstance(value, str) or value >= 0) for value in values)
+
+
+def image_column(table: Any, where: Location) -> tuple[Any, str]:
+    """(the table, the name of its image column). Raises Refusal where there is none, or several and no choice."""
     from datasets import Image
 
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    seen = ", ".join(f"{name} ({type_name(feature)})" for name, feature in table.features.items())
+    if where.image is not None:
+        if where.image not in table.features:
+            raise Refusal(f"data_image={where.image}: no such column in {where.spec}; there are {seen}")
+        if where.image not in columns:
+            raise Refusal(f"data_image={where.image}: that column of {where.spec} holds no images, but {seen}")
+        return table, where.image
     if not columns:
-        seen = ", ".join(f"{name} ({type_name(feature)})" for name, feature in table.features.items())
-        raise Refusal(f"{where} has no image column, only {seen}; expected one of the feature type Image")
-    return "image" if "image" in columns else columns[0]
+        raise Refusal(f"{where.spec} has no image column, only {seen}; expected one of the feature type Image")
+    if len(columns) > 1:
+        raise Refusal(
+            f"{where.spec} has several columns of images, {', '.join(columns)}: choose one with data_image=NAME "
+            "(--data-image NAME)"
+        )
+    return table, columns[0]
 
 
 def type_name(feature: Any) -> str:
     return getattr(feature, "dtype", None) or type(feature).__name__
 
 
-def label_name(table: Any) -> str | None:
+def can_label(feature: Any) -> bool:
+    """Whether values of this type are classes: ClassLabel, whole numbers, texts, and true and false."""
+    dtype = getattr(feature, "dtype", "")
+    return isinstance(dtype, str) and dtype.startswith(("int", "uint", "string", "large_string", "bool"))
+
+
+def label_name(table: Any, where: Location) -> tuple[str | None, str]:
+    """(the name of the label column, why there is none). Raises Refusal for a chosen column that holds no labels."""
     from datasets import ClassLabel
 
     features = table.features
-    named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    whole = [name for name in LABEL_NAMES if getattr(features.get(name), "dtype", "").startswith(("int", "uint"))]
-    return next((name for name in LABEL_NAMES if name in named), None) or next(iter([*whole, *named]), None)
+    what = "expected whole numbers, texts, true and false, or a ClassLabel"
+    if where.label is not None:
+        if where.label not in features:
+            raise Refusal(f"data_label={where.label}: no such column in {where.spec}; there is {', '.join(features)}")
+        if not can_label(features[where.label]):
+            raise Refusal(
+                f"data_label={where.label}: that column of {where.spec} is of type {type_name(features[where.label])}: "
+                f"{what}"
+            )
+        return where.label, ""
+    named = [name for name in features if name.lower() in LABEL_NAMES]
+    candidates = [name for name in features if isinstance(features[name], ClassLabel)]
+    candidates += [name for name in named if name not in candidates and can_label(features[name])]
+    if len(candidates) == 1:
+        return candidates[0], ""
+    if candidates:
+        chosen = CANONICAL.get(tuple(sorted(candidates)))
+        return chosen, "" if chosen else (
+            f"several columns may be labels, {', '.join(candidates)}: choose one with data_label=NAME "
+            "(--data-label NAME)"
+        )  # fmt: skip
+    wrong = [f"{name} is of type {type_name(features[name])}" for name in named]
+    return None, f"{', '.join(wrong)}, and is no label: {what}" if wrong else ""
 
 
-def label_column(table: Any, splits: dict[str, Any]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels and class names; plain integers are classes 0 … largest of any split."""
-    name = label_name(table)
-    if name is None:
-        return None, None
+def labels_of(table: Any, name: str, splits: dict[str, Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and class names of a column: plain whole numbers are classes 0 to the largest of any split; texts, true
+    and false are classes in the order of their names."""
 
-    def values(of: Any) -> np.ndarray:
-        column = of.with_format(None)[name][:]
-        return np.array([UNLABELLED if value is None or value < 0 else value for value in column], np.int64)
+    def values(of: Any) -> list[Any]:
+        return list(of.with_format(None)[name][:])
 
-    labels = values(table)
-    names = getattr(table.features[name], "names", None)
+    feature = table.features[name]
+    if getattr(feature, "names", None) is None and not feature.dtype.startswith(("int", "uint")):
+        texts = [None if value is None else str(value) for value in values(table)]
+        classes = sorted({text for text in texts if text is not None})
+        numbers = {text: number for number, text in enumerate(classes)}
+        labels = [UNLABELLED if text is None else numbers[text] for text in texts]
+        return np.array(labels, np.int64), tuple(map(printable, classes))
+
+    def whole(of: Any) -> np.ndarray:
+        return np.array([UNLABELLED if value is None or value < 0 else value for value in values(of)], np.int64)
+
+    names = getattr(feature, "names", None)
     if names is None:
-        largest = max(int(values(of).max(initial=-1)) for of in splits.values() if name in of.features)
+        largest = max(int(whole(of).max(initial=-1)) for of in splits.values() if name in of.features)
         names = [str(k) for k in range(largest + 1)]
-    return labels, tuple(names)
+    return whole(table), tuple(names)

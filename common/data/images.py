@@ -53,6 +53,9 @@ class Images:
     labels    (n,) int64 class of each image, -1 for an unlabelled one; None when the data has no labels at all
     classes   names of the classes, or None
     left_out  what is kept with the images and not read, in words; mostly nothing
+    part      sub-folder or split that these are, where a data set is divided
+    note      which part of the data set serves as what, in words; mostly nothing
+    no_label  why there are no labels, where that is not plain
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Images:
         self.where = where
         self.labels: np.ndarray | None = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
-        self.left_out = ""
+        self.left_out = self.part = self.note = self.no_label = ""
         self._source = source
         self._indices: np.ndarray | None = indices  # into the source; None is all of it, in its own order
 
@@ -109,8 +112,18 @@ class Images:
         labels = None if self.labels is None else self.labels[chosen]
         inner = chosen if self._indices is None else self._indices[chosen]
         part = Images(self._source, self.where, labels, self.classes, inner)
-        part.left_out = self.left_out
+        for name in ("left_out", "part", "note", "no_label"):
+            setattr(part, name, getattr(self, name))
         return part
+
+    def with_classes(self, classes: Sequence[str]) -> Images:
+        """The same images, their labels numbered as these `classes` are, among which theirs have to be."""
+        assert self.labels is not None and self.classes is not None
+        numbers = {name: number for number, name in enumerate(classes)}
+        table = np.array([numbers.get(name, UNLABELLED) for name in self.classes] + [UNLABELLED])
+        same = self.subset(np.arange(len(self)))
+        same.labels, same.classes = table[self.labels], tuple(classes)
+        return same
 
     def fingerprint(self) -> str:
         """16 hex digits of what is in here: the same data kept at another path has the same ones."""

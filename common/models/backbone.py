@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import Refusal, nearest
+from ..paths import if_there, path_option
 from ..plan import PlanSpec, TokenPlan
 from . import plain
 from .embeddings import resize_without_antialiasing
@@ -38,6 +39,11 @@ CARRIERS = ("relative_position_bias_table", "pos_embed")  # of Swin and BEiT; of
 # What tells a token its place in a model that can leave it out from pass to pass, and is frozen where every pass does:
 # the position embedding; tables of iRPE; SP-ViT's prior and its convolutions.
 POSITIONAL = re.compile(r"pos_embed$|\.rpe_[qkv]\.|\.attn\.(w1\.|w2$|b2$)|\.pos_block\.")
+
+
+def _is_name(init: str) -> bool:
+    """Whether model.init names published weights, and no file."""
+    return init.startswith("timm:")
 
 
 @dataclass
@@ -63,10 +69,12 @@ class ModelConfig:
     measured."""
     position_embedding: str = "learned"
     """Of plain ViTs: learned, or sincos (fixed 2-D sine-cosine, never trained, as in MAE and DropPos)."""
-    init: str | None = None
+    init: str | None = field(
+        default=None, metadata=path_option(lambda init: init if _is_name(init) else if_there(init))
+    )
     """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors; heads are
     fresh. null: from scratch."""
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=path_option())
     """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import UNLABELLED, Images, open_data
+from ..data import UNLABELLED, Images, Location, open_data
 from ..data.decode import open_picture, upright
 from ..data.folder import Files, scan
 from ..data.images import Arrays
+from ..data.layout import IMAGES, MASKS, folders
 from ..data.listing import with_links
+from ..data.splits import divide, judge, role_of
 from ..errors import Refusal
 from ..launch import usable_cores
 from ..printable import printable
@@ -31,7 +34,6 @@ VOID = {1: (255,), 2: (255, 65535)}  # values of files of so many bytes a pixel 
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"  # comes with ADE20K; the last column is the name
 CLASSES = "classes.txt"
-TEST_NAMES = ("val", "validation", "test")
 MOST_CLASSES = 1 << 15  # an int16 holds them
 MASK_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")  # of PIL; the others hold colours
 LAYOUTS = (
@@ -84,19 +86,20 @@ class Scenes(Images):
         return hashlib.sha256(super().fingerprint().encode() + self._masks.identity()).hexdigest()[:16]
 
 
-def open_scenes(spec: str, root: str | None = None) -> tuple[Scenes, Scenes, str]:
+def open_scenes(where: Location | str) -> tuple[Scenes, Scenes, str]:
     """(training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
 
-    Every mask is read once, so that a label that is no class is met before anything is trained. `root` is not used.
+    Every mask is read once, so that a label that is no class is met before anything is trained.
     """
+    where = Location(where) if isinstance(where, str) else where
+    spec, folder = where.spec, where.path
     if spec == "builtin":
         return compose("train"), compose("test"), f"scenes of 1-4 items of Fashion-MNIST on {CANVAS}x{CANVAS} pixels"
-    folder = Path(spec).expanduser()
     if not folder.is_dir():
         raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
     if (folder / "annotations" / "training").is_dir():
         return _open_ade(folder)
-    split, held = _find_splits(folder)
+    split, held, divided = _find_splits(where)
     if held is not None and _pictures(held[0]) == 0:
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
     names = _named(folder, *(pair for pair in (split, held) if pair is not None))
@@ -108,7 +111,7 @@ def open_scenes(spec: str, root: str | None = None) -> tuple[Scenes, Scenes, str
         train, test = train.subset(fit), train.subset(rest)
         note = f"no test split in {spec}: judged on a fixed fifth, which a pretraining on the same data has seen"
     else:
-        test, note = _survey(*held, names), f"as split in {spec}"
+        test, note = _survey(*held, names), f"as split in {spec}: {divided}"
     train, test = _with_classes(train, test, spec, names)
     return train, test, note + _never_seen(train)
 
@@ -224,16 +227,41 @@ def _pictures(folder: Path) -> int:
     return len(scan(str(folder))[0]) if folder.is_dir() else 0
 
 
-def _find_splits(folder: Path) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
-    """(images, masks) of the training split, and of the test split if there is one."""
-    for inner in (lambda kind, split: folder / kind / split, lambda kind, split: folder / split / kind):
-        train = inner("images", "train"), inner("masks", "train")
-        if train[0].is_dir():
-            tests = [(inner("images", name), inner("masks", name)) for name in TEST_NAMES]
-            return train, next((pair for pair in tests if pair[0].is_dir()), None)
-    if not (folder / "images").is_dir():
-        raise Refusal(f"data={folder} has no masks that are found: expected {LAYOUTS}")
-    return (folder / "images", folder / "masks"), None
+def _find_splits(where: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] | None, str]:
+    """(images, masks) of the training split, and of the split to judge on if there is one; which they are. Raises
+    Refusal."""
+    folder = where.path
+    images, masks = _kind(folder, IMAGES, "images"), _kind(folder, MASKS, "masks")
+    if images.is_dir():
+        names = [name for name in folders(images) if role_of(name) is not None or name == where.train]
+        pairs = {name: (images / name, _alike(masks, name)) for name in names}
+        if not names:
+            return (images, masks), None, ""
+    else:
+        inner = {name: _kind(folder / name, IMAGES, "images") for name in folders(folder)}
+        pairs = {name: (path, _kind(folder / name, MASKS, "masks")) for name, path in inner.items() if path.is_dir()}
+        if not pairs:
+            raise Refusal(f"data={folder} has no masks that are found: expected {LAYOUTS}")
+    for asked, option in ((where.train, "data_train"), (where.validation, "data_validation")):
+        if asked is not None and asked not in pairs:
+            raise Refusal(f"{option}={asked}: no such split of images in {folder}; there is {', '.join(pairs)}")
+    division = divide(list(pairs), where.train, where.validation, str(folder))
+    tests = division.tests[::-1]  # validation first: test masks are seldom published
+    held = judge(replace(division, tests=tests), pairs.__getitem__, lambda pair: pair[1].is_dir(), str(folder))
+    judged = next((name for name, pair in pairs.items() if pair == held), "")
+    return pairs[division.train], held, f"{division.train} is trained on, {judged} is judged on"
+
+
+def _kind(folder: Path, names: Collection[str], usual: str) -> Path:
+    """The sub-folder of images, or of masks, by its name."""
+    found = [name for name in folders(folder) if name.lower() in names]
+    return folder / (usual if usual in found or len(found) != 1 else found[0])
+
+
+def _alike(folder: Path, name: str) -> Path:
+    """The sub-folder `name`, in any case."""
+    there = folders(folder) if folder.is_dir() else []
+    return folder / next((each for each in [name, *there] if each in there and each.lower() == name.lower()), name)
 
 
 def _named(folder: Path, *pairs: tuple[Path, Path]) -> list[str] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import recipes, schedules
 from ..errors import Refusal, nearest
+from ..paths import if_there, path_option
 from ..transforms import height_width
 
 HEADS = ("linear", "knn", "upernet")
@@ -20,7 +21,7 @@ ONE_CYCLE = (25.0, 1e4)  # begins at 1/25 of the peak, ends at 1/10,000 of where
 class SegmentationConfig:
     """Segmentation. A recipe file of configs/evaluate, flags, and key=value words all set these."""
 
-    like: str | None = None
+    like: str | None = field(default=None, metadata=path_option(if_there))
     """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
     head: str = "linear"
     """linear (batch norm and a 1x1 convolution on final-norm tokens), knn (votes of patches), or upernet."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pictures import photo, save
 
-from common.data import Images, Unreadable, labelled_splits, open_data
+from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.arrays import EXTRACT, EXTRACT_SPLITS
 from common.errors import Refusal
 from common.printable import printable
@@ -276,11 +276,11 @@ def write_mnist(folder: Path, gz: str = ".gz", count: int = 6) -> None:
 @pytest.mark.parametrize(("inner", "gz"), [("", ".gz"), ("", ""), ("raw", ""), ("FashionMNIST/raw", ".gz")])
 def test_idx_files_by_path_and_by_root(tmp_path, inner, gz):
     write_mnist(tmp_path / inner, gz)
-    for images in (open_data(str(tmp_path), "test"), open_data("fashion-mnist", "test", root=str(tmp_path))):
+    for images in (open_data(str(tmp_path), "test"), open_data(Location("fashion-mnist", str(tmp_path)), "test")):
         assert len(images) == 6 and labels(images) == [0, 1] * 3
         assert images.read(1, channels=1)[0, 0].tolist() == [17, 18, 19, 20]
     assert open_data(str(tmp_path)).classes == ("0", "1")
-    assert "Ankle boot" in (open_data("fashion-mnist", root=str(tmp_path)).classes or ())
+    assert "Ankle boot" in (open_data(Location("fashion-mnist", str(tmp_path))).classes or ())
 
 
 def test_fashion_mnist_in_the_cache_and_nowhere(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_fashion_mnist_in_the_cache_and_nowhere(tmp_path, monkeypatch):
     write_mnist(Path(os.environ["XDG_CACHE_HOME"]) / "poslabel" / "FashionMNIST" / "raw")
     assert len(open_data("fashion-mnist", download=False)) == 6
     with pytest.raises(Refusal, match="no such folder"):
-        open_data("fashion-mnist", root=str(tmp_path / "typo"))
+        open_data(Location("fashion-mnist", str(tmp_path / "typo")))
 
 
 def test_idx_files_that_are_none(tmp_path):
@@ -319,9 +319,9 @@ def test_cifar_through_torchvision(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     with pytest.raises(Refusal, match="cifar10 is not here: looked in"):
-        open_data("cifar10", root=str(tmp_path))
+        open_data(Location("cifar10", str(tmp_path)))
     (tmp_path / Fake.base_folder).mkdir()
-    images = open_data("cifar10", root=str(tmp_path))
+    images = open_data(Location("cifar10", str(tmp_path)))
     assert labels(images) == [1, 0]
     assert images.read(0).shape == (3, 32, 32) and images.read(0)[:, 5, 5].tolist() == [1, 2, 3]
 
@@ -338,11 +338,11 @@ def test_stl_has_unlabelled_images_after_the_labelled(tmp_path):
     np.array([1, 2], np.uint8).tofile(folder / "train_y.bin")
     np.array([1, 2, 1], np.uint8).tofile(folder / "test_y.bin")
     (folder / "class_names.txt").write_text("airplane\nbird\n")
-    images = open_data("stl10", root=str(tmp_path))
+    images = open_data(Location("stl10", str(tmp_path)))
     assert labels(images) == [0, 1, -1]
     for copy in (images, pickle.loads(pickle.dumps(images))):
         assert copy.read(2)[:, 0, 95].tolist() == [9, 9, 9] and copy.read(2).sum() == 27
-    train, test, _ = labelled_splits("stl10", str(tmp_path))
+    train, test, _ = labelled_splits(Location("stl10", str(tmp_path)))
     assert len(train) == 2 and len(test) == 3
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from reports_by_hand import comparer, maker, right, rows_of, standard, write
 
 from common import bootstrap
-from common.comparison.reports import open_runs, root_of
+from common.comparison.reports import Report, location_of_report, open_runs
 from common.comparison.settings import settings, unlike
+from common.data import Location
 from common.errors import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +212,7 @@ def test_what_is_damaged_is_made_again(make, compare, script, monkeypatch, tmp_p
 
     def mend(name, command):
         assert (name, command) == ("knn", ["--ckpt", str(a)])
-        train, test = main.__globals__["fingerprints"]("builtin", None)
+        train, test = main.__globals__["fingerprints"](Location("builtin"))
         data = {"train": {"fingerprint": train}, "test": {"fingerprint": test}}
         standard(a, 0.7, 0, data={"spec": "builtin"} | data)
         return 0
@@ -225,9 +226,16 @@ def test_what_is_damaged_is_made_again(make, compare, script, monkeypatch, tmp_p
 
 def test_data_are_looked_for_in_one_place(make):
     (run,) = open_runs([str(make("a", data="stl10", data_root="/own"))])
-    assert root_of(run, "stl10", None, None) == "/own"
-    assert root_of(run, "stl10", None, "/given") == root_of(run, "stl10", "stl10", "/given") == "/given"
-    assert root_of(run, "stl10", "stl10", None) is root_of(run, "cifar10", None, None) is None
+
+    def looked_for(spec, data, root, **location):
+        report = Report(Path("knn.json"), {"data": {"spec": spec, **location}}, {})
+        return location_of_report(run, report, {"data": data, "data_root": root})
+
+    assert looked_for("stl10", None, None).root == "/own"
+    assert looked_for("stl10", None, "/given").root == looked_for("stl10", "stl10", "/given").root == "/given"
+    assert looked_for("stl10", "stl10", None).root is looked_for("cifar10", None, None).root is None
+    judged = looked_for("hf:x/y", None, None, location={"data_validation": "dev"})
+    assert (judged.spec, judged.validation, judged.root) == ("hf:x/y", "dev", None)
 
 
 # ----------------------------------------------------------------------------------------------------- paths and words

@@ -27,7 +27,7 @@ def test_every_number_has_its_card_and_its_images(name, make_run, script, data, 
     assert script(name).main(["--ckpt", str(run), *WORDS, *JOBS[name]]) == 0
     content, outcomes = read(run / "evaluate" / f"{name}.json")
 
-    train, test, _ = labelled_splits(str(data), None)
+    train, test, _ = labelled_splits(str(data))
     protocol = content["protocol"]
     assert protocol["id"].startswith(name) and protocol["selection"]
     assert protocol["transform"] == {"name": "evaluation", "size": [8, 8], "crop": 1.0, "interpolation": "bicubic"}
@@ -53,7 +53,7 @@ def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_p
     write_images(folder / "train", 12, seed=0)
     write_images(folder / "test", 120, seed=1)
     (folder / "test" / "notes.txt").write_text("no image")
-    test = labelled_splits(str(folder), None)[1]
+    test = labelled_splits(str(folder))[1]
     victims = [3, 200]
     for at in victims:
         with open(test.name(at), "wb") as file:

@@ -96,8 +96,8 @@ def test_what_a_comment_says_of_the_schedule_is_what_the_recipe_does(name: str) 
 
 
 def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
-    kept, out = held_out(len(open_data("builtin", "train", None)), 0.1, load(RECIPES["quickstart"], []).monitor.most)
-    training, test, _ = labelled_splits("builtin", None)
+    kept, out = held_out(len(open_data("builtin")), 0.1, load(RECIPES["quickstart"], []).monitor.most)
+    training, test, _ = labelled_splits("builtin")
     small = (ROOT / "configs" / "evaluate" / "finetune_small.yaml").read_text()
     readme = (ROOT / "README.md").read_text()
     for text, said in (

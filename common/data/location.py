@@ -1,0 +1,96 @@
+"""Where images are: a data set, which of its parts serve as what, and which columns hold what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import Refusal
+from ..paths import absolute, expanded
+
+NAMED = ("builtin", "fashion-mnist", "cifar10", "cifar100", "stl10")
+HUB = "hf:"
+OPTIONS = {  # field of a Location -> the option that sets it
+    "spec": "data",
+    "root": "data_root",
+    "train": "data_train",
+    "validation": "data_validation",
+    "image": "data_image",
+    "label": "data_label",
+}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where images are. What is None is decided by names: of folders, splits and columns."""
+
+    spec: str = "builtin"  # one of NAMED, hf:NAME_OR_PATH, or the path of a folder
+    root: str | None = None  # folder in which a named data set is looked for, and fetched to
+    train: str | None = None  # sub-folder or split to train on; of a folder "." is all of it
+    validation: str | None = None  # sub-folder or split to judge on
+    image: str | None = None  # column of the images (hf:)
+    label: str | None = None  # column of their labels (hf:)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a data set known by name: the name goes before a folder that is called so."""
+        return self.spec in NAMED
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether Hugging Face's `datasets` reads it."""
+        return self.spec.startswith(HUB)
+
+    @property
+    def path(self) -> Path:
+        """The path, of a folder or of what follows hf:."""
+        return Path(expanded(self.spec.removeprefix(HUB)))
+
+    def options(self) -> dict[str, str | None]:
+        """{name of the option: value}, as a run stores it."""
+        return {OPTIONS[name]: value for name, value in asdict(self).items()}
+
+    def refuse_unused(self) -> None:
+        """Raises Refusal if a part or a column is named where there is none to choose."""
+        columns = () if self.is_hub else ("image", "label")
+        for name in ("train", "validation", *columns) if self.is_named else columns:
+            if getattr(self, name) is not None:
+                kinds = "hf:NAME" if name in ("image", "label") else "a folder, or hf:NAME"
+                raise Refusal(
+                    f"{OPTIONS[name]}={getattr(self, name)} goes with {kinds}, and data={self.spec} is none: "
+                    "leave it out"
+                )
+
+    def named_as_folder(self) -> str:
+        """A note where a folder of the working directory has the name that was taken for something else; or nothing."""
+        if self.is_named and Path(self.spec).is_dir():
+            return f"{self.spec} is the data set of that name, not the folder here: that is data=./{self.spec}"
+        name = self.spec.removeprefix(HUB)
+        if self.is_hub and name[:1] not in ("", ".", "/", "~") and Path(name).exists():
+            return f"{self.spec} is what lies here under that name, not a data set of the hub"
+        return ""
+
+
+def place(spec: str) -> str:
+    """`spec` as it is stored: a path is made absolute, if it was taken for one and is there."""
+    where = Location(spec)
+    if where.is_named or not spec or not where.path.exists():
+        return spec
+    return (HUB if where.is_hub else "") + absolute(str(where.path))
+
+
+def location_of(options: Mapping[str, Any]) -> Location:
+    """The location that the options of a run, or what it stored of them, say."""
+    given = {field: options.get(name) for field, name in OPTIONS.items()}
+    spec = given.pop("spec")
+    return Location("builtin" if spec is None else spec, **given)
+
+
+def changed(stored: Mapping[str, Any], given: Mapping[str, str | None]) -> Location:
+    """The location that `given` options ask for; other data than the `stored` ones share none of their settings."""
+    before = location_of(stored) if given.get("data") is None else Location(str(given["data"]))
+    before = replace(before, spec=place(before.spec))
+    known = {field: given.get(name) for field, name in OPTIONS.items() if field != "spec"}
+    return replace(before, **{field: value for field, value in known.items() if value is not None})

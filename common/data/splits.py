@@ -1,0 +1,106 @@
+"""The names of splits, in folders, in Hugging Face's tables and beside masks: train, Training, val2017, test-dev, …"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import Refusal
+from ..printable import printable
+
+T = TypeVar("T")
+TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
+
+_WORDS = {
+    TRAIN: "train|training|trn|trainval",
+    VALIDATION: "val|valid|validation|validate|dev|devel|development|eval|evaluation|holdout|heldout",
+    TEST: "test|testing|tst",
+    UNLABELLED: "unlabeled|unlabelled|unsupervised",
+}
+# trainset, testdata, and CycleGAN's trainA
+_TOKENS = {role: re.compile(f"(?:{words})(?:sets?|data|images?|imgs?|split|[ab])?") for role, words in _WORDS.items()}
+_BEFORE = {"data", "dataset", "ilsvrc", "image", "images", "img", "imgs", "split"}  # ILSVRC2012_img_train
+_AFTER = _BEFORE | {"challenge", "fold", "full", "mini", "of", "part", "px", "set", "small", "std", "subset", "v", "x"}
+
+
+def role_of(name: str) -> str | None:
+    """The role that a split of this name has: TRAIN, VALIDATION, TEST or UNLABELLED; None for any other name."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(hold|held)[-_ ]out", r"\1out", name.lower()))
+    while words and words[0] in _BEFORE:
+        words.pop(0)
+    roles = [next((role for role, token in _TOKENS.items() if token.fullmatch(word)), None) for word in words]
+    known = all(role is not None or word in _AFTER for role, word in zip(roles, words, strict=True))
+    return roles[0] if roles and known else None
+
+
+@dataclass(frozen=True)
+class Division:
+    """What the parts of a data set are for."""
+
+    train: str
+    tests: tuple[tuple[str, ...], ...]  # parts that may judge; those of the first role are asked first
+    unused: tuple[str, ...]
+
+    def note(self) -> str:
+        """Which part serves as what, in a line."""
+        kept = [name for names in self.tests for name in names]
+        said = [f"{_listed(['all of it' if self.train == '.' else self.train])} trained on"]
+        said += [f"{_listed(kept)} kept to judge on"] if kept else []
+        said += [f"{_listed(self.unused)} not used"] if self.unused else []
+        return "; ".join(said)
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return f"{', '.join(map(printable, names[:most]))}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def divide(names: Sequence[str], train: str | None, validation: str | None, where: str) -> Division:
+    """Which of the parts `names` of `where` serve as what; `train` and `validation` choose some by name. Raises Refusal
+    where that is open."""
+    by_role: dict[str | None, list[str]] = {}
+    for name in names:
+        by_role.setdefault(role_of(name), []).append(name)
+    if train is None:
+        alike = [name for name in by_role.get(TRAIN, []) if name != validation]
+        if len(alike) != 1:
+            what = f"{', '.join(alike)} are all training splits by their names" if alike else "no training split"
+            raise Refusal(
+                f"{where}: {what}, among {', '.join(map(printable, names))}: say which is to be trained on with "
+                "data_train=NAME (--data-train NAME)"
+            )
+        train = alike[0]
+    tests = [tuple(name for name in by_role.get(role, []) if name != train) for role in (TEST, VALIDATION)]
+    if validation is not None:
+        tests = [(validation,)]
+    taken = {train, *(name for each in tests for name in each)}
+    return Division(train, tuple(filter(None, tests)), tuple(name for name in names if name not in taken))
+
+
+def judge(division: Division, open_part: Callable[[str], T], has_labels: Callable[[T], bool], where: str) -> T | None:
+    """The part to judge on, opened: the first role of which one has labels; without labels, the first role.
+
+    ImageNet's test images come without labels, its validation images with them. None where no part is there. Raises
+    Refusal where two parts have the same role.
+    """
+    first: list[tuple[str, T]] = []
+    for names in division.tests:
+        opened = [(name, open_part(name)) for name in names]
+        labelled = [(name, part) for name, part in opened if has_labels(part)]
+        if len(labelled) > 1:
+            _refuse_alike([name for name, _ in labelled], where)
+        if labelled:
+            return labelled[0][1]
+        first = first or opened
+    if len(first) > 1:
+        _refuse_alike([name for name, _ in first], where)
+    return first[0][1] if first else None
+
+
+def _refuse_alike(names: Sequence[str], where: str) -> None:
+    raise Refusal(
+        f"{where}: {', '.join(names)} have the same role by their names: say which is to be judged on with "
+        "data_validation=NAME (--data-validation NAME)"
+    )
