@@ -8,11 +8,11 @@
     accelerate launch evaluate/segmentation.py --ckpt runs/mine --resume
 
 --data is `builtin` (items of Fashion-MNIST on a canvas, with their masks), ADE20K's folder, or one with images/train,
-masks/train, images/val, masks/val, whose masks are PNGs of class indices with 255 where there is none. A recipe is a
-file, or a name in configs/evaluate; flags and key=value words change it. The last step's model is judged. Beside it
-stand an untrained backbone, for a frozen one also raw pixels, and the class that most training pixels are of. Writes
-RUN/evaluate/segmentation.json (of other heads segmentation_HEAD.json) and, in a folder of the same name,
-predictions.png and a folder for each training. One process or many (DDP).
+masks/train, images/val, masks/val, whose masks are PNGs of class indices with 255 where there is none (and 0, with
+--reduce-zero-label yes). A recipe is a file, or a name in configs/evaluate; flags and key=value words change it. The
+last step's model is judged. Beside it stand an untrained backbone, for a frozen one also raw pixels, and the class that
+most training pixels are of. Writes RUN/evaluate/segmentation.json (of other heads segmentation_HEAD.json) and, in a
+folder of the same name, predictions.png and a folder for each training. One process or many (DDP).
 """
 
 import sys
@@ -26,6 +26,7 @@ from common.launch import entry  # first: it sets what torch reads when it is im
 # isort: split
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,9 +70,14 @@ def main(argv: list[str]) -> int:
     device = chosen_device(arguments.device)
     check_tensorboard(config.tensorboard)
     name = "segmentation" if config.head == "linear" else f"segmentation_{config.head}"
-    job = begin(name, arguments, device=device, quiet=not first_process(), splits=open_scenes)
+    splits = functools.partial(open_scenes, reduce_zero=config.reduce_zero_label)
+    job = begin(name, arguments, device=device, quiet=not first_process(), splits=splits)
     job.name = "segmentation"
-    recipe, config = recipes.resumed(job, SegmentationConfig, recipe, config) if arguments.resume else (recipe, config)
+    if arguments.resume:
+        asked = config.reduce_zero_label
+        recipe, config = recipes.resumed(job, SegmentationConfig, recipe, config)
+        if config.reduce_zero_label != asked:  # as it was begun
+            job.train, job.test, job.note = open_scenes(job.where, config.reduce_zero_label)
     subject, note = resized(job, config)
     processes.join(cpu=device.type == "cpu")
     accelerator = processes.accelerator(job.precision)
@@ -219,6 +225,7 @@ def protocol(job: Evaluation, recipe: str | None, config: SegmentationConfig) ->
     """The settings, as the report tells them."""
     changed = recipes.changed(recipe, config)
     quiet = {*recipes.FREE, "like", "size", "short", "long", "frozen", "mode", "stride", "judge_every"}
+    quiet.add("reduce_zero_label")  # what it gave is in the fingerprints and in the note on the data
     name = config.head if recipe is None else recipe.removeprefix("segmentation_")
     return {
         "id": f"segmentation/{name}" + (f", changed: {', '.join(changed)}" if changed else ""),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,25 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import UNLABELLED, Images, Location, open_data
-from ..data.decode import open_picture, upright
+from ..data import Images, Location, open_data
 from ..data.folder import Files, scan
 from ..data.images import Arrays
 from ..data.layout import IMAGES, MASKS, folders
 from ..data.listing import with_links
 from ..data.splits import divide, judge, role_of
 from ..errors import Refusal
-from ..launch import usable_cores
 from ..printable import printable
 from ..sampling import generator, held_out
+from .masks import IGNORED, FileMasks, Labels, Survey, settle, survey
 
-IGNORED = UNLABELLED  # in memory
-VOID = {1: (255,), 2: (255, 65535)}  # values of files of so many bytes a pixel that mean "ignore this pixel"
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"  # comes with ADE20K; the last column is the name
 CLASSES = "classes.txt"
-MOST_CLASSES = 1 << 15  # an int16 holds them
-MASK_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")  # of PIL; the others hold colours
 LAYOUTS = (
     "images/training, annotations/training and the same with validation (ADE20K), images/train, masks/train and the "
     "same with val, train/images, train/masks and the same with val, or images and masks"
@@ -86,10 +80,11 @@ class Scenes(Images):
         return hashlib.sha256(super().fingerprint().encode() + self._masks.identity()).hexdigest()[:16]
 
 
-def open_scenes(where: Location | str) -> tuple[Scenes, Scenes, str]:
+def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scenes, Scenes, str]:
     """(training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
 
     Every mask is read once, so that a label that is no class is met before anything is trained.
+    reduce_zero  whether label 0 means none and label 1 is the first class: yes, no, or auto, see `masks.settle`
     """
     where = Location(where) if isinstance(where, str) else where
     spec, folder = where.spec, where.path
@@ -98,12 +93,14 @@ def open_scenes(where: Location | str) -> tuple[Scenes, Scenes, str]:
     if not folder.is_dir():
         raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
     if (folder / "annotations" / "training").is_dir():
-        return _open_ade(folder)
+        return _open_ade(folder, reduce_zero)
     split, held, divided = _find_splits(where)
     if held is not None and _pictures(held[0]) == 0:
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
     names = _named(folder, *(pair for pair in (split, held) if pair is not None))
-    train = _survey(*split, names)
+    surveys = [_survey(*pair) for pair in (split, held) if pair is not None]
+    labels = settle(surveys, names, reduce_zero, None)
+    train = _scenes(surveys[0], labels, names)
     if held is None:
         fit, rest = held_out(len(train), 0.2, len(train))
         if not len(rest):
@@ -111,116 +108,43 @@ def open_scenes(where: Location | str) -> tuple[Scenes, Scenes, str]:
         train, test = train.subset(fit), train.subset(rest)
         note = f"no test split in {spec}: judged on a fixed fifth, which a pretraining on the same data has seen"
     else:
-        test, note = _survey(*held, names), f"as split in {spec}: {divided}"
+        test, note = _scenes(surveys[1], labels, names), f"as split in {spec}: {divided}"
     train, test = _with_classes(train, test, spec, names)
-    return train, test, note + _never_seen(train)
+    return train, test, f"{note}; {labels}{_never_seen(train)}"
 
 
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def read_mask(path: str | Path) -> np.ndarray:
-    """Class indices as a file holds them, int32 (H, W), IGNORED where it says to ignore: 255, and of 16 bits also
-    65535. Of a palette's picture it is the indices, whatever their colours. Raises Refusal for colours."""
-    shown = printable(os.fspath(path))
-    try:
-        with open_picture(np.fromfile(path, np.uint8)) as (image, header):
-            if image.mode not in MASK_MODES or image.format == "JPEG":
-                what = "a JPEG, which changes values" if image.format == "JPEG" else f"a picture of mode {image.mode}"
-                raise Refusal(
-                    f"the mask {shown} is {what}: expected a PNG of one channel with class indices (mode L, P or 16 "
-                    "bits), 255 where there is none"
-                )
-            if image.format == "PNG" and {"L;2", "L;4"} & {str(tile[3]) for tile in image.tile}:
-                raise Refusal(
-                    f"the mask {shown} is a grey PNG of less than 8 bits a pixel, whose values are stretched when it "
-                    "is read: write it with 8 bits, or with a palette"
-                )
-            values = np.asarray(image)
-    except Refusal:
-        raise
-    except Exception as error:  # decoders raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Refusal(f"the mask {shown} cannot be read: {printable(reason)}; write it anew") from None
-    deep = values.dtype.itemsize > 1
-    values = upright(torch.from_numpy(values.astype(np.int32))[None], header.orientation)[0].contiguous().numpy()
-    values[np.isin(values, VOID[2 if deep else 1])] = IGNORED
-    return values
-
-
-class _FileMasks:
-    """Masks in files. `reduce`: label 0 is ignored, and label 1 the first class (ADE20K)."""
-
-    def __init__(self, files: Files, reduce: bool) -> None:
-        self.files, self.reduce = files, reduce
-
-    def read(self, i: int) -> np.ndarray:
-        values = read_mask(self.files.path(i))
-        if self.reduce:
-            values = np.where(values > 0, values - 1, IGNORED)
-        if values.size and int(values.max()) >= MOST_CLASSES:
-            raise Refusal(
-                f"the mask {self.files.name(i)} has label {int(values.max())}: expected class indices below "
-                f"{MOST_CLASSES:,}, or 255 or 65535 where there is none"
-            )
-        return values.astype(np.int16)
-
-    def identity(self) -> bytes:
-        return self.files.identity() + bytes([self.reduce])
-
-
-def _survey(images: Path, masks: Path, names: Sequence[str] | None, reduce: bool = False) -> Scenes:
+def _survey(images: Path, masks: Path) -> Survey:
     """The images of a folder with their masks, all of which are looked at. Raises Refusal."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise Refusal(f"no folder {folder}; expected {LAYOUTS}")
-    found, left = scan(str(images))
+    names, left = scan(str(images))
     masks_of = with_links(*scan(str(masks)))  # one mask may serve many images
     by_stem = {os.path.splitext(name)[0]: name for name in masks_of}
-    lacking = [printable(name) for name in found if os.path.splitext(name)[0] not in by_stem]
+    lacking = [printable(name) for name in names if os.path.splitext(name)[0] not in by_stem]
     if lacking:
         more = ", …" if len(lacking) > 3 else ""
         raise Refusal(
-            f"{len(lacking)} of {len(found)} images in {images} have no mask of the same stem in {masks}: "
+            f"{len(lacking)} of {len(names)} images in {images} have no mask of the same stem in {masks}: "
             f"{', '.join(lacking[:3])}{more}; add their masks, or remove them"
         )
-    if not found:
+    if not names:
         raise Refusal(f"no images in {images}; expected {LAYOUTS}")
-    source = Files(str(images), found)
-    read = _FileMasks(Files(str(masks), [by_stem[os.path.splitext(name)[0]] for name in found]), reduce)
+    chosen = Files(str(masks), [by_stem[os.path.splitext(name)[0]] for name in names])
+    return survey(Files(str(images), names), chosen, left.note(names, False))
 
-    def look(i: int) -> np.ndarray:
-        values = read.read(i)
-        size = _size(source.path(i))
-        if size is not None and size != values.shape:
-            raise Refusal(
-                f"the mask {read.files.name(i)} is of {values.shape[1]}x{values.shape[0]} pixels and its image "
-                f"{source.name(i)} of {size[1]}x{size[0]}: expected the same"
-            )
-        highest = int(values.max(initial=IGNORED))
-        if names is not None and highest >= len(names):
-            raise Refusal(
-                f"the mask {read.files.name(i)} has label {highest + reduce}: expected {int(reduce)} to "
-                f"{len(names) - 1 + reduce} of {len(names)} classes, or 255"
-            )
-        return np.bincount(values[values != IGNORED].ravel(), minlength=len(names or ()))
 
-    with ThreadPoolExecutor(min(16, usable_cores())) as threads:
-        rows = list(threads.map(look, range(len(found))))
-    width = max(len(row) for row in rows)
-    pixels = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64)
-    scenes = Scenes(source, printable(str(images)), names or [str(k) for k in range(width)], read, pixels)
-    scenes.left_out = left.note(found, False)
+def _scenes(surveyed: Survey, labels: Labels, names: Sequence[str] | None) -> Scenes:
+    """The images and masks that were looked at, as scenes; without names the classes are called by their labels."""
+    pixels = surveyed.pixels(labels, names)
+    classes = names or [str(k + labels.reduce_zero) for k in range(pixels.shape[1])]
+    masks = FileMasks(surveyed.masks, labels)
+    scenes = Scenes(surveyed.images, printable(surveyed.images.root), classes, masks, pixels)
+    scenes.left_out = surveyed.left_out
     return scenes
-
-
-def _size(path: str) -> tuple[int, int] | None:
-    """(height, width) of a picture, upright; None if it cannot be read, which is told where it is used."""
-    try:
-        with open_picture(np.fromfile(path, np.uint8)) as (image, header):
-            return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
-    except Exception:
-        return None
 
 
 def _pictures(folder: Path) -> int:
@@ -285,7 +209,7 @@ def _lines(path: Path) -> list[str]:
 def _with_classes(train: Scenes, test: Scenes, spec: str, names: Sequence[str] | None) -> tuple[Scenes, Scenes]:
     """Both with the same classes; without names it is those whose labels occur. Raises Refusal."""
     if names is None:
-        seen = [np.flatnonzero(split.pixels.sum(0)).tolist() for split in (train, test)]
+        seen = [[(split.classes or ())[k] for k in np.flatnonzero(split.pixels.sum(0))] for split in (train, test)]
         if not set(seen[1]) <= set(seen[0]):
             raise Refusal(
                 f"classes differ between the splits of {spec}: training masks have labels {_listed(seen[0])}, test "
@@ -315,8 +239,8 @@ def _listed(labels: Sequence[Any], most: int = 20) -> str:
     return ", ".join(map(str, labels[:most])) + more
 
 
-def _open_ade(folder: Path) -> tuple[Scenes, Scenes, str]:
-    """ADE20K's layout: label 0, "other", is ignored, and labels 1 to 150 are the classes."""
+def _open_ade(folder: Path, reduce_zero: str) -> tuple[Scenes, Scenes, str]:
+    """ADE20K's layout. In ADE20K itself label 0, "other", is ignored, and labels 1 to 150 are the classes."""
     names = [str(k + 1) for k in range(ADE_CLASSES)]
     if (folder / CLASSES).is_file():
         names = _lines(folder / CLASSES)
@@ -326,12 +250,13 @@ def _open_ade(folder: Path) -> tuple[Scenes, Scenes, str]:
     test = folder / "images" / "validation", folder / "annotations" / "validation"
     if not _pictures(test[0]):
         raise Refusal(f"no test images in {test[0]}: add some, with their masks in {test[1]}")
-    splits = [
-        _survey(folder / "images" / split, folder / "annotations" / split, names, reduce=True)
-        for split in ("training", "validation")
-    ]
+    pairs = [(folder / "images" / split, folder / "annotations" / split) for split in ("training", "validation")]
+    surveys = [_survey(*pair) for pair in pairs]
+    labels = settle(surveys, names, reduce_zero, ADE_CLASSES)
+    splits = [_scenes(each, labels, names) for each in surveys]
     train, validation = _with_classes(splits[0], splits[1], str(folder), names)
-    return train, validation, f"as split in {folder}; label 0 is ignored{_never_seen(train)}"
+    how = "" if reduce_zero != "auto" else f" ({len(names)} classes; --reduce-zero-label no, or yes, says otherwise)"
+    return train, validation, f"as split in {folder}; {labels}{how}{_never_seen(train)}"
 
 
 # ----------------------------------------------------------------------------------------------- built-in scenes

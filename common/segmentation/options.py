@@ -10,6 +10,7 @@ from .. import recipes, schedules
 from ..errors import Refusal, nearest
 from ..paths import if_there, path_option
 from ..transforms import height_width
+from .masks import REDUCE_ZERO
 
 HEADS = ("linear", "knn", "upernet")
 SCHEDULES = ("poly", "cosine", "one-cycle", "constant")
@@ -31,6 +32,9 @@ class SegmentationConfig:
     """Four blocks, from 0, whose tokens upernet sees; null: as the architecture's authors, or a quarter apart."""
     channels: int | None = None
     """Width of upernet's decoder (LV-ViT-S and -M: 256, -L: 512); null: 256."""
+    reduce_zero_label: str = "auto"
+    """Whether label 0 means that a pixel has no class, and label 1 is the first one: yes, no, or auto: in ADE20K's
+    layout without classes.txt, or with as many classes in it as the highest label says, or with 150; else not."""
     dropout: float = 0.1
     """Share of channels that are dropped before the last layer."""
     auxiliary: float = 0.4
@@ -146,7 +150,8 @@ MOST |= dict.fromkeys(("dropout", "drop_path"), 0.99)
 def check(config: SegmentationConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
     recipes.refuse_range(config, ABOVE, LEAST, MOST)
-    for name, known in (("head", HEADS), ("schedule", SCHEDULES), ("mode", MODES)):
+    words = {"head": HEADS, "schedule": SCHEDULES, "mode": MODES, "reduce_zero_label": REDUCE_ZERO}
+    for name, known in words.items():
         value = getattr(config, name)
         if value not in known:
             raise Refusal(f"{_flag(name)} {value}: expected {', '.join(known)}{nearest(value, known)}")

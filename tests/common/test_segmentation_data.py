@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.data import open_data
 from common.errors import Refusal
-from common.segmentation.data import IGNORED, Scenes, compose, open_scenes, read_mask
+from common.segmentation.data import IGNORED, Scenes, compose, open_scenes
 
 MASK = np.array([[0, 1, 2, 255], [2, 2, 0, 1]], np.uint8)
 
@@ -80,18 +80,6 @@ def test_ade20k_leaves_label_0_out(tmp_path):
     train, test, note = open_scenes(str(tmp_path))
     assert pixels_of(train, 0) == [[IGNORED, 0, 149, IGNORED]] and len(test) == 1 and "label 0 is ignored" in note
     assert train.classes is not None and train.classes[0] == "thing 1" and len(train.classes) == 150
-
-
-def test_masks_of_every_kind(tmp_path):
-    palette = Image.fromarray(MASK, "P")
-    palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200] + [9] * 759)
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(MASK).save(tmp_path / "grey.png")
-    deep = np.array([[0, 300, 65535, 255]], np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    expected = [[0, 1, 2, IGNORED], [2, 2, 0, 1]]
-    assert read_mask(tmp_path / "palette.png").tolist() == read_mask(tmp_path / "grey.png").tolist() == expected
-    assert read_mask(tmp_path / "deep.png").tolist() == [[0, 300, IGNORED, IGNORED]]
 
 
 def test_grey_images_have_the_channels_that_are_asked_for(tmp_path):
