@@ -14,11 +14,12 @@ damaged later; damage is found by its checksums. Nothing is unpickled without to
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from safetensors.torch import load_file, save_file
 
 from .errors import Refusal
 from .models import Backbone, ModelConfig, create
+from .models.backbone import shapes
+from .models.published import differences
 from .plan import PlanSpec, TokenPlan
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
 STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, where both are exported
 PUBLIC = (WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
+MOST_PIXELS = 8192  # of a side of the images that a backbone is for
 MILESTONE = "milestone"  # an empty file that keeps its checkpoint for good
 
 
@@ -169,6 +173,8 @@ def read_description(weights: Path) -> dict[str, Any]:
         missing = {"name", "kwargs", "size", "mean", "std", "position", "weights_sha256"} - description.keys()
         if missing:
             raise Refusal(f"{path} is not a whole checkpoint description: it lacks {', '.join(sorted(missing))}")
+        if problem := _malformed(description):
+            raise Refusal(f"{path} is not a checkpoint description: {problem}")
         if sha256(weights) == description["weights_sha256"]:
             return description
         time.sleep(0.2 * attempt)
@@ -176,6 +182,40 @@ def read_description(weights: Path) -> dict[str, Any]:
         f"{weights} does not match its {path.name} (SHA-256 differs): the file is damaged, half-copied or of another "
         "run; copy both again, or take an earlier one from the run's state/ folder"
     )
+
+
+def _malformed(description: Mapping[str, Any]) -> str | None:
+    """What of a backbone.json has another type than `describe` writes, or a size beyond all images; None if nothing."""
+
+    def numbers(value: Any, low: float, high: float) -> bool:
+        return isinstance(value, list) and all(isinstance(each, (int, float)) and low <= each <= high for each in value)
+
+    size, mean, std = (description[name] for name in ("size", "mean", "std"))
+    wrong = {
+        "name, expected text": not isinstance(description["name"], str),
+        "kwargs, expected a mapping": not isinstance(description["kwargs"], dict),
+        f"size, expected two numbers up to {MOST_PIXELS}": not numbers(size, 1, MOST_PIXELS)
+        or len(size) != 2
+        or not all(isinstance(side, int) for side in size),
+        "mean, expected a list of numbers": not numbers(mean, -math.inf, math.inf) or not mean,
+        "std, expected as many positive numbers as mean has": not numbers(std, 1e-9, math.inf) or len(std) != len(mean),
+        "position, expected full or none": description["position"] not in ("full", "none"),
+        "crop, expected a share": not numbers([description.get("crop", 1.0)], 1e-9, 1),
+        "irpe, expected a mapping": not isinstance(description.get("irpe"), (dict, type(None))),
+        "training, expected a mapping": not isinstance(description.get("training", {}), dict),
+    }
+    return next((f"its {what}" for what, is_wrong in wrong.items() if is_wrong), None)
+
+
+def _refuse_others(description: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+    """Raises Refusal where the description is not of the weights `state`, before memory is taken for what it names."""
+    numbers = [description["kwargs"].get(name, 0) for name in ("depth", "depths")]
+    depth = max((each for number in numbers for each in (number if isinstance(number, (list, tuple)) else [number])))
+    if not isinstance(depth, int) or depth > len(state):
+        raise Refusal(f"{where} holds the weights of another model: its depth is not {depth!r:.20}")
+    own = shapes(_config_of(description), tuple(description["size"]))
+    if own is not None and (problems := differences(state, own)):
+        raise Refusal(f"{where} holds the weights of another model: {problems}")
 
 
 def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str, Any]]:
@@ -191,14 +231,26 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
         state = load_file(weights)
     except Exception as error:
         raise Refusal(f"{weights} cannot be read as safetensors: {error}") from error
-    backbone = build(description)
+    try:
+        _refuse_others(description, state, str(weights))
+        backbone = build(description)
+    except Refusal as refusal:
+        raise Refusal(
+            f"{weights.with_suffix('.json')}: {refusal}" if "model." in str(refusal) else str(refusal)
+        ) from None
     load_exactly(backbone.model, state, str(weights))
     return backbone.eval(), TokenPlan(description["position"]), description
 
 
 def build(description: dict[str, Any]) -> Backbone:
     """A freshly initialised backbone of the architecture that `description` names."""
-    config = ModelConfig(
+    backbone = create(_config_of(description), list(description["size"]))
+    backbone.prepare({PlanSpec(position=description["position"])})
+    return backbone
+
+
+def _config_of(description: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(
         name=description["name"],
         kwargs=dict(description["kwargs"]),
         mean=list(description["mean"]),
@@ -208,27 +260,12 @@ def build(description: dict[str, Any]) -> Backbone:
         position_embedding=description.get("position_embedding", "learned"),
         irpe=description.get("irpe"),
     )
-    backbone = create(config, list(description["size"]))
-    backbone.prepare({PlanSpec(position=description["position"])})
-    return backbone
 
 
 def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> None:
     """load_state_dict that names what does not fit: missing and extra keys, and shapes. Raises Refusal."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        problems = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in ((missing, "missing"), (extra, "unexpected"))
-            if names
-        ]
-        if shapes:
-            first = min(shapes)
-            found, expected = (tuple(tensors[first].shape) for tensors in (state, own))
-            problems.append(f"{len(shapes)} of another shape (such as {first}: {found}, expected {expected})")
-        raise Refusal(f"{where} holds the weights of another model: {', '.join(problems)}")
+    if problems := differences(state, module.state_dict()):
+        raise Refusal(f"{where} holds the weights of another model: {problems}")
     module.load_state_dict(state)
 
 

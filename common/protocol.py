@@ -81,7 +81,8 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     add = parser.add_argument
     word = "RUN|FILE|random|pixels|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
     add("--ckpt", required=True, type=expanded, metavar=word, help="what is judged")
-    add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME, where there is no network")
+    add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME; of a file with several models "
+        "FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)")  # fmt: skip
     size = ", size of `pixels`" if raw else ""
     add("--like", type=expanded, metavar="RUN|RECIPE",
         help=f"architecture of `random`{size} (default: the quickstart recipe's)")  # fmt: skip
@@ -388,6 +389,8 @@ def begin(
         job.look = look_at([train, test], len(subject.description["mean"]), job.say)
     if not getattr(arguments, "resume", False):  # else by the limit that was stored, see `recipes.resumed`
         job.refuse_unreadable()
+    if subject.notes:
+        job.say(f"weights of {subject.name}: {'; '.join(subject.notes)}")
     return job
 
 

@@ -70,6 +70,7 @@ def write(
             "recipe": training.get("recipe"),
             "trained_on": training.get("data"),
             "audit": training.get("audit"),
+            "loaded": job.subject.notes,
         },
         "weights_sha256": job.subject.weights_sha256,
         "weights_digest": digest(state) if state is not None else None,

@@ -4,24 +4,29 @@ untrained backbone."""
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from omegaconf import OmegaConf
+from timm.models._hub import download_cached_file as _from_url
 from torch import Tensor, nn
 
 from . import checkpoint
 from . import config as configuration
 from .checkpoint import build, describe, load_exactly
 from .data.location import location_of
-from .errors import Refusal, nearest
-from .models import Backbone, ModelConfig, create
+from .errors import Refusal
+from .models import Backbone, ModelConfig, create, published
+from .models.backbone import no_architecture
 from .models.embeddings import resize_embedding
+from .models.swin import alter, form
 from .paths import expanded
 from .plan import TokenPlan
 from .transforms import PRESETS, View
@@ -54,6 +59,11 @@ class Subject:
     def weights_sha256(self) -> str | None:
         """Of the weights' file; None if there is none."""
         return self.description.get("weights_sha256") if self.state is not None else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of published weights, or resized, when they were loaded."""
+        return self.description.get("loaded", [])
 
     def backbone(self, seed: int = 0) -> Backbone:
         """The frozen backbone, in eval mode; an untrained one is drawn from `seed`."""
@@ -90,8 +100,8 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bo
     """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
     `raw`, `pixels` (in the size of `like`).
 
-    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with timm's weights for
-    `timm:NAME`. Raises Refusal.
+    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with the weights of
+    `timm:NAME`, or FILE::PART where it holds several models. Raises Refusal.
     """
     if like is not None and ckpt not in (RANDOM, RAW):
         raise Refusal(
@@ -168,52 +178,74 @@ def _like(word: str) -> dict[str, Any]:
 
 def _published(name: str, weights: str | None) -> Subject:
     """timm's own weights: from the file `weights`, timm's cache, or the hub."""
-    if not timm.is_model(name):
-        create(ModelConfig(name), 224)  # refuses, with the nearest names
-    model = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
+    if reason := no_architecture(name):
+        raise Refusal(f"--ckpt {TIMM}{name}: {reason}")
+    model, notes, file = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
     config: dict[str, Any] = model.pretrained_cfg
     crop = config.get("crop_pct") or 0.875
-    backbone = create(
-        ModelConfig(name, mean=list(config["mean"]), std=list(config["std"]), crop=crop), list(config["input_size"][1:])
-    )
-    own = backbone.model.state_dict()
-    state = {key: value for key, value in model.state_dict().items() if key in own or not key.startswith("attn_pool.")}
+    options = ModelConfig(name, form(model), mean=list(config["mean"]), std=list(config["std"]), crop=crop)
+    backbone = create(options, list(config["input_size"][1:]))
+    state, left_out = _without_pooling(model.state_dict(), backbone)
     load_exactly(backbone.model, state, f"timm:{name}")
     description = describe(backbone, "full", "class" if backbone.num_prefix_tokens else "mean", {})
-    if weights is not None:
-        description["weights_sha256"] = checkpoint.sha256(Path(weights))
+    description |= {"loaded": notes + left_out, "weights_sha256": checkpoint.sha256(file)}
     return Subject(f"timm:{name}", description, state, Path("runs", f"timm-{name}", "evaluate"))
 
 
-def _timm(name: str, weights: str | None, asked: str, option: str, **kwargs: Any) -> Any:
-    """timm's model `name` with its published weights, all of them, and no classifier. Raises Refusal, which names what
-    `asked` for it and the `option` that names a file."""
-    if weights is not None and not Path(weights).is_file():
+def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
+    """(`state` without an attention pooling that the backbone does without, a sentence about it if there is one)."""
+    own = backbone.model.state_dict()
+    kept = {key: value for key, value in state.items() if key in own or not key.startswith("attn_pool.")}
+    return kept, ["its attention pooling is left out"] if len(kept) < len(state) else []
+
+
+def _timm(
+    name: str, weights: str | None, asked: str, option: str, altered: Mapping[str, bool] | None = None, **kwargs: Any
+) -> tuple[Any, list[str], Path]:
+    """(timm's model `name` with published weights, all of them, and no classifier; what was done to them; their file).
+
+    `altered`: arguments of `alter`, for a Swin. Raises Refusal, which names what `asked` for it and the `option` that
+    names a file.
+    """
+    file, _ = published.split_branch(weights) if weights is not None else (_fetched(name, asked, option), None)
+    if not file.exists():
         raise Refusal(f"{option}{weights}: no such file; expected weights of {name} as published for timm")
-    missing: list[str] = []
-    load = nn.Module.load_state_dict
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+    except Exception as error:  # no such tag, in timm's own words
+        raise Refusal(f"{asked}: {' '.join(str(error).split())[:300]}") from error
+    alter(model, **(altered or {}))
+    where = f"{asked}: {option}{weights}" if weights is not None else f"{asked}: {file}"
+    return model, published.load(model, weights or str(file), where), file
 
-    def noted(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-        result = load(module, *arguments, **options)
-        missing.extend(result.missing_keys)
-        return result
 
+def _fetched(name: str, asked: str, option: str) -> Path:
+    """The file that timm publishes for `name`: from its cache, or fetched now. Raises Refusal."""
     _notice_missing_network()
-    source = weights or "timm's cache or the Hugging Face hub"
-    overlay = {"file": weights} if weights is not None else None
-    try:  # timm unpickles with weights_only=True; without classifier it would load part of a model, and say nothing
-        with mock.patch.object(nn.Module, "load_state_dict", noted):
-            model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
-    except Exception as error:  # no network, no such tag, no weights, other shapes: each in its own words
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+        if config is None or not (config.hf_hub_id or config.url):
+            raise ValueError(f"timm publishes no weights of {name}")
+        return _from_hub(config.hf_hub_id, config.hf_hub_filename) if config.hf_hub_id else Path(_from_url(config.url))
+    except Exception as error:  # no network, no such tag, no weights: each in its own words
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Refusal(
-            f"{asked}: cannot load weights from {source} ({reason}); give a local file with {option}FILE"
+            f"{asked}: cannot load weights from timm's cache or the Hugging Face hub ({reason}); give a local file "
+            f"with {option}FILE"
         ) from error
-    if missing:
-        raise Refusal(
-            f"{asked}: {source} holds the weights of another model: {len(missing)} missing (such as {missing[0]})"
-        )
-    return model
+
+
+def _from_hub(repository: str, name: str | None) -> Path:
+    """A file of weights of a model on the hub, safetensors if there is one."""
+    repository, _, revision = repository.partition("@")
+    usual = name or "pytorch_model.bin"
+    safe = "model.safetensors" if name is None else f"{Path(name).stem}.safetensors".replace("pytorch_model", "model")
+    for each in dict.fromkeys([safe, usual] if usual.endswith(".bin") else [usual]):
+        try:
+            return Path(hf_hub_download(repository, each, revision=revision or None))
+        except EntryNotFoundError as error:
+            absent = error
+    raise absent
 
 
 def _notice_missing_network() -> None:
@@ -245,7 +277,7 @@ def begin_from(backbone: Backbone, init: str | None, weights: str | None = None)
             return ""
     with torch.random.fork_rng(devices=[]):  # the heads are those of a run from scratch
         source = _source(backbone, init, weights)
-    config, own, notes = backbone.config, backbone.model.state_dict(), []
+    config, own, notes = backbone.config, backbone.model.state_dict(), list(source.notes)
     state = dict(source.state)
     kept = [name for name in own if name.endswith(POSITION_TENSORS)] if source.position == "none" else []
     if kept:
@@ -285,6 +317,7 @@ class _Source:
     heads: list[int]
     mean: list[float]
     std: list[float]
+    notes: list[str]  # what was left out of a published file, or resized
 
 
 def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
@@ -301,20 +334,21 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
         irpe = f", model.irpe={about['irpe']}" if about.get("irpe") is not None else ""
         name = f"{about['name']} with model.kwargs={about['kwargs']}{irpe} at {trained.size[0]}x{trained.size[1]}"
         state, heads = trained.model.state_dict(), _heads(trained.model)
-        return _Source(name, state, trained.grid, about["position"], heads, list(about["mean"]), list(about["std"]))
+        return _Source(name, state, trained.grid, about["position"], heads, list(about["mean"]), list(about["std"]), [])
     name = init.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise Refusal(f"{asked}: no architecture of timm {timm.__version__}{nearest(name, timm.list_models())}")
-    # one channel where the backbone has one: timm adds up the kernels of the three
-    model = _timm(name, weights, asked, "model.weights=", in_chans=backbone.channels)
-    own, published = backbone.model.state_dict(), model.pretrained_cfg
-    state = {key: value for key, value in model.state_dict().items() if key in own or not key.startswith("attn_pool.")}
+    if reason := no_architecture(name):
+        raise Refusal(f"{asked}: {reason}")
+    # one channel where the backbone has one: the kernels of the three are added up
+    altered = {key.removeprefix("swin_"): value for key, value in form(backbone.model).items()}
+    model, notes, _ = _timm(name, weights, asked, "model.weights=", altered, in_chans=backbone.channels)
+    config: dict[str, Any] = model.pretrained_cfg
+    state, left_out = _without_pooling(model.state_dict(), backbone)
     mean, std = (
-        [sum(published[which]) / 3] if backbone.channels == 1 else list(published[which]) for which in ("mean", "std")
+        [sum(config[which]) / 3] if backbone.channels == 1 else list(config[which]) for which in ("mean", "std")
     )
     stem = getattr(model, "patch_embed", None)
     grid = tuple(getattr(stem, "grid_size", None) or backbone.grid)
-    return _Source(name, state, grid, "full", _heads(model), mean, std)  # type: ignore[arg-type]
+    return _Source(name, state, grid, "full", _heads(model), mean, std, notes + left_out)  # type: ignore[arg-type]
 
 
 def _heads(model: nn.Module) -> list[int]:

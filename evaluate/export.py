@@ -105,7 +105,8 @@ def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", required=True, type=expanded, metavar="RUN|FILE|timm:NAME", help="what is exported")
-    add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME, where there is no network")
+    words = "local weights of timm:NAME, or FILE::PART where there are several models"
+    add("--weights", type=expanded, metavar="FILE", help=words)
     add("--to", nargs="+", choices=KINDS, default=["timm", "safetensors"], help="(default: timm safetensors)")
     add("--out", type=expanded, metavar="DIR", help="(default: RUN/export)")
     add("--force", action="store_true", help="replace files that are there")

@@ -96,11 +96,14 @@ def main(argv: list[str]) -> int:
     if given.weights is None:
         print(plan(checks, given))
         return 0
-    model = subjects.find(MODEL, weights=given.weights).backbone().model
+    subject = subjects.find(MODEL, weights=given.weights)
+    model = subject.backbone().model
     found = sum(parameter.numel() for parameter in model.parameters())
     if found != PARAMETERS:
         raise Refusal(f"--weights {given.weights}: {found:,} parameters, and DINO's ViT-S/16 has {PARAMETERS:,}")
     print(f"weights     {given.weights}: every tensor of ViT-S/16 is there, {found:,} parameters", flush=True)
+    for note in subject.notes:
+        print(f"            {note}", flush=True)
     if given.data is None:
         raise Refusal(
             "--data is missing: the published figures are of ImageNet-1k; expected a folder with its train/ and val/"

@@ -25,6 +25,7 @@ class Checkpoints:
     def __init__(self, run: Path, parts: Parts, accelerator: Accelerator, recipe: str) -> None:
         self.run, self.parts, self.accelerator, self.recipe = run, parts, accelerator, recipe
         self.averages = Averages()  # of the steps since the last line of the log
+        self.begun_from = parts.init  # what was done to the weights of model.init, which a resume does not load
         self.commit = commit()
         self.saved = time.monotonic()
 
@@ -64,6 +65,7 @@ class Checkpoints:
         return {
             "step": step,
             "recipe": self.recipe,
+            "begun_from": self.begun_from,
             "fingerprint": self.parts.fingerprint,
             "task": self.accelerator.unwrap_model(task).state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -108,6 +110,7 @@ class Checkpoints:
         return {
             "recipe": self.recipe,
             "init": config.model.init,
+            "begun_from": self.begun_from or None,
             **location_of(vars(config)).options(),
             "max_bad": config.max_bad,
             "data_fingerprint": self.parts.fingerprint,
@@ -138,6 +141,7 @@ class Checkpoints:
             )
         if state is not None:
             self.recipe = state.get("recipe", self.recipe)  # not the name of the folder that is resumed
+            self.begun_from = state.get("begun_from", "")
         if self.accelerator.is_main_process:
             store(self.run, self.parts.config)
         return state

@@ -3,6 +3,7 @@
 Letters: B images, N = h*w patches, P prefix tokens (class, distillation, registers), D width.
 """
 
+import importlib
 import inspect
 import re
 import warnings
@@ -34,6 +35,11 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 ATTENTIONS = ("auto", "fused", "explicit")
 EMBEDDINGS = ("learned", "sincos")
 SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
+NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, vit_small_patch16_224.dino
+OF_THE_FACTORY = {  # what timm.create_model takes for itself: files, the network, and how a model is compiled or placed
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
+    "scriptable", "exportable", "no_jit", "features_only", "device", "dtype",
+}  # fmt: skip
 WHOLE = TokenPlan()
 CARRIERS = ("relative_position_bias_table", "pos_embed")  # of Swin and BEiT; of NesT, BEiT and EVA
 # What tells a token its place in a model that can leave it out from pass to pass, and is frozen where every pass does:
@@ -75,7 +81,8 @@ class ModelConfig:
     """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors; heads are
     fresh. null: from scratch."""
     weights: str | None = field(default=None, metadata=path_option())
-    """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub."""
+    """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub; of a file that holds
+    several models FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -302,11 +309,8 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
             f"model.position_embedding={config.position_embedding!r}: expected one of "
             f"{', '.join(EMBEDDINGS)}{nearest(config.position_embedding, EMBEDDINGS)}"
         )
-    if not timm.is_model(config.name):
-        raise Refusal(
-            f"model.name={config.name!r} is not an architecture of timm {timm.__version__}"
-            f"{nearest(config.name, timm.list_models())}; timm.list_models('vit_*') lists names"
-        )
+    if reason := no_architecture(config.name):
+        raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
     if len(config.mean) != len(config.std) or min(config.std) <= 0:
         raise Refusal(
             f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one "
@@ -356,8 +360,64 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
     return backbone
 
 
+def no_architecture(name: Any) -> str | None:
+    """Why `name` is not the name of an architecture, with or without a tag; None if it is."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return "expected a plain name, such as vit_small_patch16_224.dino: neither hf-hub: nor local-dir: nor a path"
+    if not timm.is_model(name):
+        return f"no architecture of timm {timm.__version__}{nearest(name, timm.list_models())}"
+    return None
+
+
+def refuse_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Raises Refusal unless all of `kwargs` are arguments of architectures like `name`, and plain values: numbers,
+    words, true, false, null, and lists of them. Nothing else may reach timm from somebody's config or backbone.json."""
+    module = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
+    models = [each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "forward_features")]
+    bases = {base for each in models for base in each.__mro__ if issubclass(base, nn.Module) and base is not nn.Module}
+    known = {word for base in bases for word in inspect.signature(base.__init__).parameters}
+    known = (known | set(SWIN)) - OF_THE_FACTORY - {"self", "args", "kwargs"}
+    for word, value in kwargs.items():
+        where = f"model.kwargs.{word}"
+        if word in OF_THE_FACTORY:
+            raise Refusal(
+                f"{where} is no argument of an architecture and is not passed on to timm: leave it out (weights come "
+                "from model.init and model.weights)"
+            )
+        if word not in known:
+            raise Refusal(f"{where} is no argument of {name}{nearest(str(word), known)}")
+        if not _plain(value):
+            raise Refusal(f"{where}={value!r:.60}: expected a number, a word, true, false, null or a list of them")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[str, torch.Tensor] | None:
+    """The tensors of what `create` would build, without memory for their numbers; None where that cannot be had.
+    Raises Refusal as `create` does for names and arguments."""
+    if reason := no_architecture(config.name):
+        raise Refusal(f"model.name={config.name!r}: {reason}")
+    kwargs = timm_arguments(config, size)
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = timm.create_model(config.name, **kwargs)
+            alter(model, **{key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs})
+            if config.irpe is not None:
+                add_irpe(model, **config.irpe)
+    except Exception:  # `create` says what is wrong, if anything is
+        return None
+    return model.state_dict()
+
+
 def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]:
-    """The keywords with which timm.create_model makes what `create` builds upon. Raises Refusal if they disagree."""
+    """The keywords with which timm.create_model makes what `create` builds upon. Raises Refusal if they disagree, or
+    are not for it."""
+    refuse_arguments(config.name, config.kwargs)
     kwargs = {"num_classes": 0, "img_size": size, **config.kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in SWIN}
     if len(config.mean) != 3 or "in_chans" in kwargs:

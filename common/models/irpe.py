@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.attention import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, vision_transformer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn as checkpoint_filter_fn
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -386,7 +387,7 @@ def _entrypoint(name: str, size: str, options: dict[str, Any]) -> Callable[..., 
             made,  # type: ignore[arg-type]
             name,
             pretrained,
-            pretrained_filter_fn=vision_transformer.checkpoint_filter_fn,
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
             **{"patch_size": 16, "depth": 12, **SIZES[size], **kwargs},
         )

@@ -1,5 +1,6 @@
 """Positional Label's Swin (Zhang & Gong, arXiv 2206.04981), made of timm's: no relative position bias, a depthwise
-convolution before every block, and a last stage that keeps its grid.
+convolution before every block and, in a version with absolute labels that they have deleted, a last stage that keeps
+its grid.
 
 Letters: B images, H x W patches of a stage, C its channels, M patches of a window, X windows of all images.
 
@@ -19,15 +20,20 @@ relative bias: how often a head, trained on features of pure noise from an untra
 baseline has the same convolution, and no label.
 """
 
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Refusal
+
+MERGED_FIRST = "layers.0.downsample.reduction.weight"  # only where patches are merged at the end of a stage
 
 
 def alter(model: nn.Module, conv: bool = False, bias: bool = True, merge_last: bool = True) -> None:
@@ -120,7 +126,8 @@ class UnbiasedAttention(WindowAttention):
 
 
 class Widening(nn.Module):
-    """What the authors have in place of the last PatchMerging: as many patches, and twice the channels."""
+    """As many patches, and twice the channels, in place of the last PatchMerging: so had it the authors' Swin-T with
+    absolute labels, whose code they have deleted; their released Swin-T, with relative labels, merges there too."""
 
     def __init__(self, norm: nn.Module, reduction: nn.Linear) -> None:
         super().__init__()
@@ -171,3 +178,55 @@ def _keep_last_grid(model: SwinTransformer, asked: str) -> None:
     for block in stage.blocks:
         block.attn.reset_parameters()  # a table of its own, where there is one, and not an interpolated one
     model.feature_info[-1]["reduction"] = model.feature_info[-2]["reduction"]
+
+
+# --------------------------------------------------------------------------------------------------- published files
+
+PARTS = ("patch_embed", "layers", "norm", "head")  # of a Swin; what else a file has belongs to its positional labels
+
+
+def published_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors of a published Swin under the names that timm has now, names of what was left out).
+
+    Swin's authors merge patches at the end of a stage, timm at the beginning of the next: `downsample` is one stage
+    further. Positional Label's Swin has the convolution under `cpe`, here `conv`, and the heads of its labels beside.
+    """
+    ends, labels = MERGED_FIRST in state, any(".cpe." in name for name in state)
+    named, left_out = {}, set()
+    for name, tensor in state.items():
+        if labels and name.partition(".")[0] not in PARTS:
+            left_out.add(name.partition(".")[0])
+            continue
+        if ends:
+            name = re.sub(r"^layers\.(\d+)\.downsample", lambda at: f"layers.{int(at[1]) + 1}.downsample", name)
+            name = re.sub(r"^head\.(?!fc\.)", "head.fc.", name)
+        named[name.replace(".cpe.", ".conv.")] = tensor
+    named.setdefault("head.fc.weight", torch.empty(0))  # else timm before 1.0.31 takes it for the authors' old layout
+    return named, sorted(left_out)
+
+
+def published_form(state: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The arguments of `alter` that make a Swin of timm one into which a published file's tensors `state` fit."""
+    if not any(".cpe." in name for name in state):
+        return {}
+    named, _ = published_names(state)
+    reductions = [tensor.shape for name, tensor in named.items() if name.endswith("downsample.reduction.weight")]
+    merges = not reductions or max(reductions)[1] > max(reductions)[0]  # the last has the most channels
+    return {
+        "conv": True,
+        "bias": any(name.endswith("relative_position_bias_table") for name in state),
+        "merge_last": merges,
+    }
+
+
+def form(model: nn.Module) -> dict[str, bool]:
+    """How `model` was altered, as model.kwargs; nothing if it was not."""
+    if not isinstance(model, SwinTransformer):
+        return {}
+    block: Any = model.layers[0].blocks[0]  # type: ignore[index, union-attr]
+    changed = {
+        "swin_conv": isinstance(block, ConvolvedBlock),
+        "swin_bias": not isinstance(block.attn, UnbiasedAttention),
+    }
+    changed["swin_merge_last"] = not isinstance(model, KeptSwin)
+    return changed if changed != {"swin_conv": False, "swin_bias": True, "swin_merge_last": True} else {}

@@ -32,7 +32,7 @@ def test_mistakes(script, weights, data, tmp_path, capsys):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), other)
     for words, message in (
         (["--weights", str(tmp_path / "none.pth")], "no such file"),
-        (["--weights", str(other)], "size mismatch"),
+        (["--weights", str(other)], "150 of another shape"),
         (["--weights", str(weights)], "--data is missing: the published figures are of ImageNet-1k"),
         (["--weights", str(weights), "--data", str(data)], "has 3 classes, 36 training and 21 test images"),
         (["--only", "knnn"], "knn"),
