@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import Refusal
 from .models import Backbone, ModelConfig, create
-from .models.backbone import shapes
+from .models.backbone import no_architecture, refuse_arguments, shapes
 from .models.published import differences
 from .plan import PlanSpec, TokenPlan
 
@@ -174,7 +174,7 @@ def read_description(weights: Path) -> dict[str, Any]:
         if missing:
             raise Refusal(f"{path} is not a whole checkpoint description: it lacks {', '.join(sorted(missing))}")
         if problem := _malformed(description):
-            raise Refusal(f"{path} is not a checkpoint description: {problem}")
+            raise Refusal(f"{path} is not a checkpoint description that can be used: {problem}")
         if sha256(weights) == description["weights_sha256"]:
             return description
         time.sleep(0.2 * attempt)
@@ -185,37 +185,52 @@ def read_description(weights: Path) -> dict[str, Any]:
 
 
 def _malformed(description: Mapping[str, Any]) -> str | None:
-    """What of a backbone.json has another type than `describe` writes, or a size beyond all images; None if nothing."""
+    """What in a backbone.json is of another type than `describe` writes, beyond all images, or nothing that an
+    architecture takes; None if nothing is."""
 
     def numbers(value: Any, low: float, high: float) -> bool:
         return isinstance(value, list) and all(isinstance(each, (int, float)) and low <= each <= high for each in value)
 
     size, mean, std = (description[name] for name in ("size", "mean", "std"))
-    wrong = {
-        "name, expected text": not isinstance(description["name"], str),
-        "kwargs, expected a mapping": not isinstance(description["kwargs"], dict),
-        f"size, expected two numbers up to {MOST_PIXELS}": not numbers(size, 1, MOST_PIXELS)
-        or len(size) != 2
-        or not all(isinstance(side, int) for side in size),
-        "mean, expected a list of numbers": not numbers(mean, -math.inf, math.inf) or not mean,
-        "std, expected as many positive numbers as mean has": not numbers(std, 1e-9, math.inf) or len(std) != len(mean),
-        "position, expected full or none": description["position"] not in ("full", "none"),
-        "crop, expected a share": not numbers([description.get("crop", 1.0)], 1e-9, 1),
-        "irpe, expected a mapping": not isinstance(description.get("irpe"), (dict, type(None))),
-        "training, expected a mapping": not isinstance(description.get("training", {}), dict),
+    sides = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    right = {
+        "kwargs, expected a mapping": isinstance(description["kwargs"], dict),
+        f"size, expected two whole numbers up to {MOST_PIXELS}": sides and numbers(size, 1, MOST_PIXELS),
+        "mean, expected numbers": numbers(mean, -math.inf, math.inf) and mean,
+        "std, expected as many positive numbers as mean has": numbers(std, 1e-9, math.inf) and len(std) == len(mean),
+        "position, expected full or none": description["position"] in ("full", "none"),
+        "crop, expected a share": numbers([description.get("crop", 1.0)], 1e-9, 1),
+        "irpe, expected a mapping": isinstance(description.get("irpe"), (dict, type(None))),
+        "training, expected a mapping": isinstance(description.get("training", {}), dict),
     }
-    return next((f"its {what}" for what, is_wrong in wrong.items() if is_wrong), None)
+    if wrong := [what for what, is_right in right.items() if not is_right]:
+        return f"its {wrong[0]}"
+    if reason := no_architecture(description["name"]):
+        return f"its name {description['name']!r:.60}: {reason}"
+    try:
+        refuse_arguments(description["name"], description["kwargs"])
+    except Refusal as refusal:
+        return str(refusal)
+    return None
 
 
 def _refuse_others(description: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
-    """Raises Refusal where the description is not of the weights `state`, before memory is taken for what it names."""
-    numbers = [description["kwargs"].get(name, 0) for name in ("depth", "depths")]
-    depth = max((each for number in numbers for each in (number if isinstance(number, (list, tuple)) else [number])))
-    if not isinstance(depth, int) or depth > len(state):
-        raise Refusal(f"{where} holds the weights of another model: its depth is not {depth!r:.20}")
+    """Raises Refusal where `description` is not of the weights `state`, before memory is taken for what it names."""
+    most = max([MOST_PIXELS, *(side for tensor in state.values() for side in tensor.shape)])
+    for name, value in description["kwargs"].items():
+        limit = len(state) if name in ("depth", "depths") else most
+        if wrong := [each for each in _numbers(value) if each > limit]:
+            raise Refusal(f"{where} holds the weights of another model: its {name} is not {wrong[0]:g}")
     own = shapes(_config_of(description), tuple(description["size"]))
     if own is not None and (problems := differences(state, own)):
         raise Refusal(f"{where} holds the weights of another model: {problems}")
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a value, which may be a list of lists."""
+    if isinstance(value, (list, tuple)):
+        return [number for each in value for number in _numbers(each)]
+    return [value] if isinstance(value, (int, float)) else []
 
 
 def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str, Any]]:
@@ -231,13 +246,8 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
         state = load_file(weights)
     except Exception as error:
         raise Refusal(f"{weights} cannot be read as safetensors: {error}") from error
-    try:
-        _refuse_others(description, state, str(weights))
-        backbone = build(description)
-    except Refusal as refusal:
-        raise Refusal(
-            f"{weights.with_suffix('.json')}: {refusal}" if "model." in str(refusal) else str(refusal)
-        ) from None
+    _refuse_others(description, state, str(weights))
+    backbone = build(description)
     load_exactly(backbone.model, state, str(weights))
     return backbone.eval(), TokenPlan(description["position"]), description
 

@@ -226,7 +226,9 @@ def _fetched(name: str, asked: str, option: str) -> Path:
         config = timm.models.get_pretrained_cfg(name)
         if config is None or not (config.hf_hub_id or config.url):
             raise ValueError(f"timm publishes no weights of {name}")
-        return _from_hub(config.hf_hub_id, config.hf_hub_filename) if config.hf_hub_id else Path(_from_url(config.url))
+        if config.hf_hub_id:
+            return _from_hub(config.hf_hub_id, config.hf_hub_filename)
+        return Path(_from_url(config.url))  # type: ignore[arg-type]
     except Exception as error:  # no network, no such tag, no weights: each in its own words
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Refusal(

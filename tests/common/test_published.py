@@ -50,7 +50,10 @@ WRAPPED: dict[str, tuple[Content, list[str]]] = {
     "with a classifier": (lambda s: s | HEAD, ["its classifier is left out"]),
     "DDP": (lambda s: under("module.", s), ["read from its module"]),
     "compiled": (lambda s: under("_orig_mod.", s), ["read from its _orig_mod"]),
-    "MAE": (lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=1)}, ["read from its model", "left out: args, epoch"]),
+    "MAE": (
+        lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=1)},
+        ["read from its model", "left out: args, epoch"],
+    ),
     "EMA": (
         lambda s: {"state_dict": other(s), "state_dict_ema": s},
         ["read from its state_dict_ema, not from state_dict", "left out: state_dict"],
@@ -121,7 +124,8 @@ REFUSED: dict[str, tuple[Content, str]] = {
     "no finite numbers": (nan, r"has 1 tensors with numbers that are not finite \(such as norm\.bias\)"),
     "quantised": (lambda s: s | {"norm.bias": torch.zeros(64, dtype=torch.int8)}, r"norm\.bias is of type int8"),
     "an optimizer": (
-        lambda s: {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}, r"another model: 78 missing \(such as"
+        lambda s: {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
+        r"another model: 78 missing \(such as",
     ),
     "a number": (lambda s: {"epoch": 3}, r"holds no tensors, but epoch$"),
     "a list": (lambda s: [s], r"holds a list: expected a mapping"),
