@@ -31,7 +31,7 @@ def kwargs(**words: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "a file": (kwargs(checkpoint_path="evil.pth"), r"model\.kwargs\.checkpoint_path is no argument of an architecture"),
     "the network": (kwargs(pretrained=True), r"model\.kwargs\.pretrained is no argument"),
-    "a description": (kwargs(pretrained_cfg_overlay={"url": "http://x"}), r"pretrained_cfg_overlay is no argument"),
+    "a description": (kwargs(pretrained_cfg_overlay={"file": "evil.pth"}), r"pretrained_cfg_overlay is no argument"),
     "a cache": (kwargs(cache_dir="/tmp"), r"cache_dir is no argument"),
     "a mapping": (kwargs(embed_layer={"a": 1}), r"embed_layer=\{'a': 1\}: expected a number, a word"),
     "unknown": (kwargs(embed_din=3), r"embed_din is no argument of vit_tiny_patch16_224; did you mean 'embed_dim'"),
