@@ -17,7 +17,7 @@ LINES = 500
 DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
 PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel",
-          "http://ns.adobe.com/xap", "https://git-lfs")  # fmt: skip  # the last two: how an XMP segment begins, a pointer
+          "http://ns.adobe.com/xap", "https://git-lfs")  # fmt: skip  # the last two: an XMP segment, a pointer
 
 
 def files() -> list[Path]:
