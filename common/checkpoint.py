@@ -337,16 +337,14 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def load_state(run: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run, or None if none was written yet; each damaged one is told to `warn`.
-
-    Raises Refusal if there are checkpoints and none of them is whole.
-    """
+def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
+    """The folder of the newest whole checkpoint of a run, or None if none was written yet; each damaged one is told to
+    `warn`. Raises Refusal if there are checkpoints and none of them is whole."""
     checkpoints = _checkpoints(run)
     for folder in checkpoints:
         damage = next(_damage(folder), None)
         if damage is None:
-            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            return folder
         warn(f"checkpoint {folder} is damaged ({damage}); trying the one before")
     if checkpoints:
         raise Refusal(

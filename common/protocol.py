@@ -26,6 +26,7 @@ from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_p
 from .launch import set_threads
 from .paths import expanded
 from .precision import DTYPES, refuse_impossible
+from .run_folder import refuse_links
 from .sampling import held_out
 from .subjects import Subject
 from .unreadable import LISTED, USUAL, Limit, Look, look_at
@@ -431,6 +432,8 @@ def chosen_device(wished: str | None) -> torch.device:
 
 def _out(wished: str | None, subject: Subject, name: str) -> Path:
     path = Path(wished) if wished is not None else subject.folder
+    if wished is None:  # who gives --out knows where it leads
+        refuse_links(path.parent, (path.name,))
     path = path if path.suffix == ".json" else path / f"{name}.json"
     parent = path.parent.absolute()
     while not parent.exists():

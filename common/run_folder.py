@@ -1,10 +1,16 @@
 """The folder of a run: its name, its birth in one piece, and the lock that keeps a second writer out."""
 
+import errno
+import itertools
 import os
 import shutil
+import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any
 
+from .checkpoint import PUBLIC
 from .errors import Refusal
 
 try:
@@ -12,8 +18,35 @@ try:
 except ImportError:  # Windows has no POSIX locks: two writers are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", "lock"
+# what a training writes into its run folder
+FILES = (CONFIG, LOCK, "metrics.jsonl", "unreadable.txt", *PUBLIC)
+FOLDERS = ("state", "tb", "pictures", "flight")
 WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its checkpoint
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises Refusal if any of `names` in `folder`, or anything in a sub-folder of that name, is a symbolic link: what
+    is written, or thrown away, would be somebody else's. The run folder itself may be one."""
+    for name in names:
+        below = (Path(place) / each for place, folders, files in os.walk(folder / name) for each in (*folders, *files))
+        for path in itertools.chain([folder / name], below):
+            if path.is_symlink():
+                raise Refusal(
+                    f"{path} is a link to {os.readlink(path)}: nothing is written through links in such a folder; "
+                    f"put in its place what it links to, or make {folder} itself a link to the disk with more room"
+                )
+
+
+def open_for_good(path: Path, mode: str) -> IO[Any]:
+    """Open a text file of a run to read and write ("r+") or to append ("a"), made if it is not there. Raises OSError
+    where it is a link or no file."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    number = os.open(path, flags | (os.O_APPEND if mode == "a" else 0), 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(number, mode)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -89,13 +122,17 @@ class RunLock:
         self.file = None
         if fcntl is None:
             return
-        path = run / "lock"
+        refuse_links(run, (*FILES, *FOLDERS))
+        path = run / LOCK
         try:
-            self.file = path.open("a+")
+            self.file = open_for_good(path, "r+")
         except OSError as error:
             raise Refusal(
                 f"the run folder {run} cannot be written: {error.strerror}; make it writable, or copy it"
             ) from None
+        content = self.file.read(40).strip()
+        if content and not (content.isdecimal() and len(content) < 20):  # perhaps one file under two names
+            raise Refusal(f"{path} is no lock of poslabel: expected a process number in it; remove or rename it")
         deadline = time.monotonic() + wait
         told = False
         while True:
@@ -113,7 +150,8 @@ class RunLock:
                     print(f"waiting for process {owner}, which is still writing {run}", flush=True)
                     told = True
                 time.sleep(0.2)
-        self.file.truncate(0)
+        self.file.seek(0)
+        self.file.truncate()
         self.file.write(str(os.getpid()))
         self.file.flush()
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .checkpoint import sweep, write_atomically
 from .errors import Refusal
+from .run_folder import open_for_good
 
 METRICS = "metrics.jsonl"
 
@@ -46,7 +47,7 @@ class Tracker:
             return
         again = (run / METRICS).exists()  # resumed, be it from the beginning: a run may end before its first checkpoint
         cut(run / METRICS, start)
-        self.file = (run / METRICS).open("a")
+        self.file = open_for_good(run / METRICS, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

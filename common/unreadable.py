@@ -16,6 +16,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .checkpoint import write_atomically
 from .data import Images, Unreadable
 from .errors import Refusal
 from .launch import usable_cores
@@ -190,8 +191,9 @@ def write_list(path: Path, messages: Sequence[str]) -> None:
     listed = read_list(path)
     fresh = [message for message in messages if message not in listed]
     if fresh:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(f"{message}\n" for message in fresh)
+        before = path.read_bytes() if path.exists() else b""
+        lines = "".join(f"{message}\n" for message in fresh).encode(errors="backslashreplace")
+        write_atomically(path, lambda aside: aside.write_bytes(before + lines))
 
 
 def read_list(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ from common.data.location import OPTIONS
 from common.errors import Refusal, nearest
 from common.paths import expanded_path
 from common.run_folder import CONFIG
-from pretrain import flight, objectives
+from pretrain import flight, identity, objectives
 from pretrain.config import PretrainConfig, check, load, resumed
 
 FLAGS = ("--debug", "--help")  # beside those of a parser
@@ -127,7 +127,9 @@ def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
 def written(config: PretrainConfig, reasons: dict[str, str]) -> str:
     """config.yaml: every option as it was resolved, with where the automatic ones came from."""
     lines = [f"# {name}: {reason}" for name, reason in sorted(reasons.items())]
-    return "\n".join(["# Automatic values", *lines, OmegaConf.to_yaml(OmegaConf.structured(config))])
+    return "\n".join(
+        [identity.new_line(), "# Automatic values", *lines, OmegaConf.to_yaml(OmegaConf.structured(config))]
+    )
 
 
 def help_text(usage: str) -> str:

@@ -262,6 +262,11 @@ def check(config: PretrainConfig) -> None:
         raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
 
 
+def may_change(name: str) -> bool:
+    """Whether a resume may change the option `name`, given with dots."""
+    return name in MAY_CHANGE or name.startswith(tuple(item for item in MAY_CHANGE if item.endswith(".")))
+
+
 def num_steps(config: PretrainConfig, per_epoch: int) -> int:
     """Optimizer steps of the run: `steps`, or `epochs` of `per_epoch` steps."""
     if config.steps is not None:
@@ -288,7 +293,7 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
             was, now = before.get(name), after.get(name)
             if was is None or now is None or now < was:
                 forbidden.append(f"{name} ({was} -> {now}, may only grow)")
-        elif not name.startswith(tuple(item for item in MAY_CHANGE if item.endswith("."))) and name not in MAY_CHANGE:
+        elif not may_change(name):
             forbidden.append(f"{name} ({before.get(name)} -> {after.get(name)})")
     if forbidden:
         raise Refusal(
@@ -306,14 +311,16 @@ def _stored(run: Path) -> DictConfig:
     return configuration.merge(structure, configuration.read_yaml(path, PretrainConfig), str(path), PretrainConfig)
 
 
-def store(run: Path, config: PretrainConfig) -> None:
-    """Let run/config.yaml say what was changed at this resume, so that the next one need not repeat it."""
+def store(run: Path, config: PretrainConfig, line: str | None = None) -> None:
+    """Let run/config.yaml say what was changed at this resume, so that the next one need not repeat it; and `line`, a
+    comment."""
     path, before = run / CONFIG, _stored(run)
     sweep(path)
     if config.epochs is None and config.steps == before.steps:  # they follow from the epochs, which may grow later
         config = dataclasses.replace(config, epochs=before.epochs)
     after = OmegaConf.structured(config)
-    if after != before:
-        comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    if after != before or line is not None:
+        comments = [line] if line is not None else []
+        comments += [line for line in path.read_text().splitlines() if line.startswith("#")]
         text = "\n".join([*comments, OmegaConf.to_yaml(after)])
         write_atomically(path, lambda aside: aside.write_text(text))

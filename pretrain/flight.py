@@ -28,6 +28,7 @@ from common.checkpoint import STATE, sha256, write_atomically
 from common.errors import Refusal
 from common.random_state import random_state
 from common.run_folder import CONFIG
+from common.stored_state import read_state
 
 if TYPE_CHECKING:  # the command line knows records, the audit knows the command line, and a run's parts the audit
     from pretrain.resume import Checkpoints
@@ -201,4 +202,4 @@ def state_of(folder: Path, record: Record) -> dict[str, Any]:
     path = folder / STATE
     if sha256(path) != record.state_sha256:
         raise Refusal(f"{path} is damaged (its checksum is not that in {RECORD}): take another record")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_state(path)

@@ -12,8 +12,10 @@ from common import checkpoint
 from common.averages import Averages
 from common.data.location import location_of
 from common.errors import Refusal
-from common.random_state import random_state, set_random_state
+from common.random_state import random_state
+from common.stored_state import read_checkpoint, restore
 from common.tracking import Tracker
+from pretrain import identity
 from pretrain.assemble import Parts, commit
 from pretrain.config import store
 from pretrain.task import Pretraining
@@ -64,6 +66,7 @@ class Checkpoints:
         scaler = self.accelerator.scaler
         return {
             "step": step,
+            "identity": identity.stored(self.run, self.parts.config),
             "recipe": self.recipe,
             "begun_from": self.begun_from,
             "fingerprint": self.parts.fingerprint,
@@ -132,18 +135,22 @@ class Checkpoints:
         Raises Refusal if its data are not this run's.
         """
         print_ = self.accelerator.print
-        state = checkpoint.load_state(self.run, lambda line: print_(f"warning: {line}"))
-        if state is not None and state["fingerprint"] != self.parts.fingerprint:
-            raise Refusal(
-                f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
-                f"(fingerprint {self.parts.fingerprint}, not {state['fingerprint']}); point "
-                "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
-            )
-        if state is not None:
-            self.recipe = state.get("recipe", self.recipe)  # not the name of the folder that is resumed
-            self.begun_from = state.get("begun_from", "")
+        folder = checkpoint.newest_whole(self.run, lambda line: print_(f"warning: {line}"))
+        state = None if folder is None else read_checkpoint(folder)
+        name = None
+        if folder is not None and state is not None:
+            name = identity.refuse_other(folder, state, self.run, self.parts.config)
+            if state.get("fingerprint") != self.parts.fingerprint:
+                raise Refusal(
+                    f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
+                    f"(fingerprint {self.parts.fingerprint}, not {state.get('fingerprint')}); point "
+                    "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
+                )
+            self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
+            self.begun_from = str(state.get("begun_from", ""))
         if self.accelerator.is_main_process:
-            store(self.run, self.parts.config)
+            line = f"# run {name}" if name is not None else identity.new_line()  # of runs from before there were names
+            store(self.run, self.parts.config, None if identity.name_of(self.run) is not None else line)
         return state
 
     def resume(self, task: torch.nn.Module, optimizer: Any) -> int:
@@ -153,23 +160,10 @@ class Checkpoints:
 
     def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:
         """Put `state` into the prepared task and optimizer, and the random generators; returns its step."""
-        process, accelerator = self.parts.process, self.accelerator
-        state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))  # of runs from before it was counted
-        checkpoint.load_exactly(accelerator.unwrap_model(task), state["task"], str(self.run / "state"))
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        index, count = process.process_index, process.num_processes
-        self.averages.load(state.get("averages", []), index, count, accelerator.device)
-        if len(state["random"]) == process.num_processes:
-            set_random_state(state["random"][process.process_index])
-        else:
-            accelerator.print(
-                f"note: the run was interrupted with {len(state['random'])} processes and goes on "
-                f"with {process.num_processes}: "
-                "the samples are the same, the losses not to the last bit"
-            )
-        return state["step"]
+        if isinstance(state.get("task"), dict):  # of runs from before it was counted
+            state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
+        module = self.accelerator.unwrap_model(task)
+        return restore(state, module, optimizer, self.averages, self.accelerator, self.parts.steps, self.run / "state")
 
 
 def seed_process(seed: int, process_index: int) -> None:

@@ -19,6 +19,7 @@ import pytest
 from children import TINY, Ended, Run, Train, alive
 
 from common import checkpoint
+from common.stored_state import read_checkpoint
 
 STEPS, EVERY = 30, 4  # as in tiny.yaml
 SOON = 15.0  # seconds from SIGTERM to the end; a step takes hundredths of one
@@ -278,8 +279,10 @@ def test_two_processes_are_two(stories):
     assert told.peaceful_ended.status == 0, told.peaceful_ended.stderr
     assert "2 x CPU" in told.peaceful_ended.stdout
     assert told.peaceful_ended.stdout.count("step 15/15") == 1  # the second one is quiet
-    state = checkpoint.load_state(told.peaceful.path, print)
-    assert state is not None and len(state["random"]) == 2
+    folder = checkpoint.newest_whole(told.peaceful.path, print)
+    assert folder is not None
+    state = read_checkpoint(folder)
+    assert len(state["random"]) == 2
     one, two = (generator["cpu"] for generator in state["random"])
     assert not one.equal(two)  # dropout differs between them
 

@@ -4,6 +4,7 @@ not yet saved."""
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from children import TINY, Run, training_here
 
+from common import checkpoint
 from common.errors import Refusal
 from common.sampling import Samples
 
@@ -155,6 +158,48 @@ def test_other_images_are_refused(inside, copied, images, tmp_path):
         inside("--resume", copied.path, f"data={other}")
     assert str(other) in str(refusal.value)
     assert contents(copied.path) == before
+
+
+@pytest.fixture
+def others(small, tmp_path) -> Run:
+    """A run as `small`, of another seed as far as its config.yaml says, with the state of `small`."""
+    run = Run(shutil.copytree(small.path, tmp_path / "other"))
+    config = run.path / "config.yaml"
+    text = config.read_text()
+    assert text.startswith("# run ") and "\nseed: 0\n" in text
+    config.write_text(text.replace(text[6:22], "0123456789abcdef").replace("\nseed: 0\n", "\nseed: 1\n"))
+    return run
+
+
+def test_the_state_of_another_run_is_refused_by_what_differs(inside, others, small):
+    before = contents(others.path)
+    with pytest.raises(Refusal, match=r"step_00000008 is of another run, with seed=0, here 1: put back"):
+        inside("--resume", others.path)
+    assert contents(others.path) == before
+    config = others.path / "config.yaml"  # of equal options: by its name
+    config.write_text(config.read_text().replace("\nseed: 1\n", "\nseed: 0\n"))
+    with pytest.raises(
+        Refusal, match=r"is of another run, [0-9a-f]{16} \(config\.yaml of this one says 0123456789abcdef"
+    ):
+        inside("--resume", others.path)
+
+
+def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
+    """As those from before there were names: its backbone's description says seed, batch and objectives."""
+    for folder in (others.path / "state").iterdir():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        del state["identity"]
+        torch.save(state, folder / "state.pt")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        size, digest = (folder / "state.pt").stat().st_size, checkpoint.sha256(folder / "state.pt")
+        manifest["files"]["state.pt"] = {"sha256": digest, "bytes": size}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refusal, match=r"is of another run, with seed=0, here 1"):
+        inside("--resume", others.path)
+    config = others.path / "config.yaml"
+    config.write_text(config.read_text().replace("\nseed: 1\n", "\nseed: 0\n").partition("\n")[2])
+    assert inside("--resume", others.path) == 0  # the folder of an older version, which has a name from now on
+    assert re.match(r"# run [0-9a-f]{16}\n", config.read_text())
 
 
 def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_step, tmp_path):

@@ -29,9 +29,10 @@ from ..loop import fit
 from ..models import Backbone
 from ..optim import parameter_groups
 from ..protocol import Evaluation
-from ..random_state import random_state, set_random_state
+from ..random_state import random_state
 from ..sampling import Batch, generator, loader
 from ..stopping import StopSignal
+from ..stored_state import read_checkpoint, restore
 from ..subjects import Subject
 from ..tracking import Progress, Tracker
 from ..transforms import View, height_width
@@ -215,29 +216,20 @@ class Training:
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
         checkpoint.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
 
-    def resume(self, task: nn.Module, optimizer: Any) -> int:
+    def resume(self, task: nn.Module, optimizer: Any, steps: int) -> int:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none. Raises Refusal for that of
         another training."""
         accelerator = self.accelerator
-        state = checkpoint.load_state(self.folder, lambda line: accelerator.print(f"warning: {line}"))
-        if state is None:
+        folder = checkpoint.newest_whole(self.folder, lambda line: accelerator.print(f"warning: {line}"))
+        if folder is None:
             return 0
-        self._refuse_other(state["identity"])
-        checkpoint.load_exactly(accelerator.unwrap_model(task), state["task"], str(self.folder / "state"))
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = list(state["history"])
-        index, count = accelerator.process_index, accelerator.num_processes
-        self.averages.load(state.get("averages", []), index, count, accelerator.device)
-        if len(state["random"]) == accelerator.num_processes:
-            set_random_state(state["random"][accelerator.process_index])
-        else:
-            accelerator.print(
-                f"note: begun with {len(state['random'])} processes, going on with {accelerator.num_processes}: "
-                "the images are the same, the losses not to the last bit"
-            )
-        return state["step"]
+        state = read_checkpoint(folder)
+        identity, history = state.get("identity"), state.get("history")
+        if not isinstance(identity, dict) or not isinstance(history, list):
+            raise Refusal(f"{folder} is no checkpoint of such a training: remove it, or begin again with --overwrite")
+        self._refuse_other(identity)
+        self.history = list(history)
+        return restore(state, accelerator.unwrap_model(task), optimizer, self.averages, accelerator, steps, folder)
 
     def finish(self, task: Finetuning) -> None:
         """Keep the result and the newest weights; the first process calls it."""
@@ -284,7 +276,7 @@ def train(
     prepared, optimizer = accelerator.prepare(task, torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas)))  # type: ignore[arg-type]
     torch.manual_seed(seed * 1_000_003 + accelerator.process_index)  # drop path differs between processes
     training.folder.mkdir(exist_ok=True)
-    start = training.resume(prepared, optimizer)
+    start = training.resume(prepared, optimizer, task.steps)
     if start:
         job.say(f"resumed after step {start} of {task.steps}")
     _run(job, config, training, task, prepared, optimizer, start, stop)

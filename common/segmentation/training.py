@@ -240,7 +240,7 @@ def _train(
     prepared, optimizer = accelerator.prepare(task, torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas)))  # type: ignore[arg-type]
     torch.manual_seed(seed * 1_000_003 + accelerator.process_index)  # dropout differs between processes
     training.folder.mkdir(exist_ok=True)
-    start = training.resume(prepared, optimizer)
+    start = training.resume(prepared, optimizer, steps)
     if start:
         job.say(f"resumed after step {start} of {steps}")
     sampler = StepSampler(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from common import checkpoint
 from common.errors import Refusal
 from common.models import ModelConfig, create
+from common.stored_state import read_checkpoint
 
 BOTH = (checkpoint.WEIGHTS, checkpoint.STUDENT)
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -50,9 +51,10 @@ def save(run: Path, step: int, model, keep: int = 2, milestone: bool = False, na
 def load(run: Path) -> tuple[int, list[str]]:
     """(step of the checkpoint that a resume would use, 0 for none; warnings)."""
     warnings: list[str] = []
-    state = checkpoint.load_state(run, warnings.append)
-    if state is None:
+    folder = checkpoint.newest_whole(run, warnings.append)
+    if folder is None:
         return 0, warnings
+    state = read_checkpoint(folder)
     assert torch.equal(state["task"]["weight"], torch.full((1000,), float(state["step"])))
     return state["step"], warnings
 
@@ -324,7 +326,7 @@ def test_when_all_are_damaged_the_run_is_refused(run):
         (folder / "state.pt").write_bytes(b"")
     warnings: list[str] = []
     with pytest.raises(Refusal, match=r"every checkpoint under .* is damaged: start again with --overwrite") as refusal:
-        checkpoint.load_state(run, warnings.append)
+        checkpoint.newest_whole(run, warnings.append)
     assert len(warnings) == 2 and "\n" not in str(refusal.value)
 
 

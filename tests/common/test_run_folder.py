@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from common.errors import Refusal
-from common.run_folder import CONFIG, RunLock, create, refuse_existing
+from common.run_folder import CONFIG, RunLock, create, open_for_good, refuse_existing
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +166,51 @@ def test_a_lock_that_cannot_be_written(run):
     (run / "lock").mkdir()
     with pytest.raises(Refusal, match=r"cannot be written: .*; make it writable, or copy it"):
         RunLock(run)
+
+
+# ---------------------------------------------------------------------------- links
+
+
+def test_nothing_is_written_through_a_link(run, here):
+    precious = here / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for name, target in (("lock", precious / "thesis.txt"), ("metrics.jsonl", precious / "new"), ("state", precious),
+                         ("tb", precious), ("backbone.json", precious / "thesis.txt")):  # fmt: skip
+        (run / name).symlink_to(target)
+        with pytest.raises(Refusal, match=rf"run/{name} is a link to {target}: nothing is written through links"):
+            RunLock(run)
+        (run / name).unlink()
+    (run / "pictures").mkdir()
+    (run / "pictures" / "board-00000010.png").symlink_to(precious / "thesis.txt")
+    with pytest.raises(Refusal, match=r"board-00000010\.png is a link"):
+        RunLock(run)
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_folder_may_be_a_link_itself_and_may_hold_links_of_its_owner(run, here):
+    (run / "data").symlink_to(here)  # which no run writes
+    (here / "short").symlink_to(run)
+    RunLock(here / "short").release()
+    assert (run / "lock").read_text() == str(os.getpid())
+
+
+def test_another_file_under_the_name_of_the_lock_is_kept(run, here):
+    (here / "thesis.txt").write_text("years of work")
+    os.link(here / "thesis.txt", run / "lock")
+    with pytest.raises(Refusal, match="is no lock of poslabel"):
+        RunLock(run)
+    assert (here / "thesis.txt").read_text() == "years of work"
+    (run / "lock").unlink()
+    os.mkfifo(run / "lock")
+    with pytest.raises(Refusal, match="cannot be written"):
+        RunLock(run)
+
+
+def test_what_was_opened_last_wins_no_race(run, here):
+    """A link that is put there after the look is not followed either."""
+    (run / "metrics.jsonl").symlink_to(here / "new")
+    with pytest.raises(OSError, match="metrics"):
+        open_for_good(run / "metrics.jsonl", "a")
+    assert not (here / "new").exists()
