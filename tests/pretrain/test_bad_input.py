@@ -318,7 +318,7 @@ def test_weights_of_another_model(inside, refused, tiny):
     assert inside(*tiny, "run=run", "steps=2") == 0
     config = Path("run/config.yaml")
     config.write_text(config.read_text().replace("embed_dim: 32", "embed_dim: 16"))
-    with pytest.raises(Refusal, match=r"state holds the weights of another model: .* of another shape"):
+    with pytest.raises(Refusal, match=r"of another run, with model\.kwargs\.embed_dim=32, here 16"):
         inside("--resume", "run")
 
 
