@@ -147,7 +147,8 @@ def help_text(usage: str) -> str:
         "  --overwrite    replace the run folder named by run=",
         "  --debug        show tracebacks",
         "",
-        "Options, key=value:",
+        "Options, key=value. A text is taken as it is typed (null, or nothing, unsets one that may be null); in a",
+        "path, ~ is the home folder; ${model.name} refers to another option:",
     ]
     parts.append(configuration.describe(PretrainConfig))
     for name in objectives.names():

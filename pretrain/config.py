@@ -16,7 +16,7 @@ from common.data.location import OPTIONS, place
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
 from common.optim import CLIP_BY
-from common.paths import expanded, path_option
+from common.paths import expanded, if_there, path_option
 from common.run_folder import CONFIG
 from common.transforms import View, presets
 from common.unreadable import Limit
@@ -115,7 +115,7 @@ class PretrainConfig:
     data: str = field(default="builtin", metadata=path_option(place))
     """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images (./builtin
     for one of such a name)."""
-    data_root: str | None = field(default=None, metadata=path_option())
+    data_root: str | None = field(default=None, metadata=path_option(if_there))
     """Folder in which a named data set is looked for, and fetched to."""
     data_train: str | None = field(default=None, metadata=path_option(expanded))
     """Sub-folder, or split of hf:, that is trained on; of a folder "." is all of it. null: by its name, such as train,
@@ -279,6 +279,8 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
     """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change
     what is learned."""
     stored = _stored(run)
+    if stored.run is not None and not Path(stored.run).is_absolute():  # of a run from before paths were stored so
+        stored.run = str(run)
     changed = configuration.override(stored, words, PretrainConfig)
     wanted: Any = OmegaConf.to_container(changed.objectives)
     resolve(wanted)  # names an option that is misspelt

@@ -56,7 +56,7 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
 
 def find(where: Location, split: str, download: bool = True) -> Images | None:
     """As `open_data`, but None when only the test split is missing."""
-    where.refuse_unused()
+    where.refuse_unused(where.is_named)
     images = _opened(where, split, download)
     if images is not None and (note := where.named_as_folder()):
         images.note = "; ".join(filter(None, (note, images.note)))
@@ -71,6 +71,7 @@ def _opened(where: Location, split: str, download: bool) -> Images | None:
         return huggingface.open_hub(where, split)
     if spec and path.is_dir():
         if any(arrays.find_idx(path, name) for name in SPLITS):
+            where.refuse_unused(in_one=True)
             images = arrays.open_idx(path, split, str(path))
             if images is None and split == "train":
                 raise Refusal(f"{path} has test but no training IDX files; expected {arrays.IDX_FILES['train']}")
@@ -106,6 +107,7 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
     note = f"as split in {where.spec}"
     if test.part:
         note += f": {train.part or 'all of it'} is trained on, {test.part} is judged on"
+    note += f"; {line}" if (line := where.named_as_folder()) else ""
     return train, test, note + _never_judged(test)
 
 

@@ -108,7 +108,7 @@ def open_folder(where: Location, split: str) -> Images | None:
     division = layout.division
     train = "." if division is None else division.train
     if split == "train":
-        images = _part(layout, train, where.train is not None)
+        images = _part(layout, train, division is None or where.train is not None)
         images.note = "; ".join(filter(None, (images.note, layout.note)))
         return images
     if division is None:

@@ -40,6 +40,8 @@ def layout_of(where: Location, endings: frozenset[str]) -> Layout:
     """How the folder at `where` is laid out; images are files with one of the `endings`. Raises Refusal where names
     leave open what is trained on."""
     top = where.path
+    if where.train is None and where.validation is None and not folders(top):
+        return Layout(top, None, [])
     for name, option in ((where.train, "data_train"), (where.validation, "data_validation")):
         if name is not None and not _part(top, name).is_dir():
             there = ", ".join(map(printable, folders(top))) or "none"
@@ -127,10 +129,17 @@ def folders(root: Path) -> list[str]:
     """Sorted names of the visible sub-folders, linked ones too. Raises Refusal where they cannot be listed."""
     try:
         with os.scandir(root) as entries:
-            found = [entry.name for entry in entries if not is_hidden(entry.name) and os.path.isdir(entry.path)]
+            found = [entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)]
     except OSError as error:
         raise Refusal(f"cannot list {printable(str(root))}: {error.strerror}; expected a readable folder") from error
     return sorted(found, key=os.fsencode)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()  # costs no stat, but of links
+    except OSError:  # a link that leads round
+        return False
 
 
 def holds_images(folder: Path, endings: frozenset[str]) -> bool:

@@ -52,12 +52,13 @@ class Location:
         """{name of the option: value}, as a run stores it."""
         return {OPTIONS[name]: value for name, value in asdict(self).items()}
 
-    def refuse_unused(self) -> None:
-        """Raises Refusal if a part or a column is named where there is none to choose."""
+    def refuse_unused(self, in_one: bool) -> None:
+        """Raises Refusal if a part or a column is named where there is none to choose; `in_one`: of data whose parts
+        are known, as are those of IDX files."""
         columns = () if self.is_hub else ("image", "label")
-        for name in ("train", "validation", *columns) if self.is_named else columns:
+        for name in ("train", "validation", *columns) if in_one else columns:
             if getattr(self, name) is not None:
-                kinds = "hf:NAME" if name in ("image", "label") else "a folder, or hf:NAME"
+                kinds = "hf:NAME" if name in ("image", "label") else "a folder of images, or hf:NAME"
                 raise Refusal(
                     f"{OPTIONS[name]}={getattr(self, name)} goes with {kinds}, and data={self.spec} is none: "
                     "leave it out"

@@ -80,7 +80,7 @@ class ModelConfig:
     )
     """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors; heads are
     fresh. null: from scratch."""
-    weights: str | None = field(default=None, metadata=path_option())
+    weights: str | None = field(default=None, metadata=path_option(if_there))
     """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub; of a file that holds
     several models FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)."""
     checkpointing: bool = False

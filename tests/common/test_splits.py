@@ -93,6 +93,11 @@ def test_parts_are_chosen_by_name(tmp_path):
     assert labelled_splits(chosen)[1].part == "judge"
     with pytest.raises(Refusal, match=r"data_train=trian: no such folder .*; its sub-folders: judge, test, "):
         open_data(Location(str(tmp_path), train="trian"))
+    pixels = b"\0\0\x08\x03" + (1).to_bytes(4, "big") * 3 + b"\0"
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(pixels)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (1).to_bytes(4, "big") + b"\0")
+    with pytest.raises(Refusal, match=r"data_train=train goes with a folder of images, or hf:NAME"):
+        open_data(Location(str(tmp_path), train="train"))
     with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME, and data=builtin is none"):
         open_data(Location("builtin", label="x"))
 
@@ -149,6 +154,7 @@ def test_a_name_goes_before_a_folder_of_that_name(tmp_path, monkeypatch):
     assert place("builtin") == "builtin" and place("./builtin") == str(tmp_path / "builtin")
     images = open_data("builtin")
     assert len(images) == 10_000 and "data=./builtin" in images.note
+    assert "data=./builtin" in labelled_splits("builtin")[2]
     assert len(open_data("./builtin")) == 4
     (tmp_path / "mnist").mkdir()
     assert place("hf:mnist") == f"hf:{tmp_path / 'mnist'}" and place("hf:nobody/nothing") == "hf:nobody/nothing"
