@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from .data.location import OPTIONS, changed
 from .errors import Refusal, nearest
 from .feature_cache import cached
 from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pixels, pooled
+from .finite import is_constant, refuse_not_finite
 from .launch import set_threads
+from .models import Backbone
 from .paths import expanded
+from .plan import TokenPlan
 from .precision import DTYPES, refuse_impossible
 from .run_folder import refuse_links
 from .sampling import held_out
@@ -184,6 +187,7 @@ class Evaluation:
     limit: Limit = USUAL  # of unreadable images, over both splits
     look: Look = field(default_factory=Look)  # at the images, before anything else
     quiet: bool = False
+    warnings: list[str] = field(default_factory=list)  # what the report repeats
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -220,6 +224,12 @@ class Evaluation:
         """A line on the terminal, from one process only."""
         if not self.quiet:
             print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Say what a reader of the numbers has to know, once; the report repeats it."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self.say(f"warning: {line}")
 
     def refuse_unreadable(self) -> None:
         """Raises Refusal if a look at the images has found more unreadable ones than are borne; says which they are."""
@@ -288,9 +298,30 @@ class Evaluation:
             )
             larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
             kinds = self._cached(key, images, name, extract, larger)
-            found.append({kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()})
+            kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
+            self.refuse_not_finite(kinds, images, name, backbone, subject.plan, cached=True)
+            found.append(kinds)
         self._refuse_lost(found)
+        flat = [kind for kind in found[0] if kind != "index" and is_constant(found[0][kind])]
+        if flat:
+            self.warn(f"{name}: features ({', '.join(flat)}) are the same for every image: nothing can be told by them")
         return found
+
+    def refuse_not_finite(
+        self,
+        features: Mapping[str, Tensor],
+        images: Images,
+        name: str,
+        backbone: Backbone,
+        plan: TokenPlan | None,
+        cached: bool = False,
+    ) -> None:
+        """Raises Refusal, with the cause, if the `features` that `backbone` gives of `images`, {kind: (K, ...)} and
+        "index", are not all finite; `cached`: whether they may have been extracted by an earlier evaluation."""
+        refuse_not_finite(
+            features, features["index"], images, name,
+            backbone=backbone, plan=plan, precision=self.precision, cache=self.out.parent / "cache" if cached else None,
+        )  # fmt: skip
 
     def _refuse_lost(self, found: list[dict[str, Tensor]]) -> None:
         """Raises Refusal if too many images of both splits together are not among what was found."""

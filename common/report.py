@@ -92,6 +92,7 @@ def write(
         "seeds": job.seeds,
         "values": values,
         "interval": interval,
+        "warnings": job.warnings,
         "outcomes": _write_outcomes(job.out, outcomes, index) if outcomes else None,
         "command": configuration.command_line(),
         "hardware": hardware(job.device, job.threads),
@@ -186,7 +187,7 @@ def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
     if leak := leak_note(about):
         job.say(leak)
     job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
-    job.say(f"\n{table}\n\nreport: {job.out}")
+    job.say("\n".join([f"\n{table}", *(f"warning: {line}" for line in job.warnings), f"\nreport: {job.out}"]))
 
 
 def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:

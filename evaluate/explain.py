@@ -168,6 +168,7 @@ def look(job: Evaluation, backbone: Backbone) -> Looked:
     with torch.no_grad():
         plain = [attribution.pool(backbone(batch.to(job.device), plan), kind) for batch in images.split(BATCH)]
     pooled = torch.cat(plain)
+    job.refuse_not_finite({"pooled": pooled, "index": index}, job.test, job.subject.name, backbone, plan)
     centre = centre_of(references["pooled"])
     near = (unit_vectors(pooled, centre) @ unit_vectors(references["pooled"], centre).T).topk(NEIGHBORS, 1).indices
     target, said = targets(job, references, pooled, near, index)
@@ -195,6 +196,7 @@ def references_of(job: Evaluation, backbone: Backbone, kind: str) -> dict[str, T
 
     key = cache_key(backbone, plan, job.train, **settings)
     found = cached(job.out.parent / "cache", key, job.train, extract, job.say, limit=job.limit)
+    job.refuse_not_finite(found, job.train, job.subject.name, backbone, plan, cached=True)
     return {"pooled": found[kind].to(job.device), "index": found["index"]}
 
 

@@ -44,6 +44,7 @@ from common.checkpoint import sha256
 from common.data.location import changed
 from common.errors import Refusal
 from common.features import shown
+from common.finite import refuse_spoiled
 from common.models import Backbone
 from common.models.backbone import timm_arguments
 from common.models.irpe import PUBLISHED
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
     refuse_existing(out, kinds, arguments.force)
     backbone = subject.backbone()
     images, where = real_images(subject, arguments)
+    refuse_spoiled(subject.state, subject.name)
     out.mkdir(parents=True, exist_ok=True)
     checks = []
     with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as aside:  # a file that fails is not left behind

@@ -33,6 +33,7 @@ from common.errors import Refusal
 from common.finetuning.augment import rand_augment
 from common.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
 from common.finetuning.training import at_size, bits, train
+from common.finite import refuse_spoiled
 from common.probing.probe import probe
 from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
         raise Refusal(f"--pool {pooling}: {subject.description['name']} has no class token; use --pool mean")
     if config.rand_augment is not None:  # tried once, before any time is spent
         rand_augment(config.rand_augment, job.size, subject.description["mean"])
+    refuse_spoiled(subject.state, subject.name)
     processes.join(cpu=device.type == "cpu")
     accelerator = processes.accelerator(job.precision)
     job.device = accelerator.device

@@ -130,6 +130,10 @@ def measured(job: Evaluation) -> tuple[Values, int]:
         for wanted in portions(job, backbone):
             see = functools.partial(looked, job, backbone, wanted)
             for number, train, test in zip(wanted, *both(job, see, say), strict=True):
+                for images, layer in ((job.train, train), (job.test, test)):  # a mean has every token in it
+                    means = {"mean": layer.mean, "index": layer.index}
+                    what = f"{job.subject.name if row == 'subject' else LABELS[row]}, layer {number + 1}"
+                    job.refuse_not_finite(means, images, what, backbone, subject.plan)
                 # the subject has no seed: only the start and the order of its probes do
                 seeds = job.seeds if row == "subject" else [seed]
                 result = one(job, train, test, seeds)

@@ -64,6 +64,11 @@ def main(argv: list[str]) -> int:
             for kind, result in answers(job, protocol, split, wanted, seed).items():
                 found.setdefault(split.row, {}).setdefault(kind, []).append(result)
                 outcomes.add(split.row, kind, result.predictions == split.test_labels.cpu())
+                if result.rate in result.diverged:
+                    job.warn(
+                        f"the head on {kind} of {LABELS[split.row]} diverged at every learning rate: its accuracy is "
+                        "that of no head at all; lower --rates"
+                    )
             fit = len(hold_out(split.train_labels, HELD_OUT, seed)[0])
         index = split.test_index
     if not first_process():
@@ -212,6 +217,7 @@ def entry_of(probes: list[Probe], judged: int) -> dict[str, Any]:
         "best_features": [probe.best_features for probe in probes],
         "best_epoch": [probe.best_epoch for probe in probes],
         "difference": [probe.difference for probe in probes],
+        "diverged": [list(probe.diverged) for probe in probes],
     }
 
 

@@ -36,6 +36,7 @@ from PIL import Image
 from common import processes, recipes
 from common.errors import Refusal
 from common.finetuning.training import at_size
+from common.finite import refuse_spoiled
 from common.neighbors import CENTRED, TREATMENTS
 from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
 from common.report import Outcomes, interval, percent, table, tell, write
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
         if config.reduce_zero_label != asked:  # as it was begun
             job.train, job.test, job.note = open_scenes(job.where, config.reduce_zero_label)
     subject, note = resized(job, config)
+    refuse_spoiled(subject.state, subject.name)
     processes.join(cpu=device.type == "cpu")
     accelerator = processes.accelerator(job.precision)
     job.device = accelerator.device

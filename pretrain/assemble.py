@@ -17,6 +17,7 @@ from common import collectives, precision, schedules, subjects
 from common.data import Images, open_data
 from common.data.location import location_of
 from common.errors import Refusal
+from common.finite import refuse_spoiled
 from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import parameter_groups
@@ -114,6 +115,7 @@ def assemble(
     torch.manual_seed(config.seed)
     backbone = create(config.model, config.views["global"].size)
     init = subjects.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
+    refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
     task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     _settle_export(config, task, reasons)

@@ -12,6 +12,7 @@ from torch import Tensor
 from common import collectives, controls, positions
 from common.data import Images
 from common.features import shown
+from common.finite import not_finite
 from common.loop import Report
 from common.metrics import accuracy, rankme
 from common.models import Backbone
@@ -43,7 +44,7 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
         return []
     config, process = parts.config, parts.process
     every = config.monitor.every or 1
-    probing = (every, frozen(task, parts.train, parts.held_out, config.monitor, process.device))
+    probing = (every, frozen(task, parts.train, parts.held_out, config.monitor, process.device, say))
     if not process.is_main_process:
         return [probing]
     samples, batch = parts.held_out_samples(), min(256, max(1, config.batch // config.accumulate))
@@ -205,7 +206,14 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
     return measure
 
 
-def frozen(task: Pretraining, train: Images, held_out: Images, config: MonitorConfig, device: torch.device) -> Monitor:
+def frozen(
+    task: Pretraining,
+    train: Images,
+    held_out: Images,
+    config: MonitorConfig,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> Monitor:
     """What the features of held-out images are worth, `WHAT/student` and, where there is one, `WHAT/teacher`: their
     effective rank (`rankme`) and, where there are labels, the accuracy of their 20 nearest training images (`knn`; as
     DINO's, not centred: a curve is held against other runs', and not against raw pixels) and of a ridge classifier
@@ -228,6 +236,16 @@ def frozen(task: Pretraining, train: Images, held_out: Images, config: MonitorCo
         for who, (features, index) in new.items():
             if len(index):
                 found[f"rankme/{who}"] = rankme(features)
+            judged_by = {"held-out": features} | ({"training": known[who][0]} if who in known else {})
+            bad = {name: int(not_finite({name: each}).sum()) for name, each in judged_by.items()}
+            if any(bad.values()):  # NaN loses every comparison, so that an accuracy would come out
+                counted = " and ".join(f"{bad[name]} of {len(each)} {name}" for name, each in judged_by.items())
+                say(
+                    f"warning: at step {step}, the {who}'s features of {counted} images are not finite, so they are "
+                    "not judged; lower the learning rate, or use precision=fp32"
+                )
+                found |= {f"{what}/{who}": math.nan for what in ("knn", "ridge") if who in known}
+                continue
             where = torch.from_numpy(judged)[index]
             if who not in known or not where.any():
                 continue

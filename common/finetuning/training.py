@@ -25,6 +25,7 @@ from .. import checkpoint, collectives, ema, subjects
 from ..averages import Averages
 from ..errors import Refusal
 from ..features import digest, shown
+from ..finite import IN_FP32, not_finite
 from ..loop import fit
 from ..models import Backbone
 from ..optim import parameter_groups
@@ -369,14 +370,20 @@ def judge(
     for images, index in shown(part, **sight, workers=job.arguments.workers, limit=NO_LIMIT):  # all decide together
         images, known = images.to(device), labels[index.to(device)]
         with accelerator.autocast():
-            right = {name: (each(images).argmax(1) == known).cpu().numpy() for name, each in classifiers.items()}
-        found.append({"at": mine[index.numpy()], **right})
+            scores = {name: each(images) for name, each in classifiers.items()}
+        right = {name: (each.argmax(1) == known).cpu().numpy() for name, each in scores.items()}
+        found.append({"at": mine[index.numpy()], "bad": not_finite(scores).numpy(), **right})
     if processes > 1:
         found = gather_object(found)
     at = np.concatenate([np.zeros(0, int), *(some["at"] for some in found)])
     lost = len(job.test) - len(at)
     if lost > job.limit.allowed(len(job.test)):
         job.limit.refuse(lost, len(job.test), len(job.test), job.test.where, ["they were named above"])
+    if bad := int(sum(some["bad"].sum() for some in found)):
+        raise Refusal(
+            f"the scores of {bad:,} of {len(at):,} images in {job.test.where} are not finite: numbers overflow; "
+            f"{IN_FP32}"
+        )
     whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
     whole["read"][at] = True
     for name in classifiers:

@@ -61,6 +61,7 @@ class Probe:
     best_features: str = ""
     epoch: int | None = None  # after which it was taken, if it might have been any
     best_epoch: int | None = None
+    diverged: tuple[float, ...] = ()  # learning rates at which the weights overflowed: such heads are not chosen
     without_held_out: float | None = None  # test accuracy before it was fitted to all training images, if it was
 
     @property
@@ -323,14 +324,17 @@ def judge(heads: Heads, held: Parts, held_labels: Tensor, test: Parts, test_labe
     predictions = torch.cat([heads.logits(some).argmax(0) for some in _chunks(test)], 1)  # (L, test images)
     on_held = (held_logits.argmax(0) == held_labels).double().mean(1).tolist()
     on_test = (predictions == test_labels).double().mean(1).tolist()
+    finite = torch.isfinite(held_logits).all(2).all(0).tolist()
     losses = [
         F.cross_entropy(held_logits[:, at].T, held_labels).nan_to_num(math.inf, math.inf).item() for at in range(L)
     ]
-    chosen = max(range(L), key=lambda at: (on_held[at], -losses[at]))  # few held-out images: ties are common
-    best = max(range(L), key=lambda at: on_test[at])
+    # few held-out images: ties are common
+    chosen = max(range(L), key=lambda at: (finite[at], on_held[at], -losses[at]))
+    best = max(range(L), key=lambda at: (finite[at], on_test[at]))
     return Probe(
         on_test[chosen], heads.given[chosen], on_held[chosen], on_test[best], heads.given[best],
         predictions[chosen].cpu(), losses[chosen],
+        diverged=tuple(rate for rate, well in zip(heads.given, finite, strict=True) if not well),
     )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..data import Images
+from ..errors import Refusal
 from ..features import depth
+from ..finite import IN_FP32, not_finite
 from ..models import Backbone
 from ..plan import TokenPlan
 from ..precision import DTYPES
@@ -65,4 +67,9 @@ def batches(
         there = each.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             parts = parts_of(backbone, plan, there.views["global"], blocks)
+        if (bad := not_finite(parts)).any():
+            raise Refusal(
+                f"the features of {int(bad.sum()):,} of {len(bad):,} crops of {images.where} are not finite: numbers "
+                f"overflow; {IN_FP32}"
+            )
         yield parts, there.draws["probe/label"]

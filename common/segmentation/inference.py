@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..data import Unreadable
+from ..errors import Refusal
 from ..features import refuse_unreadable, tell_unreadable
+from ..finite import IN_FP32
 from ..loading import Loader
 from ..unreadable import USUAL, Limit
 from .data import Scenes
@@ -99,10 +101,17 @@ def whole(model: Callable[[Tensor], Mapping[str, Tensor]], image: Tensor, view: 
     return logits[0, :, :h, :w]
 
 
+class NotFinite(ArithmeticError):
+    """The scores of an image are not all finite: the largest of them would be a matter of chance."""
+
+
 def _scores(model: Any, image: Tensor, view: View, ratio: float) -> Tensor:
     H, W = image.shape[-2:]
     image, _ = rescaled(image, scaled_size(H, W, view.short, view.long, ratio))
-    return (whole if view.whole else slide)(model, image, view)
+    scores = (whole if view.whole else slide)(model, image, view)
+    if not torch.isfinite(scores).all():
+        raise NotFinite
+    return scores
 
 
 def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -123,6 +132,7 @@ def segment(model: Any, image: Tensor, view: View) -> dict[str, Tensor]:
     """{"single": classes (H, W) of an image uint8 (C, H, W), and "multi" where the view has ratios}, int64.
 
     `model`: images (B, C, h, w) -> {"logits": (B, K, ...)} at any resolution, in eval mode, on the image's device.
+    Raises NotFinite.
     """
     size = (int(image.shape[-2]), int(image.shape[-1]))
     found = {SINGLE: likeliest(_scores(model, image, view, 1.0), size)}
@@ -175,12 +185,12 @@ def judge(
     """({"single": counts int64 (n, C, 3), "multi": ...}, which images could be read, (n,) bool) on all of `scenes`.
 
     Each process judges every R-th image, and everybody gets all counts: no image is counted twice. An image that
-    cannot be read counts nothing. Raises Refusal if more than `limit` allows cannot be.
+    cannot be read counts nothing. Raises Refusal if more than `limit` allows cannot be, or if scores are not finite.
     """
     C, n, device = len(scenes.classes or ()), len(scenes), accelerator.device
     names = (SINGLE, MULTI) if view.ratios else (SINGLE,)
     table = torch.zeros(n, len(names), C, 3, dtype=torch.int64)
-    read = torch.zeros(n, dtype=torch.int64)
+    read, bad = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     unreadable: list[str] = []
     model.eval()
     for i, image, mask in pairs(
@@ -190,12 +200,21 @@ def judge(
             unreadable.append(image)
             refuse_unreadable(unreadable, len(unreadable) + int(read.sum()), scenes, limit)
             continue
-        with accelerator.autocast():
-            found = segment(model, image.to(device), view)
+        read[i] = 1
+        try:
+            with accelerator.autocast():
+                found = segment(model, image.to(device), view)
+        except NotFinite:
+            bad[i] = 1
+            continue
         for at, name in enumerate(names):
             table[i, at] = counts(found[name].cpu(), mask, C)
-        read[i] = 1
     tell_unreadable(unreadable, scenes, say)
     if accelerator.num_processes > 1:  # each row was filled by one of them
-        table, read = (accelerator.reduce(each.to(device), "sum").cpu() for each in (table, read))  # type: ignore[union-attr]
+        table, read, bad = (accelerator.reduce(each.to(device), "sum").cpu() for each in (table, read, bad))  # type: ignore[union-attr]
+    if bad.any():
+        raise Refusal(
+            f"the scores of {int(bad.sum()):,} of {int(read.sum()):,} images in {scenes.where} are not finite: numbers "
+            f"overflow; {IN_FP32}"
+        )
     return {name: table[:, at].numpy() for at, name in enumerate(names)}, read.numpy().astype(bool)

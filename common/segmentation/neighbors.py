@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Refusal
+from ..finite import IN_FP32
 from ..models import Backbone
 from ..models.backbone import Features
 from ..neighbors import centre_of, unit_vectors
@@ -145,6 +146,12 @@ def collect(
     if accelerator.num_processes > 1:
         found = gather_object(found)
     found.sort(key=lambda each: each[0])
+    bad = torch.tensor([not bool(torch.isfinite(tokens).all()) for _, tokens, _ in found])
+    if bad.any():
+        raise Refusal(
+            f"the patches of {int(bad.sum()):,} of {len(found):,} images in {scenes.where} are not finite: numbers "
+            f"overflow; {IN_FP32}"
+        )
     if not found or not sum(len(tokens) for _, tokens, _ in found):
         raise Refusal(f"no labelled patch in {scenes.where}: every pixel says to be ignored (255)")
     return tuple(torch.cat([each[at] for each in found]).to(device) for at in (1, 2))  # type: ignore[return-value, misc]

@@ -1,6 +1,7 @@
 """What is measured on held-out images: the live control, the pictures, the worth of frozen features."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,18 @@ def test_a_verdict_joins_the_record_and_its_advice_is_said_once() -> None:
     assert seen[0] == {"kl": 0.5}
     (warning,) = heard
     assert "step 20" in warning and "dino: one prototype" in warning and "try sinkhorn" in warning
+
+
+def test_features_that_are_not_finite_are_not_judged_and_are_told() -> None:
+    """Of a student whose final norm has a NaN, and a teacher that is well."""
+    task, train, held_out = made()
+    with torch.no_grad():
+        task.backbone.model.norm.weight[0] = torch.nan
+    said: list[str] = []
+    told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU, said.append)(3)
+    assert all(math.isnan(told[f"{what}/student"]) for what in ("rankme", "knn", "ridge"))
+    assert all(math.isfinite(told[f"{what}/teacher"]) for what in ("rankme", "knn", "ridge"))
+    (line,) = said
+    assert (
+        line.startswith("warning: at step 3, the student's features of ") and "training images are not finite" in line
+    )
