@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import Refusal, nearest
 
+NORM_EPS = 1e-6  # of DropPos's decoder
 LAST_LAYERS = ("normed", "weight_norm", "linear")
 
 
@@ -36,13 +37,14 @@ class LinearHead(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Three linear layers with ReLU between them, D -> D -> D -> classes (Jigsaw-ViT, arXiv 2207.11971)."""
+    """Three linear layers with ReLU between them, D -> D -> D -> classes (Jigsaw-ViT, arXiv 2207.11971), drawn as
+    PyTorch draws them, like the authors'."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        self.first = _linear(width, width)
-        self.second = _linear(width, width)
-        self.classifier = _linear(width, classes)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, classes)."""
@@ -132,7 +134,8 @@ def wide(values: Tensor) -> Tensor:
 
 class Decoder(nn.Module):
     """DropPos's decoder (arXiv 2309.03576: 2 blocks of width 512 with 16 heads): a linear layer to its own width,
-    pre-norm transformer blocks that are told no position, and a norm."""
+    pre-norm transformer blocks that are told no position, and a norm. Norms add 1e-6 to the variance, and matrices are
+    drawn from Xavier's uniform distribution, as there."""
 
     def __init__(self, width: int, decoder_width: int, blocks: int, heads: int) -> None:
         super().__init__()
@@ -144,12 +147,12 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(
-                    decoder_width, heads, 4 * decoder_width, 0.0, "gelu", batch_first=True, norm_first=True
+                    decoder_width, heads, 4 * decoder_width, 0.0, "gelu", NORM_EPS, batch_first=True, norm_first=True
                 )
                 for _ in range(blocks)
             )
         )
-        self.norm = nn.LayerNorm(decoder_width)
+        self.norm = nn.LayerNorm(decoder_width, NORM_EPS)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)

@@ -9,28 +9,40 @@ from accelerate import Accelerator
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-NO_DECAY = {"pos_embed", "cls_token", "dist_token", "reg_token", "mask_token", "relative_position_bias_table"}
+STAND_INS = {"mask_token", "hidden_position"}  # for an embedding that is not shown; `pretrain.objectives` have them
+TOKENS = {"pos_embed", "cls_token", "dist_token", "reg_token", *STAND_INS}
+NO_DECAY = {"relative_position_bias_table"}
 CLIP_BY = ("global", "per_tensor")
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, layer_decay: float | None = None, patch_embed: float = 1.0
+    module: nn.Module,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    patch_embed: float = 1.0,
+    decay_tokens: bool = False,
 ) -> list[dict[str, Any]]:
     """AdamW groups of the trained parameters: {"params", "weight_decay", "decays", "lr_scale"}.
 
-    No decay on biases, norms and other 1-D parameters, position embeddings and tokens (timm's own `no_weight_decay`
-    misses NesT's). With `layer_decay`, a layer's rate is scaled by layer_decay ** (layers above it) (BEiT, arXiv
-    2106.08254); the rate of the patch embedding also by `patch_embed` (DINOv2: 0.2).
+    No decay on biases, norms and other 1-D parameters, nor (unless `decay_tokens`) on position embeddings and tokens
+    (timm's own `no_weight_decay` misses NesT's). With `layer_decay`, a layer's rate is scaled by layer_decay ** (layers
+    above it) (BEiT, arXiv 2106.08254); the rate of the patch embedding also by `patch_embed` (DINOv2: 0.2).
+
+    `decay_tokens`: position embeddings and tokens are treated as matrices, which they are in the code of DINO, DINOv2,
+    iBOT and DropPos, where only what has one dimension is spared; a mask token is then of the lowest layer.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     layers = layer_ids(module) if layer_decay is not None else {}
+    if decay_tokens:
+        layers |= {name: 0 for name in layers if not STAND_INS.isdisjoint(name.split("."))}
     top = max(layers.values(), default=0)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        kept = parameter.ndim <= 1 or not NO_DECAY.isdisjoint(name.split("."))
+        parts = set(name.split("."))
+        kept = not decay_tokens if parts & TOKENS else parameter.ndim <= 1 or bool(parts & NO_DECAY)
         scale = 1.0 if layer_decay is None else layer_decay ** (top - layers[name])
-        scale *= patch_embed if "patch_embed" in name.split(".") else 1.0
+        scale *= patch_embed if "patch_embed" in parts else 1.0
         decay = 0.0 if kept else weight_decay
         group = groups.setdefault(
             (kept, scale), {"params": [], "weight_decay": decay, "decays": not kept, "lr_scale": scale}

@@ -258,7 +258,7 @@ def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Opti
     """AdamW over the trained parameters."""
     options = config.optimizer
     decay = schedules.parse(options.weight_decay, "optimizer.weight_decay")
-    groups = parameter_groups(task, decay.at(0.0), options.layer_decay, options.patch_embed_lr)
+    groups = parameter_groups(task, decay.at(0.0), options.layer_decay, options.patch_embed_lr, options.decay_tokens)
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(options.betas), fused=True)  # type: ignore[arg-type]
 
 

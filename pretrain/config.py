@@ -44,8 +44,10 @@ class OptimizerConfig:
     """How long the rate rises linearly: a share of the training, "10 epochs", "500 steps", or auto (10 epochs, at most
     a tenth of the training)."""
     weight_decay: Any = 0.05
-    """Decay of matrices; biases, norms, position embeddings and tokens have none. A number, or {schedule: cosine,
-    start: 0.04, end: 0.4}."""
+    """Decay of matrices; biases and norms have none. A number, or {schedule: cosine, start: 0.04, end: 0.4}."""
+    decay_tokens: bool = False
+    """Whether learned position embeddings and class, register and mask tokens decay as well, as with DINO, DINOv2, iBOT
+    and DropPos, where with layer_decay a mask token also has the embedding's rate; DeiT and BEiT spare them."""
     layer_decay: float | None = None
     """The rate of each block is this times that of the block above it (DINOv2's short schedule: 0.9); null: all
     alike."""

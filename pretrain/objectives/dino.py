@@ -53,15 +53,16 @@ class DinoOptions:
     """What the student's logits are divided by."""
     teacher_temperature: Any = "auto"
     """What the teacher's logits are divided by: a number, or {schedule: linear, start: 0.04, end: 0.07, over: 0.3}.
-    Lower is sharper. auto: by the number of images."""
+    Lower is sharper. It moves with every step (the source: with every epoch). auto: by the number of images."""
     centering: str = "centre"
     """What keeps the teacher from choosing one prototype for all: centre (the logits' moving mean is subtracted, DINO)
-    or sinkhorn (prototypes are used equally in every batch, DINOv2)."""
+    or sinkhorn (prototypes are used equally in every batch, DINOv2; with accumulate, in every part of one)."""
     centre_momentum: float = 0.9
     """Share of the old centre that a step keeps."""
     freeze_last_layer: Any = "auto"
     """How long the prototypes stay as they were drawn, from the start: a share of the training, `1 epochs` or `100
-    steps`. auto: one epoch, at most a tenth of the training."""
+    steps`. auto: one epoch, at most a tenth of the training. They get no gradient, as in DINO; DINOv2 sets their rate
+    to 0, and AdamW's moments go on."""
 
 
 class Dino(Objective):

@@ -58,8 +58,9 @@ class IbotOptions:
     teacher_temperature: Any = "auto"
     """What the teacher's logits are divided by: a number, a schedule, or auto: chosen from the number of images."""
     centering: str = "sinkhorn"
-    """How prototypes are kept in use: sinkhorn (over the masked patches of a step, DINOv2), or centre (the mean logits
-    of earlier steps are subtracted, iBOT)."""
+    """How prototypes are kept in use: sinkhorn (over the masked patches of a step's part, DINOv2), or centre (the mean
+    logits of the masked patches of earlier steps are subtracted; iBOT's mean is over all patches, which would cost the
+    teacher's head on each of them)."""
     centre_momentum: float = 0.9
     """With centering=centre: momentum of that mean."""
     per_position: bool = False
@@ -94,8 +95,7 @@ class Ibot(Objective):
             "student": Pass(options.view, crops=None, masked="ibot"),
             "teacher": Pass(options.view, crops=None, who="teacher", grad=False),
         }
-        self.mask_token = nn.Parameter(torch.empty(backbone.width))
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.mask_token = nn.Parameter(torch.zeros(backbone.width))  # iBOT and DINOv2 begin with zeros too
         if not options.shared_head:
             sizes = (options.prototypes, options.hidden, options.bottleneck, options.layers, options.last_layer)
             self._own(ProjectionHead(backbone.width, *sizes))
@@ -182,8 +182,9 @@ class Ibot(Objective):
         """loss (nats): mean over a crop's masked patches, then over all crops, of which a crop without any counts as 0
         (iBOT and DINOv2 divide in this way too). 0 where nothing is masked.
 
-        Where measured, over the masked crops of all processes: teacher_entropy, kl (the two sum to the cross-entropy),
-        marginal_entropy, prototypes_used (by some patch of this step), masked (share of all patches), uniform (ln K).
+        Where measured, over the masked crops of all processes, in each part of a step by itself: teacher_entropy, kl
+        (the two sum to the cross-entropy), marginal_entropy, prototypes_used (by some patch of this step), masked
+        (share of all patches), uniform (ln K).
         """
         student, teacher, where = features["student"].tokens, features["teacher"].tokens, draws["where"]
         rows, num_patches, _ = student.shape  # V*B crops

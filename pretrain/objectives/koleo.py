@@ -32,7 +32,8 @@ class KoleoOptions:
     view: str = "global"
     """The view whose class tokens are spread, each of its crops by itself."""
     local: bool = False
-    """Whether neighbours are looked for among this process's images only, as in DINOv2, or among all processes'."""
+    """Whether neighbours are looked for among this process's images only, as in DINOv2, or among all processes'. With
+    accumulate, either way among those of a part of the step: more parts are further neighbours, and another loss."""
 
 
 class Koleo(Objective):

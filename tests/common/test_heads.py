@@ -226,3 +226,30 @@ def test_projection_heads_that_cannot_be_are_refused() -> None:
         ProjectionHead(8, 10, layers=0)
     with pytest.raises(Refusal, match="bottleneck=0"):
         ProjectionHead(8, 10, bottleneck=0)
+
+
+def test_decoder_is_drawn_and_normed_as_droppos_does() -> None:
+    """Xavier's uniform distribution, biases 0; 1e-6 beside the variance, which matters where a token hardly varies."""
+    torch.manual_seed(0)
+    made = Decoder(48, 64, 2, 4)
+    drawn = {name: parameter.detach() for name, parameter in made.named_parameters()}
+    assert sum(values.ndim == 2 for values in drawn.values()) == 1 + 2 * 4
+    for name, values in drawn.items():
+        if values.ndim == 2:  # queries, keys and values are one matrix there too
+            bound = (6 / sum(values.shape)) ** 0.5
+            assert 0.95 * bound < values.abs().max() <= bound, name
+            assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+        else:
+            assert (values == (0 if name.endswith("bias") else 1)).all(), name
+    faint = 1e-3 * torch.randn(1, 3, 64)
+    variance = faint.var(-1, correction=0, keepdim=True)
+    expected = (faint - faint.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
+    for norm in (made.norm, made.blocks[0].norm1, made.blocks[1].norm2):  # type: ignore[union-attr]
+        torch.testing.assert_close(norm(faint), expected, atol=1e-5, rtol=1e-5)  # type: ignore[operator]
+
+
+def test_jigsaw_head_is_drawn_as_pytorch_draws() -> None:
+    torch.manual_seed(0)
+    for name, values in MlpHead(100, 50).named_parameters():
+        assert 0.9 * 0.1 < values.abs().max() <= 0.1, name  # weights and biases: uniform within 1 / sqrt(100)
+        assert values.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.15), name

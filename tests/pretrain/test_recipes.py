@@ -12,12 +12,15 @@ from children import ROOT, Run
 
 from common.data import labelled_splits, open_data
 from common.heads import HalfHead
+from common.models import ModelConfig, create
+from common.optim import parameter_groups
 from common.plan import PlanSpec
 from common.sampling import held_out
 from common.subjects import find
-from common.transforms import height_width
+from common.transforms import View, height_width
 from pretrain.config import load
 from pretrain.sizes import momentum_for, prototypes_for, temperature_for
+from pretrain.task import build, resolve
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("[ps]*/*.yaml"))}
 
@@ -117,3 +120,39 @@ def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
     images, batch = 1_281_167, load(RECIPES["dino"], []).batch  # ImageNet
     sizes = f"({prototypes_for(images):,}; 0.04 to {temperature_for(images)}; {momentum_for(images, batch):.3f}"
     assert f"{sizes} at batch {batch})" in comment_of(RECIPES["dino"])
+
+
+# ------------------------------------------------------------------------------------------- equal to the sources
+
+
+def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
+    """DINO, DINOv2, iBOT, DropPos: all of two dimensions and more decays. In their code tokens have three, or two."""
+    names = ("dino", "dino_absolute", "dino_relative", "dinov2", "dinov2_absolute", "droppos")
+    for recipe in RECIPES:
+        config = load(RECIPES[recipe], []).optimizer
+        assert config.decay_tokens == (recipe in names), recipe
+    small = {"patch_size": 8, "embed_dim": 16, "depth": 12, "num_heads": 2, "dynamic_img_size": True}
+    head = {"prototypes": 8, "hidden": 8, "bottleneck": 4, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
+    partial = {"position": "partial", "position_keep": 0.5}
+    made = build(
+        create(ModelConfig("vit_tiny_patch16_224", small), 16),
+        resolve({"dino": head | {"last_layer": "weight_norm"}, "ibot": head, "absolute": partial}),
+        {"global": View(size=16, count=2)},
+    )
+    assert not made.objectives["ibot"].mask_token.any()  # iBOT and DINOv2 begin with zeros
+    options = load(RECIPES["dinov2"], []).optimizer
+    learned = {id(parameter): name for name, parameter in made.named_parameters()}
+    tokens = {"backbone.model.cls_token", "backbone.model.pos_embed"}
+    tokens |= {"objectives.ibot.mask_token", "objectives.absolute.hidden_position"}
+    for decay_tokens in (True, False):
+        groups = parameter_groups(made, 0.04, options.layer_decay, options.patch_embed_lr, decay_tokens)
+        found = {learned[id(p)]: group for group in groups for p in group["params"]}
+        assert found.keys() == {name for name, p in made.named_parameters() if p.requires_grad}
+        for name, group in found.items():
+            matrix = made.get_parameter(name).ndim > 1 and name not in tokens
+            decays = matrix or (decay_tokens and name in tokens)
+            assert (group["decays"], group["weight_decay"]) == (decays, 0.04 if decays else 0.0), name
+        rates = {name: found[name]["lr_scale"] for name in sorted(tokens)}
+        of_stand_ins = 0.9**13 if decay_tokens else 1.0
+        assert list(rates.values()) == pytest.approx([0.9**13, 0.9**13, of_stand_ins, of_stand_ins])
+        assert found["backbone.model.patch_embed.proj.weight"]["lr_scale"] == pytest.approx(0.2 * 0.9**13)
