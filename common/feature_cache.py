@@ -59,9 +59,12 @@ def cached(
     with the parts that are missing. The processes of a job divide the parts among them and all wait for the last; each
     is then given all features, from a folder that they have to share. A folder or a part that was made for another
     key, is truncated, or has changed since, is said to be so and extracted again. Writing to what is returned changes
-    no file. Whatever is kept for a key in `larger` has these features among others, and is returned in place of an
-    extraction. Raises Refusal if more of `images` cannot be read than `limit` allows.
+    no file. What was made before any of the files was written, replaced or moved (`Images.stamp`) is not used. Whatever
+    is kept for a key in `larger` has these features among others, and is returned in place of an extraction. Raises
+    Refusal if more of `images` cannot be read than `limit` allows.
     """
+    stamp = _everybody(images.stamp() if collectives.rank() == 0 else "")[0]  # elsewhere they may lie on other disks
+    key, *larger = ({**each, "files": stamp} for each in (key, *larger))
     text, home = _place(folder, key)
     found, missing = None, []
     if collectives.rank() == 0:

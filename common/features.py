@@ -24,7 +24,7 @@ from .unreadable import USUAL, Limit
 
 KINDS = ("class", "mean", "both")
 PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an image would fill any memory
-FORMAT = 2  # of the cache: another number is extracted anew
+FORMAT = 3  # of the cache: another number is extracted anew
 
 
 class _Shown(Dataset):

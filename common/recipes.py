@@ -198,6 +198,12 @@ def identity(job: Evaluation, batch: int) -> dict[str, Any]:
     }
 
 
+def earlier(job: Evaluation, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version stored in `identity` of the same images: fingerprints of the first kind."""
+    sides = {"training images": job.train, "test images": job.test}
+    return {name: identity[name] for name, each in sides.items() if each.has_fingerprint(str(identity.get(name)))}
+
+
 def changed(recipe: str | None, config: Any) -> list[str]:
     """Names of the options that are not as in the recipe's file, if there is one."""
     path = configuration.find_recipe(recipe, "evaluate") if recipe is not None else None

@@ -59,6 +59,11 @@ class Parts:
         """Identity of the images, wherever they are kept."""
         return self.images.fingerprint()
 
+    @functools.cached_property
+    def ages(self) -> str:
+        """Sizes and times of change of the files, in short; nothing of what is no folder."""
+        return self.images.ages()
+
     def sampler(self, start: int) -> StepSampler:
         """The sampler of this process from step `start` on."""
         config, process = self.config, self.process

@@ -280,7 +280,7 @@ def num_steps(config: PretrainConfig, per_epoch: int) -> int:
 def resumed(run: Path, words: list[str]) -> PretrainConfig:
     """The stored options of a run with `key=value` words applied. Raises Refusal, naming them, if they change
     what is learned."""
-    stored = _stored(run)
+    stored = stored_in(run)
     if stored.run is not None and not Path(stored.run).is_absolute():  # of a run from before paths were stored so
         stored.run = str(run)
     changed = configuration.override(stored, words, PretrainConfig)
@@ -309,7 +309,8 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
     return configuration.to_object(changed, PretrainConfig)
 
 
-def _stored(run: Path) -> DictConfig:
+def stored_in(run: Path) -> DictConfig:
+    """The options in a run's config.yaml."""
     path = run / CONFIG
     structure = OmegaConf.structured(PretrainConfig)
     return configuration.merge(structure, configuration.read_yaml(path, PretrainConfig), str(path), PretrainConfig)
@@ -318,7 +319,7 @@ def _stored(run: Path) -> DictConfig:
 def store(run: Path, config: PretrainConfig, line: str | None = None) -> None:
     """Let run/config.yaml say what was changed at this resume, so that the next one need not repeat it; and `line`, a
     comment."""
-    path, before = run / CONFIG, _stored(run)
+    path, before = run / CONFIG, stored_in(run)
     sweep(path)
     if config.epochs is None and config.steps == before.steps:  # they follow from the epochs, which may grow later
         config = dataclasses.replace(config, epochs=before.epochs)

@@ -42,7 +42,7 @@ def replay(folder: Path, config: PretrainConfig, process: PartialState) -> int:
         )
     parts = assemble(config, process, fresh=False)
     state = flight.state_of(folder, record)
-    if state["fingerprint"] != parts.fingerprint:
+    if not parts.images.has_fingerprint(state["fingerprint"]):
         raise Refusal(
             f"--replay {folder}: the images at data={config.data} are not those of the record (fingerprint "
             f"{parts.fingerprint}, not {state['fingerprint']}); point data= at the same images"

@@ -17,7 +17,7 @@ from common.stored_state import read_checkpoint, restore
 from common.tracking import Tracker
 from pretrain import identity
 from pretrain.assemble import Parts, commit
-from pretrain.config import store
+from pretrain.config import store, stored_in
 from pretrain.task import Pretraining
 
 
@@ -70,6 +70,7 @@ class Checkpoints:
             "recipe": self.recipe,
             "begun_from": self.begun_from,
             "fingerprint": self.parts.fingerprint,
+            "ages": self.parts.ages,
             "task": self.accelerator.unwrap_model(task).state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -140,11 +141,17 @@ class Checkpoints:
         name = None
         if folder is not None and state is not None:
             name = identity.refuse_other(folder, state, self.run, self.parts.config)
-            if state.get("fingerprint") != self.parts.fingerprint:
+            if not self.parts.images.has_fingerprint(str(state.get("fingerprint"))):
                 raise Refusal(
                     f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
                     f"(fingerprint {self.parts.fingerprint}, not {state.get('fingerprint')}); point "
                     "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
+                )
+            moved = stored_in(self.run).data != self.parts.config.data
+            if not moved and state.get("ages", self.parts.ages) != self.parts.ages:
+                print_(
+                    f"warning: files at data={self.parts.config.data} were written or exchanged since the run began, "
+                    "though those whose content was compared are as they were"
                 )
             self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
             self.begun_from = str(state.get("begun_from", ""))

@@ -16,7 +16,9 @@ import pytest
 import torch
 from children import TINY, Run, training_here
 
+import pretrain.resume
 from common import checkpoint
+from common.data import open_data
 from common.errors import Refusal
 from common.sampling import Samples
 
@@ -200,6 +202,24 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
     config.write_text(config.read_text().replace("\nseed: 1\n", "\nseed: 0\n").partition("\n")[2])
     assert inside("--resume", others.path) == 0  # the folder of an older version, which has a name from now on
     assert re.match(r"# run [0-9a-f]{16}\n", config.read_text())
+
+
+@pytest.mark.parametrize("ages", [None, "of before"])
+def test_images_as_an_earlier_version_knew_them_and_files_of_other_ages(
+    inside, copied, images, monkeypatch, capsys, ages
+):
+    """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them."""
+    load = pretrain.resume.read_checkpoint
+
+    def earlier(folder):
+        state = load(folder)
+        assert state["fingerprint"].startswith("2-") and state.pop("ages")
+        known = {} if ages is None else {"ages": ages}
+        return state | {"fingerprint": open_data(str(images))._digest(first=True)} | known
+
+    monkeypatch.setattr(pretrain.resume, "read_checkpoint", earlier)
+    assert inside("--resume", copied.path) == 0
+    assert ("were written or exchanged since the run began" in capsys.readouterr().out) == (ages is not None)
 
 
 def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_step, tmp_path):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from .. import checkpoint, report
 from .. import config as configuration
-from ..data import Location, labelled_splits
+from ..data import Images, Location, labelled_splits
 from ..data.location import changed, place
 from ..errors import Refusal
 from ..neighbors import FIELD
@@ -233,21 +233,30 @@ def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
                 continue
             if evaluation not in WHOLE_DATA:
                 continue
-            now = fingerprints(location_of_report(run, found, given))
-            if isinstance(now, Refusal):
-                found.note = f"whether {found.spec} is what it was could not be checked: {now}"
-            elif now != [found.train, found.test]:
+            splits = _splits(location_of_report(run, found, given))
+            if isinstance(splits, Refusal):
+                found.note = f"whether {found.spec} is what it was could not be checked: {splits}"
+            elif not (splits[0].has_fingerprint(found.train) and splits[1].has_fingerprint(found.test)):
                 found.stale = f"of other images than {found.spec} has now"
+            else:  # reports of one kind of fingerprint are compared with those of another
+                for side, images in zip(("train", "test"), splits, strict=True):
+                    found.content["data"][side]["fingerprint"] = images.fingerprint()
+
+
+def fingerprints(where: Location) -> list[str] | Refusal:
+    """Of the labelled training and test images, or why they cannot be opened."""
+    splits = _splits(where)
+    return splits if isinstance(splits, Refusal) else [images.fingerprint() for images in splits]
 
 
 @functools.cache
-def fingerprints(where: Location) -> list[str] | Refusal:
-    """Of the labelled training and test images, or why they cannot be opened. Looked at once: many runs share data."""
+def _splits(where: Location) -> tuple[Images, Images] | Refusal:
+    """The labelled training and test images. Opened once: many runs share data."""
     try:
         train, test, _ = labelled_splits(where, download=False)
     except (Refusal, OSError) as error:
         return error if isinstance(error, Refusal) else Refusal(str(error))
-    return [train.fingerprint(), test.fingerprint()]
+    return train, test
 
 
 class Entry(NamedTuple):

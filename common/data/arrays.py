@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import Refusal
 from .images import Arrays, Images
+from .listing import stamps
 
 EXTRACT = Path(__file__).with_name("fashion_mnist_extract.xz")
 EXTRACT_SPLITS = {"train": 1000, "test": 200}  # images of each of the ten classes, in the order of the file
@@ -181,6 +182,9 @@ class Planes:
 
     def identity(self) -> bytes:
         return b"".join(Arrays(array.pixels[:: 1 + len(array) // 500], "stl10").identity() for array in self.arrays())
+
+    def stamp(self) -> bytes:
+        return self.identity() + stamps([str(path) for path in self.paths]).tobytes()
 
 
 def read_stl(place: Path, split: str) -> Images | None:

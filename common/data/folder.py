@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +15,11 @@ from ..printable import printable
 from .decode import decode, endings, formats
 from .images import Images
 from .layout import Layout, folders, layout_of, without_masks
-from .listing import LeftOut, images_of
+from .listing import LeftOut, images_of, sample_of, stamps
 from .location import Location
 from .splits import judge
 
+MAX_CONTENTS = 512  # files some of whose content does
 MAX_SIZES = 4096  # files whose size enters the fingerprint: each costs a stat, slow on network disks
 
 
@@ -43,6 +46,11 @@ class Files:
         """Path of file `i`, to open it by."""
         return os.path.join(self.root, self.relative(i))
 
+    def paths(self) -> list[bytes]:
+        """Paths of all files, to open them by."""
+        start, names = os.path.join(os.fsencode(self.root), b""), self.buffer.tobytes()
+        return [start + names[begin:end] for begin, end in pairwise([0, *self.ends.tolist()])]
+
     def name(self, i: int) -> str:
         """Path of file `i`, to be shown."""
         return printable(self.path(i))
@@ -51,14 +59,35 @@ class Files:
         return decode(np.fromfile(self.path(i), np.uint8), channels)
 
     def identity(self) -> bytes:
+        """Of all names, of up to 4,096 sizes, and of some of the content of up to 512 files, evenly spaced."""
+        paths = [self.path(i) for i in evenly(len(self), MAX_CONTENTS)]
+        with ThreadPoolExecutor(16) as threads:  # a disk that is far away answers many at a time
+            contents = b"".join(threads.map(sample_of, paths))
+        return hashlib.sha256(self.first_identity() + contents).digest()
+
+    def stamp(self) -> bytes:
+        """Of what the disk says of every file: size, times, inode. Seconds for a million files of a local disk."""
+        return hashlib.sha256(stamps(self.paths()).tobytes()).digest()
+
+    def ages(self) -> str:
+        """16 hex digits of the sizes and times of change of all files, which a faithful copy has, too."""
+        return hashlib.sha256(stamps(self.paths())[:, :2].tobytes()).hexdigest()[:16]
+
+    def first_identity(self) -> bytes:
+        """As it was in the first kind of fingerprints: of all names and of up to 4,096 sizes."""
         digest = hashlib.sha256(self.buffer.tobytes())
         digest.update(self.ends.tobytes())
-        for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), MAX_SIZES)).astype(int)):
+        for i in evenly(len(self), MAX_SIZES):
             try:
-                digest.update(os.stat(self.path(int(i))).st_size.to_bytes(8, "little"))
+                digest.update(os.stat(self.path(i)).st_size.to_bytes(8, "little"))
             except OSError:
                 digest.update(b"missing!")
         return digest.digest()
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
 def scan(root: str) -> tuple[list[bytes], LeftOut]:

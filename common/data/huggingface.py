@@ -17,7 +17,7 @@ from ..errors import Refusal
 from ..printable import printable
 from .decode import decode
 from .images import UNLABELLED, Images
-from .listing import is_hidden
+from .listing import is_hidden, stamps
 from .location import Location
 from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of
 
@@ -71,6 +71,26 @@ class Rows:
         return f"{self.label}[{i}]"
 
     def identity(self) -> bytes:
+        """Of the number of bytes of every image, and of all bytes of up to 256, evenly spaced."""
+        import pyarrow.compute as pc
+
+        lengths = pc.binary_length(pc.struct_field(self.table.data.column(self.column), "bytes"))
+        sizes = lengths.fill_null(-1).to_numpy().astype("<i8")
+        return hashlib.sha256(self.first_identity() + sizes.tobytes()).digest()
+
+    def stamp(self) -> bytes:
+        """Of what the disk says of the table's files, and of images that are files of their own."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        cells = self.table.data.column(self.column)
+        outside = pc.is_null(pc.struct_field(cells, "bytes"))
+        paths = pc.struct_field(cells, "path").filter(outside).drop_null().cast(pa.string()).to_pylist()
+        files = [str(file["filename"]) for file in self.table.cache_files]
+        return hashlib.sha256(self.identity() + stamps([*files, *paths]).tobytes()).digest()
+
+    def first_identity(self) -> bytes:
+        """As it was in the first kind of fingerprints: of the number of images, and of all bytes of up to 256."""
         digest = hashlib.sha256(str(len(self)).encode())
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), IDENTITY_SAMPLES)).astype(int)):
             try:

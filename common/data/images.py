@@ -17,6 +17,7 @@ from torch import Tensor
 from ..printable import printable
 
 UNLABELLED = -1
+KIND = "2-"  # before a fingerprint: what it is made of, see `Images.has_fingerprint`
 
 
 class Unreadable(ValueError):
@@ -42,7 +43,12 @@ class Source(Protocol):
     def name(self, i: int) -> str: ...
 
     def identity(self) -> bytes:
-        """Bytes that change with the content and not with the place it is kept in."""
+        """Bytes that change with the content, as far as a sample shows, and not with the place it is kept in."""
+        ...
+
+    def stamp(self) -> bytes:
+        """Bytes that change when any file is written or put in the place of another, and with the place: what was
+        computed from these files is computed again."""
         ...
 
 
@@ -126,8 +132,27 @@ class Images:
         return same
 
     def fingerprint(self) -> str:
-        """16 hex digits of what is in here: the same data kept at another path has the same ones."""
-        digest = hashlib.sha256(self._source.identity())
+        """What is in here, in short: the same data kept at another path has the same one. Of many files it is a sample
+        that is read: see `stamp`."""
+        return f"{KIND}{self._digest(first=False)}"
+
+    def has_fingerprint(self, known: str) -> bool:
+        """Whether `known` is the fingerprint of these images, be it of the first kind: one of names and sizes alone."""
+        return known == (self.fingerprint() if known.startswith(KIND) else self._digest(first=True))
+
+    def stamp(self) -> str:
+        """16 hex digits that change when any file of these images does, and when they are moved."""
+        return hashlib.sha256(self._source.stamp()).hexdigest()[:16]
+
+    def ages(self) -> str:
+        """16 hex digits of the sizes and times of change of all files, which a faithful copy has, too; nothing of what
+        is no folder of files."""
+        ages = getattr(self._source, "ages", None)
+        return "" if ages is None else ages()
+
+    def _digest(self, first: bool) -> str:
+        """16 hex digits; `first`: as they were before there were kinds."""
+        digest = hashlib.sha256(identity_of(self._source, first))
         for array in (self._indices, self.labels):
             digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
         digest.update("\0".join(self.classes or ()).encode())
@@ -135,6 +160,11 @@ class Images:
 
     def __repr__(self) -> str:
         return f"Images({self.where!r}, {len(self)} images, {len(self.classes or ())} classes)"
+
+
+def identity_of(source: Any, first: bool) -> bytes:
+    """The identity of a source; `first`: as it was before there were kinds of fingerprints."""
+    return getattr(source, "first_identity", source.identity)() if first else source.identity()
 
 
 class Arrays:
@@ -163,6 +193,9 @@ class Arrays:
         for start in range(0, len(self.pixels), step):  # in pieces: the array may be a map of a file of gigabytes
             digest.update(np.ascontiguousarray(self.pixels[start : start + step]).data)
         return digest.digest()
+
+    def stamp(self) -> bytes:
+        return self.identity()  # all of it was read
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:

@@ -5,12 +5,16 @@ Names are relative to the folder, with slashes; neither the disk nor the locale 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..errors import Refusal
 from ..printable import printable
@@ -27,6 +31,8 @@ OTHER_PICTURES = frozenset(
      ".orf", ".raf", ".rw2", ".pef", ".dcm", ".nii", ".exr", ".hdr"}
 )  # fmt: skip
 
+STRETCH = 1000  # files that a thread asks for at a time
+PIECE = 16 << 10  # bytes of a file that are read in one place
 NAMED = 6  # kinds of files, or pairs of names, that a message lists
 
 
@@ -209,6 +215,42 @@ class _Walk:
             self.parents[folder] = self.folders.get((parent.st_dev, parent.st_ino))
         prefix = self.parents[folder]
         return prefix + file if prefix is not None and file[:1] != "." and _is(file, self.endings) else None
+
+
+def stamps(paths: Sequence[str] | Sequence[bytes]) -> np.ndarray:
+    """(n, 4) int64: size, times of the last change of content and of state in ns, and inode of each file; -1 where
+    there is none. A file that takes the place of another of its size and age has another inode, or another time of
+    state."""
+
+    def look(start: int) -> np.ndarray:
+        rows = []
+        for path in paths[start : start + STRETCH]:
+            try:
+                status = os.stat(path)
+                rows.append((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+            except OSError:
+                rows.append((-1, -1, -1, -1))
+        return np.array(rows, np.int64)
+
+    with ThreadPoolExecutor(16) as threads:  # no faster on a local disk; one that is far away answers many at a time
+        parts = list(threads.map(look, range(0, len(paths), STRETCH)))
+    return np.concatenate([np.empty((0, 4), np.int64), *parts])
+
+
+def sample_of(path: str) -> bytes:
+    """Size and some of the content of a file: all of a small one, of a large one its beginning, middle and end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a FIFO waits
+        with open(handle, "rb") as file:
+            size = os.fstat(handle).st_size
+            places = [0] if size <= 4 * PIECE else [0, size // 2, size - PIECE]
+            content = [size.to_bytes(8, "little")]
+            for place in places:
+                file.seek(place)
+                content.append(file.read(4 * PIECE if len(places) == 1 else PIECE))
+        return hashlib.sha256(b"".join(content)).digest()
+    except OSError:
+        return b"missing!"
 
 
 def is_hidden(name: str) -> bool:

@@ -4,10 +4,11 @@ Letters: B images, K classes.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checkpoint, collectives, ema, subjects
+from .. import checkpoint, collectives, ema, recipes, subjects
 from ..averages import Averages
 from ..errors import Refusal
 from ..features import digest, shown
@@ -162,6 +163,7 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self.averages = Averages()  # of the steps since the last line of the log
         self.saved = time.monotonic()
+        self.earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda identity: {}  # see recipes.earlier
 
     def result(self) -> list[dict[str, Any]] | None:
         """The history of a training that is done; None of one that is not. Raises Refusal if it was another one."""
@@ -240,7 +242,7 @@ class Training:
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def _refuse_other(self, identity: Mapping[str, Any]) -> None:
-        for name, now in self.identity.items():
+        for name, now in {**self.identity, **self.earlier(identity)}.items():
             if identity.get(name) != now:
                 raise Refusal(
                     f"--resume: {self.folder} was begun with {name} {identity.get(name)}, and now it is {now}: "
@@ -267,6 +269,7 @@ def train(
     weights = digest(subject.state) if subject.state is not None else None
     name = f"{'random' if subject.state is None else 'trained'}-seed{seed}"
     training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator)
+    training.earlier = functools.partial(recipes.earlier, job)
     if job.arguments.resume and (history := training.result()) is not None:
         job.say("done before")
         return history, note

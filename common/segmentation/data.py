@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data import Images, Location, open_data
 from ..data.folder import Files, scan
-from ..data.images import Arrays
+from ..data.images import Arrays, identity_of
 from ..data.layout import IMAGES, MASKS, folders
 from ..data.listing import with_links
 from ..data.splits import divide, judge, role_of
@@ -75,9 +75,9 @@ class Scenes(Images):
         part.left_out = self.left_out
         return part
 
-    def fingerprint(self) -> str:
+    def _digest(self, first: bool) -> str:
         """16 hex digits of what is in here, masks included."""
-        return hashlib.sha256(super().fingerprint().encode() + self._masks.identity()).hexdigest()[:16]
+        return hashlib.sha256(super()._digest(first).encode() + identity_of(self._masks, first)).hexdigest()[:16]
 
 
 def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scenes, Scenes, str]:

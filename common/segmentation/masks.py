@@ -123,7 +123,14 @@ class FileMasks:
 
     def identity(self) -> bytes:
         """Of the files, and of what their values mean."""
-        return self.files.identity() + bytes([self.labels.reduce_zero]) + (b"wide" if self.labels.wide else b"")
+        return self.files.identity() + self._meaning()
+
+    def first_identity(self) -> bytes:
+        """As it was in the first kind of fingerprints."""
+        return self.files.first_identity() + self._meaning()
+
+    def _meaning(self) -> bytes:
+        return bytes([self.labels.reduce_zero]) + (b"wide" if self.labels.wide else b"")
 
 
 @dataclass

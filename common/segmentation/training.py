@@ -4,6 +4,7 @@ Letters: B images, K classes, H x W pixels of a crop.
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Mapping
 from contextlib import closing
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checkpoint
+from .. import checkpoint, recipes
 from ..features import digest
 from ..finetuning.training import Training
 from ..loop import fit
@@ -174,6 +175,7 @@ def answer(
     weights = digest(subject.state) if subject.state is not None and row == "subject" else None
     about = {**identity, "weights": weights, "seed": seed}
     training = SegmentationRun(folder / name, about, config, accelerator)  # type: ignore[arg-type]
+    training.earlier = functools.partial(recipes.earlier, job)
     torch.manual_seed(seed)  # the head is the same, whatever was drawn for the backbone
     segmenter = heads.make(
         config.head,

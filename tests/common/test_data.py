@@ -3,7 +3,6 @@
 import gzip
 import os
 import pickle
-import socket
 import struct
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from pictures import photo, save
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.arrays import EXTRACT, EXTRACT_SPLITS
 from common.errors import Refusal
-from common.printable import printable
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 SOURCE = os.environ.get("POSLABEL_FASHION_MNIST")  # a folder with the whole set, to compare the extract with
@@ -81,84 +79,6 @@ def test_linked_folders_are_followed_without_end(tmp_path):
     (tmp_path / "data/a/dangling").symlink_to(tmp_path / "nothing")
     images = open_data(str(tmp_path / "data"))
     assert names(images) == ["a/1.png", "b/2.png"]
-
-
-def test_one_file_is_one_image_however_many_links_lead_to_it(tmp_path):
-    """Under its own name if it has one in there, else under the first link in the order of bytes."""
-    data, out = tmp_path / "data", tmp_path / "out"
-    for name in ("b/1.png", "b/2.png"):
-        save(data / name)
-    for name in ("deep/3.png", "4.png", "5.png"):
-        save(out / name)
-    (out / "blob").write_bytes((out / "5.png").read_bytes())
-    links = {"a/same.png": "../b/1.png", "a/twice.png": "same.png", "again": "b", "up": ".", "z/out": "../../out/deep",
-             "a/three.png": "../../out/deep/3.png", "a/four.png": "../../out/4.png", "c/four.png": "../../out/4.png",
-             "c/named.png": "../../out/blob", "c/nowhere.png": "gone.png", "c/circle": "circle"}  # fmt: skip
-    for name, target in links.items():
-        (data / name).parent.mkdir(exist_ok=True)
-        (data / name).symlink_to(target)
-    os.link(out / "5.png", data / "c/hard.png")
-    os.link(out / "5.png", data / "c/link.png")
-    images = open_data(str(data))
-    expected = ["a/four.png", "b/1.png", "b/2.png", "c/hard.png", "c/link.png", "c/named.png", "c/nowhere.png"]
-    assert names(images) == [*expected, "z/out/3.png"]
-    assert images.classes == ("a", "b", "c", "z")
-    for pair in (
-        "a/same.png is b/1.png",
-        "a/twice.png is b/1.png",
-        "again/ is b/",
-        "up/ is ./",
-        "c/four.png is a/four",
-    ):
-        assert pair in images.left_out, images.left_out
-    assert "14 names of images that are read under another name" in images.left_out  # 4 links, 2 in again, 8 in up
-    assert "5 of these links stand in another class" in images.left_out and "links in all" not in images.left_out
-
-
-def test_what_is_not_read_is_counted_and_said(tmp_path):
-    for name in ("a/1.png", "b/1.png", "b/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "#recycle/2.png", "lost+found/3.png"):
-        save(tmp_path / name)
-    for name in ("a/1.txt", "a/2.HEIC", "b/3.heic", "b/Thumbs.db", "b/noending", ".hidden.png", "a/desktop.ini"):
-        (tmp_path / name).write_text("x")
-    os.mkfifo(tmp_path / "a/pipe.png")
-    (tmp_path / "a/to_pipe.png").symlink_to("pipe.png")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(tmp_path / "b/door.jpg"))
-        images = open_data(str(tmp_path))
-    assert names(images) == ["a/1.png", "b/1.png"] and images.classes == ("a", "b")
-    for word in ("2 .heic", "1 .txt", "1 without an ending", "2 FIFO", "1 socket", "convert pictures to .png or .jpg"):
-        assert word in images.left_out, images.left_out
-    assert ".db" not in images.left_out and ".ini" not in images.left_out and "eaDir" not in images.left_out
-    assert images.subset([1]).left_out == images.left_out
-    os.remove(tmp_path / "a/1.png")
-    os.remove(tmp_path / "b/1.png")
-    with pytest.raises(Refusal, match=r"only other files \(2 \.heic, .*2 FIFO"):
-        open_data(str(tmp_path))
-
-
-def test_names_of_any_bytes(tmp_path):
-    """Read under their own bytes; shown, and as classes, in text that can be printed and written anywhere."""
-    encoded = save(tmp_path / "x.png").read_bytes()
-    for name in (b"br\xf6ken/1.png", "ünï/2.png".encode(), b"z/\x1b[31mred\n\t.png", b"z/bad\xff.png"):
-        path = os.path.join(os.fsencode(tmp_path / "data"), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(b"cut" if b"bad" in name else encoded)
-    images = open_data(str(tmp_path / "data"))
-    assert images.classes == ("br\\xf6ken", "z", "ünï") and labels(images) == [0, 1, 1, 2]
-    shown = ["br\\xf6ken/1.png", "z/\\x1b[31mred\\n\\t.png", "z/bad\\xff.png", "ünï/2.png"]
-    assert [images.name(i).removeprefix(f"{tmp_path}/data/") for i in range(4)] == shown
-    assert images.read(0).shape == images.read(1).shape == images.read(3).shape
-    with pytest.raises(Unreadable) as error:
-        images.read(2)
-    assert "bad\\xff.png: " in str(error.value) and str(error.value).encode() and len(images.fingerprint()) > 15
-
-
-def test_printable():
-    assert printable("ein Bär.png") == "ein Bär.png" and printable(printable(b"\xf6")) == "\\xf6"
-    assert printable("b\udcc3\udca4r") == "bär"  # as Python has it where the locale is C
-    assert printable("a\u202egpj\u2028\x00\x9b.png") == "a\\u202egpj\\u2028\\x00\\x9b.png"
-    assert printable("\ud800") == "\\ud800"
 
 
 def test_given_splits(tmp_path):

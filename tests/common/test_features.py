@@ -274,6 +274,26 @@ def test_damaged_parts_are_extracted_again(stopped, damage):
     assert found["index"].tolist() == list(range(10))
 
 
+def test_images_exchanged_between_classes_are_extracted_again(tmp_path, folder):
+    """Also where a sample of the content, and the fingerprint with it, would not show it."""
+    images, backbone, calls = open_data(str(folder)), tiny(), []
+    key = key_of(images, backbone)
+
+    def get():
+        return cached(tmp_path / "cache", key, images, asked(images, backbone, calls), lambda line: None)["mean"]
+
+    before = get().clone()
+    assert torch.equal(get(), before) and len(calls) == 1
+    a, b = (folder / "cats/0.png"), (folder / "cats/1.png")
+    a.rename(folder / "aside")
+    b.rename(a)
+    (folder / "aside").rename(b)
+    assert torch.equal(get()[[1, 0]], before[:2]) and len(calls) == 2
+    a.touch()
+    get()
+    assert len(calls) == 3
+
+
 def test_unreadable_images_in_parts(tmp_path, folder):
     for name in ("cats/0.png", "cats/1.png"):
         (folder / name).write_bytes(b"not an image")
