@@ -205,9 +205,7 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
 
 
 @pytest.mark.parametrize("ages", [None, "of before"])
-def test_images_as_an_earlier_version_knew_them_and_files_of_other_ages(
-    inside, copied, images, monkeypatch, capsys, ages
-):
+def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied, images, monkeypatch, capsys, ages):
     """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them."""
     load = pretrain.resume.read_checkpoint
 
