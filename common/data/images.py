@@ -195,7 +195,8 @@ class Arrays:
         return digest.digest()
 
     def stamp(self) -> bytes:
-        return self.identity()  # all of it was read
+        """As its identity, for which all of it is read."""
+        return self.identity()
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
