@@ -72,22 +72,23 @@ class Rows:
 
     def identity(self) -> bytes:
         """Of the number of bytes of every image, and of all bytes of up to 256, evenly spaced."""
-        import pyarrow.compute as pc
-
-        lengths = pc.binary_length(pc.struct_field(self.table.data.column(self.column), "bytes"))
-        sizes = lengths.fill_null(-1).to_numpy().astype("<i8")
-        return hashlib.sha256(self.first_identity() + sizes.tobytes()).digest()
+        sizes = [np.empty(0, np.int64)]
+        for chunk in self.table.data.column(self.column).chunks:
+            inner = chunk.field("bytes")
+            kind = "<i8" if str(inner.type).startswith("large") else "<i4"
+            if len(inner):  # Arrow keeps where each one begins
+                starts = np.frombuffer(inner.buffers()[1], kind)[inner.offset : inner.offset + len(inner) + 1]
+                sizes.append(np.where(_valid(inner), np.diff(starts), -1))
+        return hashlib.sha256(self.first_identity() + np.concatenate(sizes).astype("<i8").tobytes()).digest()
 
     def stamp(self) -> bytes:
         """Of what the disk says of the table's files, and of images that are files of their own."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        cells = self.table.data.column(self.column)
-        outside = pc.is_null(pc.struct_field(cells, "bytes"))
-        paths = pc.struct_field(cells, "path").filter(outside).drop_null().cast(pa.string()).to_pylist()
-        files = [str(file["filename"]) for file in self.table.cache_files]
-        return hashlib.sha256(self.identity() + stamps([*files, *paths]).tobytes()).digest()
+        paths = [str(file["filename"]) for file in self.table.cache_files]
+        for chunk in self.table.data.column(self.column).chunks:
+            outside = np.flatnonzero(~_valid(chunk.field("bytes")))
+            if len(outside):
+                paths += [path for path in chunk.field("path").take(outside).to_pylist() if path is not None]
+        return hashlib.sha256(self.identity() + stamps(paths).tobytes()).digest()
 
     def first_identity(self) -> bytes:
         """As it was in the first kind of fingerprints: of the number of images, and of all bytes of up to 256."""
@@ -98,6 +99,11 @@ class Rows:
             except (OSError, ValueError):
                 digest.update(b"missing!")
         return digest.digest()
+
+
+def _valid(column: Any) -> np.ndarray:
+    """(n,) bool: which cells of an Arrow column have a value."""
+    return np.asarray(column.is_valid())
 
 
 def open_hub(where: Location, split: str) -> Images | None:
