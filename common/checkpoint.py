@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .disk import DiskFull, writing
 from .errors import Refusal
 from .models import Backbone, ModelConfig, create
 from .models.backbone import no_architecture, refuse_arguments, shapes
@@ -64,15 +65,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], needed: int | None = None) -> None:
     """Let `write` fill a file beside `path`, flush it to the disk and rename it, so that `path` is never
-    half-written."""
+    half-written. Raises DiskFull where there is no room for it; `needed`: its bytes, if known."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(aside)
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
+        with writing(path, needed):
+            write(aside)
+            _sync(aside)
+            os.replace(aside, path)
+            _sync(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -313,7 +315,8 @@ def save_state(
         _sync(parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).splitlines()[0]  # torch tells its stack below; and a full disk as "unexpected pos"
+        first = error.__cause__ if isinstance(error, DiskFull) else error
+        reason = str(first).splitlines()[0]  # torch tells its stack below; and a full disk as "unexpected pos"
         raise OSError(
             f"cannot write the checkpoint of step {step} to {parent}: {reason}; "
             f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} "
@@ -321,7 +324,7 @@ def save_state(
         ) from error
     for name in PUBLIC:
         if (final / name).exists():
-            write_atomically(run / name, partial(shutil.copyfile, final / name))
+            write_atomically(run / name, partial(shutil.copyfile, final / name), needed=(final / name).stat().st_size)
         else:  # exported before, and no longer: it would be of an earlier step than what lies beside it
             (run / name).unlink(missing_ok=True)
     checkpoints = _checkpoints(run)

@@ -13,11 +13,13 @@ import functools
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .disk import is_full, no_room
 from .errors import Refusal
 from .stopping import HEEDED, INTERRUPTED, Stopped, die_with_parent, kill_children, lost_worker
 from .streams import hold, protect
@@ -33,6 +35,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         protect()
+        threading.excepthook = _in_a_thread
         argv = sys.argv[1:]
         debug = "--debug" in argv
         try:
@@ -45,7 +48,8 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
         except OSError as error:  # a full disk, a read-only folder, a missing permission
             if debug:
                 traceback.print_exc()
-            _complain(f"{error}")
+            name = error.filename2 or error.filename or "a file"
+            _complain(no_room(os.fsdecode(name), error) if is_full(error) else f"{error}")
             status = REFUSED
         except KeyboardInterrupt:
             status = INTERRUPTED
@@ -54,6 +58,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
             status = stopped.status
         except Exception as error:  # a fault of ours, or of the machine: out of memory
             lost = lost_worker(error) if "DataLoader worker" in str(error) else None
+            lost = no_room("a file", error) if is_full(error) else lost
             if lost is None or debug:
                 traceback.print_exc()
             if lost is not None:
@@ -62,6 +67,12 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
         _leave(status)
 
     return run
+
+
+def _in_a_thread(arguments: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread: of a full disk the main one hears at its next word, and says so."""
+    if arguments.exc_value is None or not is_full(arguments.exc_value):
+        threading.__excepthook__(arguments)
 
 
 def _complain(message: str, kind: str = "error") -> None:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from . import config as configuration
+from .checkpoint import write_atomically
 from .errors import Refusal
 from .protocol import Evaluation, Parser
 from .run_folder import CONFIG, WAIT, RunLock
@@ -170,7 +171,8 @@ def prepare(job: Evaluation, recipe: str | None, config: Any, accelerator: Accel
             shutil.rmtree(old)
         head = f"# recipe: {recipe}\n" if recipe else "# no recipe\n"
         if not resume:
-            (folder / CONFIG).write_text(head + OmegaConf.to_yaml(OmegaConf.structured(config)))
+            text = head + OmegaConf.to_yaml(OmegaConf.structured(config))
+            write_atomically(folder / CONFIG, lambda aside: aside.write_text(text))
     accelerator.wait_for_everyone()
     return lock
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .checkpoint import PUBLIC
+from .disk import writing
 from .errors import Refusal
 
 try:
@@ -103,7 +104,8 @@ def _born(path: Path, config: str) -> bool:
     shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same number
     aside.mkdir()
     try:
-        (aside / CONFIG).write_text(config)
+        with writing(path / CONFIG, len(config)):
+            (aside / CONFIG).write_text(config)
         os.rename(aside, path)  # fails if another run took the name and has files
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)

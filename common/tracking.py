@@ -18,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checkpoint import sweep, write_atomically
+from .disk import writing
 from .errors import Refusal
 from .run_folder import open_for_good
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tb"
 
 
 def check_tensorboard(wanted: bool) -> None:
@@ -51,7 +52,7 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run / "tb"), purge_step=start + 1 if again else None)
+            self.writer = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1 if again else None)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """One JSON line, floats in full precision, null for one that is not finite; in TensorBoard a scalar for each
@@ -60,9 +61,12 @@ class Tracker:
             return
         line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in record.items()}  # fmt: skip  # JSON has no word for NaN
-        self.file.write(json.dumps({"step": step, **line}) + "\n")
-        self.file.flush()
-        if self.writer is not None:
+        with writing(self.run / METRICS):
+            self.file.write(json.dumps({"step": step, **line}) + "\n")
+            self.file.flush()
+        if self.writer is None:
+            return
+        with writing(self.run / TENSORBOARD):
             for name, value in record.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
@@ -83,19 +87,24 @@ class Tracker:
             return
         folder = self.run / "pictures"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / f"{name}-{step:08d}.png")
+        write_atomically(
+            folder / f"{name}-{step:08d}.png", lambda aside: Image.fromarray(image).save(aside, format="PNG")
+        )
         if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HWC")
+            with writing(self.run / TENSORBOARD):
+                self.writer.add_image(name, image, step, dataformats="HWC")
 
     def sync(self) -> None:
         """Everything written so far reaches the disk: called before a checkpoint, which must not know more steps
         than they do."""
         if not self.active:
             return
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with writing(self.run / METRICS):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         if self.writer is not None:
-            self.writer.flush()
+            with writing(self.run / TENSORBOARD):
+                self.writer.flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from common import processes, recipes
+from common.checkpoint import write_atomically
 from common.errors import Refusal
 from common.finetuning.training import at_size
 from common.finite import refuse_spoiled
@@ -259,7 +260,7 @@ def draw(job: Evaluation, found: dict[str, list[Found]]) -> Path:
     path = recipes.folder_of(job) / "predictions.png"
     assert isinstance(job.test, Scenes)
     drawn = sheet(first.model, job.test, first.view, len(job.subject.description["mean"]), job.device)
-    Image.fromarray(drawn).save(path)
+    write_atomically(path, lambda aside: Image.fromarray(drawn).save(aside, format="PNG"))
     folder = job.subject.folder.parent / "tb"
     if job.subject.state is not None and job.arguments.out is None and folder.is_dir():
         from torch.utils.tensorboard import SummaryWriter  # seconds

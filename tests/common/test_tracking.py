@@ -1,14 +1,25 @@
 """What a run leaves behind: every step once, in full precision, however often it was interrupted."""
 
+import contextlib
+import io
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from children import Run
+from children import ROOT, Run
 from PIL import Image
+from safetensors import SafetensorError
 
+from common.checkpoint import write_atomically
+from common.disk import DiskFull
 from common.errors import Refusal
+from common.streams import Stream
 from common.tracking import METRICS, Progress, Tracker, check_tensorboard, clock, cut, summary
 
 
@@ -152,3 +163,77 @@ def test_summary_leaves_out_held_out_numbers():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.6, "1:00:00"), (7325, "2:02:05")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("what", ["metrics.jsonl", "tb", "a picture", "any file", "torch", "safetensors"])
+def test_a_full_disk_is_said_with_the_file_and_the_room(tmp_path, monkeypatch, what):
+    tracker = Tracker(tmp_path, 0, tensorboard=False)
+    image = np.zeros((8, 8, 3), np.uint8)
+    file = {"a picture": "board-00000003.png", "any file": "report.json"}.get(what, what)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, pytest.raises(DiskFull) as refusal:
+        if what == "metrics.jsonl":
+            tracker.file = full
+            tracker.write(3, {"loss": 1.0})
+        elif what == "tb":
+            tracker.writer = SimpleNamespace(add_scalar=lambda *_: full.write("x" * 100_000))  # type: ignore[assignment]
+            tracker.write(3, {"loss": 1.0})
+        elif what == "a picture":
+            monkeypatch.setattr(Image.Image, "save", lambda self, path, format: Path("/dev/full").write_bytes(b"x"))
+            tracker.picture("board", 3, image)
+        elif what == "any file":
+            write_atomically(tmp_path / file, lambda aside: Path("/dev/full").write_text("x"), needed=12_345)
+        else:  # in the words of each library
+            error = {
+                "torch": RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0\nframe #0"),
+                "safetensors": SafetensorError(
+                    "Error while serializing: I/O error: No space left on device (os error 28)"
+                ),
+            }[what]
+            write_atomically(tmp_path / file, Mock(side_effect=error))
+    message = str(refusal.value)
+    assert file in message and "bytes are free" in message and "make room" in message and "\n" not in message
+    assert ("12,345 are needed" in message) == (what == "any file")
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+# ---------------------------------------------------------------------------- what is printed
+
+
+def test_a_stream_without_a_reader_is_silent(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = Stream(io.FileIO(writing, "w"), io.TextIOWrapper(io.BytesIO(), "ascii"))
+    print("nobody reads this \udcff", file=stream, flush=True)
+    assert os.path.samestat(os.fstat(writing), os.stat(os.devnull))  # what others write there is gone, too
+    print("nor this", file=stream, flush=True)
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb", buffering=0) as full:
+            print("lost", file=Stream(full, io.TextIOWrapper(io.BytesIO(), "ascii")), flush=True)
+
+
+CLOSED = """import os, sys
+from common import launch
+files = [os.open(sys.argv[1], os.O_RDWR | os.O_CREAT) for _ in range(2)]
+assert min(files) > 2, files
+launch.protect()
+print("out")
+print("err", file=sys.stderr)
+os.system("echo shell; echo shell >&2")
+sys.exit(7)"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams_are_nobodys(tmp_path, closed):
+    """No file that is opened later gets their numbers, and what others print."""
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, CLOSED, tmp_path / "file"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert ended.returncode == 7, ended.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+    assert sorted(ended.stdout.split()) == (["out", "shell"] if closed == "2>&-" else [])
+    assert sorted(ended.stderr.split()) == (["err", "shell"] if closed == ">&-" else [])
