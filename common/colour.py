@@ -31,8 +31,8 @@ def recolour(image: Tensor, changes: Iterable[Change]) -> Tensor:
         if name == "brightness":
             planes *= np.float32(amount)
         elif name == "contrast":
-            grey = np.rint(_luma(planes)).sum(dtype=np.float64) / planes[0].size  # of whole numbers: exact
-            _blend(planes, np.float32(grey), amount)
+            rows = np.rint(_luma(planes)).sum(axis=1)  # of whole numbers below 2^24: exact
+            _blend(planes, np.float32(rows.sum(dtype=np.float64) / planes[0].size), amount)
         elif len(planes) != 3:
             continue
         elif name == "saturation":

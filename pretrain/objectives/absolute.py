@@ -62,7 +62,8 @@ class AbsoluteOptions:
     (DropPos 1). 0: one-hot labels."""
     attentive: str = "none"
     """Weights of the patches in the loss, by their likeness to the class token: none; kept (of this pass's own tokens);
-    image (DropPos: of a second pass over the whole image, a third of a full step more)."""
+    image (DropPos: of a second pass over the whole image, a third of a full step more). The loss is a weighted mean
+    over all processes; with accumulate it is the mean of the parts' own, as later weights are not known yet."""
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     """Blocks between encoder and head."""
     view: str = "global"

@@ -143,7 +143,8 @@ class Dino(Objective):
         return collapse.judge(numbers, self.images, self.progress)
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """loss (nats, mean over images and pairs of crops), and on measured steps the health of the training:
+        """loss (nats, mean over images and pairs of crops), and on measured steps the health of the training, in each
+        part of a step by itself:
 
         teacher_entropy, student_entropy (global crops), kl (of teacher and student), marginal_entropy (of all images
         together), uniform (ln K), in nats; prototypes_used (that won a crop from the last measured step on, this one
