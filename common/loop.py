@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from .random_state import undo_later
 from .stopping import Stopped, StopSignal
 from .tracking import Progress
 
+SLOW = 5.0  # seconds of a step, from which on a signal ends it between its parts
 MOST_SKIPPED = 50  # steps in a row that are not finite, before a run gives up; fp16's scale needs a dozen
 
 Report = tuple[int, Callable[[int], dict[str, float | str]]]  # (every so many steps, what to measure then)
@@ -84,7 +86,8 @@ def fit(
     Every `log_every` steps a line is logged, of means over the steps since the last one (see `Averages`; `averages`:
     those of a checkpoint between two lines).
 
-    A signal ends a wait for a batch, and with it the step, as if it had not begun, or the report, which lacks numbers.
+    A signal ends a wait for a batch, or a step that is long between its parts, as if the step had not begun; or the
+    report, which lacks numbers.
 
     A step whose loss on any process, or whose gradient, is not finite changes nothing, is counted from `skipped` on,
     and is given to the recorder. Raises Refusal after `most_skipped` of those in a row, or where the last ones are.
@@ -94,10 +97,11 @@ def fit(
     seconds = waited = longest = 0.0
     since = saved = start
     averages = averages or Averages()
+    slow = True  # whether a signal is heeded within a step; of the first one nobody knows how long it takes
     task.train()
     for step in range(start + 1, steps + 1):
         logged = step % log_every == 0 or step == steps
-        begun = time.perf_counter()
+        begun = begun_step = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = schedule(step - 1) * group["lr_scale"]
             if weight_decay is not None and group["decays"]:
@@ -108,18 +112,23 @@ def fit(
             recorder.begin()
         results: list[dict[str, Tensor]] = []
         used: list[Any] = []
-        undo = undo_later(task) if accumulate > 1 else None
+        undo = undo_later(task) if accumulate > 1 or slow else None
         try:
             for part in range(accumulate):
+                if part and slow and _agree(accelerator, stop.received is not None)[0]:
+                    raise Stopped(stop.received or signal.SIGTERM)
                 before = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - before
                 last = part == accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(task), stop.within(longest):
                     result = task(batch.to(accelerator.device))
+                    if slow and accelerator.num_processes == 1 and stop.received is not None:
+                        raise Stopped(stop.received)
                     accelerator.backward(_spread(result["loss"]) / accumulate)
                 results.append({name: value.detach() for name, value in result.items()})
                 used.append(batch)
+                progress.part(step, part + 1, accumulate)
         except Stopped:  # no gradient was taken: all is as after the step before
             optimizer.zero_grad()
             if undo is not None:
@@ -178,7 +187,8 @@ def fit(
         progress.step()
         due = taken and save_due(step)  # copies of a skipped step would drive out what was before
         with stop.within(longest):
-            stopping, saving = _agree(accelerator, stop.received is not None, due)
+            longer = time.perf_counter() - begun_step > SLOW
+            stopping, saving, slow = _agree(accelerator, stop.received is not None, due, longer)
         if stopping or saving or step == steps:
             save(step)
             saved = step
@@ -192,9 +202,9 @@ def _spread(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def _agree(accelerator: Accelerator, stopping: bool, saving: bool) -> tuple[bool, bool]:
+def _agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:
     """What any process wants, all do: a signal or a clock reaches one of them a step before the others."""
     if accelerator.num_processes == 1:
-        return stopping, saving
-    flags = torch.tensor([stopping, saving], dtype=torch.float32, device=accelerator.device)
-    return tuple(value > 0 for value in accelerator.reduce(flags, "sum").tolist())  # type: ignore[union-attr, return-value]
+        return wishes
+    flags = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
+    return tuple(value > 0 for value in accelerator.reduce(flags, "sum").tolist())  # type: ignore[union-attr]

@@ -36,6 +36,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
         self.status = exit_status(number)
 
 
@@ -72,6 +73,11 @@ class StopSignal:
     def status(self) -> int:
         """Exit status of a run that stopped as asked."""
         return 0 if self.received is None else exit_status(self.received)
+
+    def heed(self) -> None:
+        """Raises Stopped if a signal asked to stop: for where nothing is half done."""
+        if self.received is not None:
+            raise Stopped(self.received)
 
     @contextlib.contextmanager
     def within(self, longest: float) -> Iterator[None]:

@@ -4,12 +4,14 @@ After a resume every step is there once: metrics.jsonl is cut back to the checkp
 forget what came after it.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from .errors import Refusal
 from .run_folder import open_for_good
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tb"
+
+
+QUIET = 10.0  # seconds after which a part of a step is told
 
 
 def check_tensorboard(wanted: bool) -> None:
@@ -137,15 +142,35 @@ class Progress:
     def __init__(self, steps: int, start: int, active: bool) -> None:
         self.steps, self.start, self.active = steps, start, active
         self.begun = time.perf_counter()
+        self.first = contextlib.ExitStack()  # open until the first step
         self.measuring = 0.0  # seconds spent on held-out images
+        self.told = self.stepped = self.begun  # when something was last said of a step, and when a step last ended
         self.bar = None
         if active and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def step(self) -> None:
         """One step is done."""
+        self.first.close()
+        self.told = self.stepped = time.perf_counter()
         if self.bar is not None:
             self.bar.update()
+
+    def wait_for_first(self, line: str) -> None:
+        """Say `line`, and how long it has taken, if the first step, or part of one, takes more than ten seconds."""
+        if self.active:
+            self.first.enter_context(patient(line, self.say, first=QUIET))
+
+    def part(self, step: int, part: int, parts: int) -> None:
+        """One of the parts of a step is done: told where nothing was for ten seconds."""
+        now = time.perf_counter()
+        self.first.close()
+        if parts > 1 and part < parts and now - self.told > QUIET:
+            self.told = now
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"part {part} of {parts}")
+            else:
+                self.say(f"step {step}/{self.steps}  part {part} of {parts}, {clock(now - self.stepped)} so far")
 
     def show(self, step: int, record: dict[str, Any]) -> None:
         """Tell the numbers of a logged step."""
@@ -176,6 +201,7 @@ class Progress:
 
     def close(self) -> None:
         """End the bar."""
+        self.first.close()
         if self.bar is not None:
             self.bar.close()
 
@@ -192,6 +218,31 @@ def summary(record: dict[str, Any]) -> str:
             words.append(f"{task} {value}")
     words += [f"{record['images_per_second']:,.0f} img/s", f"data_wait {record['data_wait']:.1%}"]
     return "  ".join(words)
+
+
+@contextlib.contextmanager
+def patient(line: str, say: Callable[[str], None], first: float = 0.0, every: float = 30.0) -> Iterator[None]:
+    """While what is inside goes on, say `line` after `first` seconds, and how long it took after each `every`: in a
+    thread of its own, as one call may take minutes."""
+    done, begun = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        if first > 0:
+            if done.wait(first):
+                return
+            say(line)
+        while not done.wait(every):
+            say(f"           … {clock(time.perf_counter() - begun)} so far")
+
+    if first <= 0:
+        say(line)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 NAMES = {"knn": "k-NN", "ridge": "ridge", "rankme": "effective rank"}

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from common import collectives, precision, schedules, subjects
 from common.data import Images, open_data
@@ -22,6 +23,8 @@ from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from common.stopping import Stopped, StopSignal
+from common.tracking import patient
 from common.unreadable import LISTED, Limit, Look, look_at
 from pretrain import objectives
 from pretrain.audit import Verdict, cached_audit
@@ -48,6 +51,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)  # what was repaired, and what looks unwise
     look: Look = field(default_factory=Look)  # at the images, before anything else
     init: str = ""  # what the backbone begins from, if not from scratch
+    pace: float | None = None  # seconds for a forward and backward pass of one image, if it was measured
 
     @property
     def limit(self) -> Limit:
@@ -80,19 +84,24 @@ class Parts:
         assert shared[0] is not None
         return shared[0]
 
-    def held_out_samples(self) -> Samples:
-        """The held-out images, cropped and drawn for as the training images are."""
+    def held_out_samples(self, images: Images) -> Samples:
+        """Held-out images, cropped and drawn for as the training images are."""
         task, samples = self.task, self.samples
-        return Samples(self.held_out, samples.views, 0, samples.channels, task.draws, task.collates, task.labelled)
+        return Samples(images, samples.views, 0, samples.channels, task.draws, task.collates, task.labelled)
 
 
 def assemble(
-    config: PretrainConfig, process: PartialState, fresh: bool = True, stopped: Callable[[], bool] = lambda: False
+    config: PretrainConfig,
+    process: PartialState,
+    fresh: bool = True,
+    stop: StopSignal | None = None,
+    typed: Collection[str] = ("batch",),
 ) -> Parts:
     """Build the parts of a run and settle every automatic value. Writes nothing. Raises Refusal for what cannot be.
 
-    Not `fresh`: the weights will come from a checkpoint, and those of model.init are not asked for. `stopped`: whether
-    a signal came, so that looking at the images ends early.
+    Not `fresh`: the weights will come from a checkpoint, and those of model.init are not asked for. `stop`: raises
+    Stopped while something is measured or looked at. `typed`: options that the user gave; a batch that nobody typed is
+    lowered to what few images fill.
     """
     config = dataclasses.replace(config)
     reasons: dict[str, str] = {}
@@ -103,6 +112,8 @@ def assemble(
     images = open_data(location_of(vars(config)))
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
+    if "batch" not in typed:
+        _settle_batch(config, len(train), process.num_processes, reasons)
     sampler = StepSampler(
         len(train), config.batch, config.seed, 1, 0, process.process_index, process.num_processes, config.accumulate
     )
@@ -124,7 +135,8 @@ def assemble(
     task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     _settle_export(config, task, reasons)
-    look = _look(config, images, backbone.channels, process, stopped)
+    heed = (lambda: None) if stop is None else stop.heed
+    look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
     verdict = _audit(config, task, process)
     views = {name: view for name, view in config.views.items() if name in task.views}
     samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates, task.labelled)
@@ -133,10 +145,7 @@ def assemble(
         cores = usable_cores() // max(1, process.num_processes)
         config.loader.workers = max(1, min(8, cores - 1))
         reasons["loader.workers"] = f"{cores} usable cores per process, one of them for training"
-    if config.monitor.every is None:
-        config.monitor.every = math.ceil(steps / 10)
-        reasons["monitor.every"] = "ten times in the run"
-    _settle_precision(config, task, samples, process, reasons)
+    pace = _settle_precision(config, task, samples, process, reasons, heed)
     return Parts(
         config,
         process,
@@ -152,6 +161,7 @@ def assemble(
         notes,
         look,
         init,
+        pace,
     )
 
 
@@ -226,37 +236,63 @@ def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> 
     return verdict[0]
 
 
+def _settle_batch(config: PretrainConfig, images: int, processes: int, reasons: dict[str, str]) -> None:
+    """Lower a recipe's batch to what so few images fill; the learning rate follows by optimizer.scaling."""
+    unit = processes * config.accumulate
+    if config.batch > images >= unit:
+        reasons["batch"] = f"there are {images:,} images to train on, fewer than the recipe's {config.batch:,}"
+        config.batch = images // unit * unit
+
+
 def _settle_precision(
-    config: PretrainConfig, task: Pretraining, samples: Samples, process: PartialState, reasons: dict[str, str]
-) -> None:
-    """Replace precision=auto and model.attention=auto by what the first process measures to be fastest."""
-    if config.precision != "auto" and config.model.attention != "auto":
-        return
+    config: PretrainConfig,
+    task: Pretraining,
+    samples: Samples,
+    process: PartialState,
+    reasons: dict[str, str],
+    heed: Callable[[], None],
+) -> float | None:
+    """Replace precision=auto and model.attention=auto by what the first process measures to be fastest; returns seconds
+    for a forward and backward pass of one image, which are also measured where the monitors' intervals follow from
+    them. Raises Stopped, in all processes, if a signal reached the first one meanwhile."""
+    was = config.precision, config.model.attention
+    if "auto" not in was and config.monitor.every is not None:
+        return None
     chosen: list[Any] = [None]
     if process.is_main_process:
-        batch = samples.__getitems__([(HELD_OUT_EPOCH, i % len(samples)) for i in range(min(config.batch, 32))])
+        batches: dict[int, Any] = {}
+
+        def step(images: int) -> Tensor:
+            if images not in batches:
+                keys = [(HELD_OUT_EPOCH, i % len(samples)) for i in range(images)]
+                batches[images] = samples.__getitems__(keys).to(process.device)
+            return task(batches[images])["loss"]
+
         task.to(process.device).train()
         task.begin_step(0.0, measured=False)
-        with collectives.alone():  # the other processes wait for what this one finds
-            chosen = [
-                precision.choose(
-                    config.precision,
-                    config.model.attention,
-                    task,
-                    lambda: task(batch.to(process.device))["loss"],
-                    process.device,
-                )
-            ]
+        budget = precision.BUDGET if "auto" in was else precision.BUDGET / 4
+        what = "the fastest precision and attention" if "auto" in was else "the speed"
+        line = f"measuring  {what} on this {process.device.type}, for about {budget:.0f} s at most"
+        try:
+            with (
+                collectives.alone(),
+                patient(line, functools.partial(print, flush=True)),
+            ):  # the other processes wait for what this one finds
+                chosen = [precision.choose(*was, task, step, process.device, heed, budget)]
+        except Stopped as stopped:
+            chosen = [stopped.number]
         task.begin_step(0.0, True)  # what objectives counted is forgotten
         task.to("cpu")
     if process.num_processes > 1:
         broadcast_object_list(chosen)
-    was = config.precision, config.model.attention
-    config.precision, config.model.attention, why = chosen[0]
+    if isinstance(chosen[0], int):
+        raise Stopped(chosen[0])
+    config.precision, config.model.attention = chosen[0].precision, chosen[0].attention
     precision.set_attention(task, config.model.attention)
     for name, before in zip(("precision", "model.attention"), was, strict=True):
         if before == "auto":
-            reasons[name] = why
+            reasons[name] = chosen[0].why
+    return chosen[0].seconds
 
 
 def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Optimizer:

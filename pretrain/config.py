@@ -90,7 +90,11 @@ class MonitorConfig:
     the objective `classification` does."""
 
     every: int | None = None
-    """Steps between measurements; null: ten times in a run."""
+    """Steps between measurements; null: ten times in a run, or fewer, so that they take a tenth of its time at most by
+    what is measured before the first step."""
+    images: int | None = None
+    """At most so many held-out images are looked at, beside twice as many of `bank`; null: all, or, where even one
+    measurement would take more than a tenth of the run's time and `every` is null, fewer."""
     control_every: int | None = None
     """Steps between controls on noise and on images with shuffled patches; null: with the other measurements."""
     held_out: float = 0.1
@@ -183,6 +187,7 @@ MAY_CHANGE = (
     "keep",
     "milestone_every",
     "monitor.every",
+    "monitor.images",
     "monitor.control_every",
     "optimizer.most_skipped",
     "tensorboard",
@@ -235,6 +240,7 @@ def check(config: PretrainConfig) -> None:
         "milestone_every": (config.milestone_every, 1),
         "loader.workers": (config.loader.workers, 0),
         "monitor.every": (config.monitor.every, 1),
+        "monitor.images": (config.monitor.images, 2),
         "monitor.control_every": (config.monitor.control_every, 1),
         "monitor.held_out": (config.monitor.held_out, 0),
         "monitor.most": (config.monitor.most, 0),

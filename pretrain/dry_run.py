@@ -1,7 +1,9 @@
 """`--dry-run`: what a recipe resolves to and what it will cost, measured; nothing is written."""
 
+import dataclasses
+import functools
 import time
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +15,21 @@ from common.models.backbone import count_parameters, set_attention
 from common.optim import clip_gradients
 from common.precision import DTYPES
 from common.sampling import HELD_OUT_EPOCH, loader
-from common.tracking import clock
+from common.tracking import clock, patient
 from common.unreadable import LISTED
 from pretrain.assemble import Parts, optimizer_for, schedule_for
 from pretrain.command import written
+from pretrain.pace import advice, step_seconds
 
-CALIBRATION = 20  # steps, of which the first quarter warms up
+CALIBRATION, FEWEST = 20, 3  # steps, of which the first quarter warms up; at least so many
+BUDGET = 30.0  # seconds that they take, about
 
 
-def dry_run(parts: Parts) -> int:
-    """Print options, parameters, FLOPs, memory and speed. Every process takes part. Returns the exit status."""
+def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
+    """Print options, parameters, FLOPs, memory and speed. Every process takes part. Returns the exit status.
+
+    `heed` is called between steps and parts, and may raise.
+    """
     config, process, images = parts.config, parts.process, parts.images
     accelerator = processes.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
@@ -34,7 +41,10 @@ def dry_run(parts: Parts) -> int:
         accelerator.print(line)
     accelerator.print(f"audit           {parts.audit.verdict}")
     share = config.batch // process.num_processes // config.accumulate
+    begun = time.perf_counter()
     flops, activations = cost(parts, share)
+    if parts.pace is None:  # of three passes of two images: roughly
+        parts.pace = (time.perf_counter() - begun) / 2
     trained, frozen = (
         count_parameters(parts.task),
         sum(p.numel() for p in parts.task.parameters() if not p.requires_grad),
@@ -53,14 +63,15 @@ def dry_run(parts: Parts) -> int:
         "weights, gradients, moments; "
         f"{activations / 2**20:,.0f} activations kept for {share} images"
     )
-    speed, wait = _calibrate(parts, accelerator)
-    accelerator.print(
-        f"speed           {speed:,.1f} images/s over {CALIBRATION} steps, {wait:.1%} of it waiting for data"
-    )
+    heed()
+    speed, wait, how = _calibrate(parts, accelerator, heed)
+    accelerator.print(f"speed           {speed:,.1f} images/s over {how}, {wait:.1%} of it waiting for data")
     accelerator.print(
         f"whole run       {parts.steps:,} steps, {clock(parts.steps * config.batch / speed)} "
         f"({parts.steps * config.batch / speed / 3600:.2f} h) without monitors"
     )
+    for line in advice(parts, config.batch / speed):
+        accelerator.print(f"advice          {line}")
     return 0
 
 
@@ -96,33 +107,45 @@ def cost(parts: Parts, images: int) -> tuple[float, float]:
     return counter.get_total_flops() / 2, sum(kept.values()) / 2 * images
 
 
-def _calibrate(parts: Parts, accelerator: Any) -> tuple[float, float]:
-    """(images/s over all processes, share of the time spent waiting for data) of real steps on throw-away weights."""
-    config = parts.config
+def _calibrate(parts: Parts, accelerator: Any, heed: Callable[[], None]) -> tuple[float, float, str]:
+    """(images/s over all processes, share of the time spent waiting for data, what was timed) of real steps on
+    throw-away weights: 20 of them or, where that would take more than a minute, fewer, and of fewer images."""
+    config, unit = parts.config, parts.process.num_processes * parts.config.accumulate
+    expected = step_seconds(parts)
+    batch = config.batch
+    if expected is not None and FEWEST * expected > BUDGET:
+        batch = max(2 * unit, int(config.batch * BUDGET / (FEWEST * expected)) // unit * unit)
+        batch = min(batch, config.batch)
     task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
     schedule = schedule_for(config, parts.steps)
     for group in optimizer.param_groups:
         group["lr"] = schedule(0) * group["lr_scale"]
-    parts.steps, steps = CALIBRATION, parts.steps
+    timed = dataclasses.replace(parts, config=dataclasses.replace(config, batch=batch), steps=CALIBRATION)
     batches = iter(
-        loader(parts.samples, parts.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")
+        loader(parts.samples, timed.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")
     )
-    parts.steps = steps
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    begun = waited = 0.0
-    for step in range(CALIBRATION):
-        if step == CALIBRATION // 4:
+    seconds, waits = list[float](), list[float]()
+    say = functools.partial(accelerator.print, flush=True)
+    with patient(f"timing          up to {CALIBRATION} steps of {batch} images", say):
+        # several processes have to take equally many
+        alone = parts.process.num_processes == 1
+        while len(seconds) < CALIBRATION and not (alone and len(seconds) >= FEWEST and sum(seconds) > BUDGET):
             begun, waited = time.perf_counter(), 0.0
-        parts.task.begin_step(0.0, measured=False)
-        before = time.perf_counter()
-        parts_of_step = list(islice(batches, config.accumulate))
-        waited += time.perf_counter() - before
-        for batch in parts_of_step:
-            accelerator.backward(task(batch.to(accelerator.device))["loss"] / config.accumulate)
-        parts.task.before_update()
-        float(clip_gradients(accelerator, parameters, config.optimizer.clip, config.optimizer.clip_by))
-        optimizer.step()
-        optimizer.zero_grad()
-        parts.task.after_step(taken=True)
-    seconds = time.perf_counter() - begun
-    return (CALIBRATION - CALIBRATION // 4) * config.batch / seconds, waited / seconds
+            parts.task.begin_step(0.0, measured=False)
+            for _ in range(config.accumulate):
+                before = time.perf_counter()
+                part = next(batches).to(accelerator.device)
+                waited += time.perf_counter() - before
+                accelerator.backward(task(part)["loss"] / config.accumulate)
+                heed()
+            parts.task.before_update()
+            float(clip_gradients(accelerator, parameters, config.optimizer.clip, config.optimizer.clip_by))
+            optimizer.step()
+            optimizer.zero_grad()
+            parts.task.after_step(taken=True)
+            seconds.append(time.perf_counter() - begun)
+            waits.append(waited)
+    first = len(seconds) // 4 or 1  # those before warm up
+    total = sum(seconds[first:])
+    return (len(seconds) - first) * batch / total, sum(waits[first:]) / total, f"{len(seconds)} steps of {batch} images"

@@ -88,6 +88,7 @@ class FlightRecorder:
             "terms": [numbers(result) for result in results],
             "keys": [[[epoch, index] for index in batch.index.tolist()] for batch in batches],
             "random": self.random,
+            "averages": self.checkpoints.averages.state(),
         }
         everybody = gather_object([mine]) if parts.process.num_processes > 1 else [mine]
         terms = [process["terms"] for process in everybody]
@@ -97,12 +98,13 @@ class FlightRecorder:
         line = f"step {step} was not taken: {reason(terms, norm)}"
         if parts.process.is_main_process:
             random = [process["random"] for process in everybody]
+            averages = [process["averages"] for process in everybody]
             keys = [process["keys"] for process in everybody]
             device, commit = accelerator.device.type, self.checkpoints.commit
             record = Record(step, device, torch.__version__, commit, norm, terms, keys, state_sha256="")
-            self.say(f"{line}; {self._write(step, random, record)}")
+            self.say(f"{line}; {self._write(step, random, averages, record)}")
 
-    def _write(self, step: int, random: list[dict[str, Any]], record: Record) -> str:
+    def _write(self, step: int, random: list[dict[str, Any]], averages: list[dict[str, Any]], record: Record) -> str:
         """Write the record of `step`, or do not; returns which."""
         aside, final = self.folder / f".writing-{step:08d}", self.folder / f"step_{step:08d}"
         if final.exists():
@@ -115,7 +117,8 @@ class FlightRecorder:
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut short
             aside.mkdir(parents=True)
             write_atomically(
-                aside / STATE, partial(torch.save, self.checkpoints.state(step - 1, self.task, self.optimizer, random))
+                aside / STATE,
+                partial(torch.save, self.checkpoints.state(step - 1, self.task, self.optimizer, random, averages)),
             )
             told = as_text(replace(record, state_sha256=sha256(aside / STATE)))
             write_atomically(aside / RECORD, lambda path: path.write_text(told))

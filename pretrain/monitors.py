@@ -32,6 +32,7 @@ Monitor = Callable[[int], dict[str, float | str]]
 SHOWN = 8  # images on the board
 CONTROLLED = 64  # images of a control: three passes over them, which on a CPU cost more than a step
 NEIGHBORS = 20  # DINO's k
+VOTERS = 2  # labelled training images for each held-out one, where monitor.images says how many those are
 OF_TRAINING = ("chance", "uniform", "teacher_temperature", "centre_norm", "prototypes_used")  # not of the images shown
 
 
@@ -43,11 +44,11 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
     if not len(parts.held_out):
         return []
     config, process = parts.config, parts.process
-    every = config.monitor.every or 1
-    probing = (every, frozen(task, parts.train, parts.held_out, config.monitor, process.device, say))
+    every, looked_at = config.monitor.every or 1, _some(parts.held_out, config.monitor.images)
+    probing = (every, frozen(task, parts.train, looked_at, config.monitor, process.device, say))
     if not process.is_main_process:
         return [probing]
-    samples, batch = parts.held_out_samples(), min(256, max(1, config.batch // config.accumulate))
+    samples, batch = parts.held_out_samples(looked_at), min(256, max(1, config.batch // config.accumulate))
     own: list[Report] = []
     if len(samples) > 1 or "koleo" not in task.objectives:  # whose single image has no neighbour
         own.append((every, validation(task, samples, batch, process.device, tracker)))
@@ -57,6 +58,13 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
     if task.positional:
         own.append((config.monitor.control_every or every, control(task, places, process.device, say)))
     return [probing, *((often, _alone(monitor)) for often, monitor in own)]
+
+
+def _some(images: Images, most: int | None) -> Images:
+    """At most so many of the images, always the same."""
+    if most is None or most >= len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most]))
 
 
 def _alone(monitor: Monitor) -> Monitor:
@@ -266,7 +274,8 @@ def _labelled(train: Images, config: MonitorConfig) -> tuple[np.ndarray, Tensor]
     """(training images that vote, those among them that ridge learns from: a few of each class); always the same."""
     if train.labels is None:
         return np.zeros(0, np.int64), torch.zeros(0, dtype=torch.int64)
-    drawn = np.random.default_rng(0).permutation(np.flatnonzero(train.labels >= 0))[: config.bank]
+    most = config.bank if config.images is None else min(config.bank, VOTERS * config.images)
+    drawn = np.random.default_rng(0).permutation(np.flatnonzero(train.labels >= 0))[:most]
     labels = train.labels[drawn]
     few = [drawn[labels == label][: config.shots] for label in np.unique(labels)]
     return np.sort(drawn), torch.from_numpy(np.concatenate([*few, np.zeros(0, np.int64)]))

@@ -19,6 +19,7 @@ from common.errors import Refusal
 from common.loop import fit
 from common.sampling import Batch, StepPart
 from common.stopping import Stopped, StopSignal, fetch
+from common.tracking import Progress
 from pretrain import flight
 from pretrain.assemble import Parts, assemble, fit_options, optimizer_for, schedule_for
 from pretrain.config import PretrainConfig
@@ -144,7 +145,7 @@ def _again(folder: Path, record: flight.Record, parts: Parts, state: dict[str, A
             save=unused,
             save_due=unused,
             stop=stop,
-            progress=unused,  # type: ignore[arg-type]
+            progress=Progress(parts.steps, record.step - 1, active=False),
             recorder=witness,
         )
         raise Stopped(stop.received or signal.SIGTERM)  # `fit` ended before the step did

@@ -53,7 +53,7 @@ class Checkpoints:
             checkpoint.save_state(
                 self.run,
                 step,
-                self.state(step, task, optimizer, random) | {"averages": averages},
+                self.state(step, task, optimizer, random, averages),
                 lambda to: self._export(to, step, accelerator.unwrap_model(task)),
                 config.keep,
                 milestone=config.milestone_every is not None and step % config.milestone_every == 0,
@@ -61,8 +61,11 @@ class Checkpoints:
         self.saved = time.monotonic()
         accelerator.wait_for_everyone()
 
-    def state(self, step: int, task: torch.nn.Module, optimizer: Any, random: list[dict[str, Any]]) -> dict[str, Any]:
-        """All that step + 1 depends on; `random`: `random_state()` of every process."""
+    def state(
+        self, step: int, task: torch.nn.Module, optimizer: Any, random: list[dict[str, Any]], averages: list[Any]
+    ) -> dict[str, Any]:
+        """All that step + 1 depends on, and its line of the log; `random`, `averages`: `random_state()` and
+        `Averages.state()` of every process."""
         scaler = self.accelerator.scaler
         return {
             "step": step,
@@ -75,6 +78,7 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random,
+            "averages": averages,
         }
 
     def _export(self, folder: Path, step: int, task: Pretraining) -> None:

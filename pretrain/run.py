@@ -24,7 +24,7 @@ from common.sampling import loader
 from common.stopping import StopSignal
 from common.tracking import Progress, Tracker, check_tensorboard
 from common.unreadable import watch
-from pretrain import monitors
+from pretrain import monitors, pace
 from pretrain.assemble import assemble, fit_options, optimizer_for, schedule_for
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
@@ -48,9 +48,13 @@ def main(argv: list[str]) -> int:
     elif run is not None and process.is_main_process:
         refuse_existing(run, arguments.overwrite)
     check_tensorboard(config.tensorboard)
-    parts = assemble(config, process, fresh=arguments.resume is None, stopped=lambda: stop.received is not None)
+    fresh_run = arguments.resume is None
+    typed = {word.partition("=")[0] for word in arguments.words} if fresh_run else {"batch"}
+    parts = assemble(config, process, fresh_run, stop, typed)
+    if fresh_run:
+        pace.settle(parts, stop.heed)
     if arguments.dry_run:
-        return dry_run(parts)
+        return dry_run(parts, stop.heed)
 
     config = parts.config  # from here on the run folder is written
     if arguments.resume is None:
@@ -76,6 +80,7 @@ def main(argv: list[str]) -> int:
     watched = watch(fresh, run, parts.images, config.log_every, progress.say, parts.limit, parts.look)
     # Closed, the stream ends the loader's workers: they ignore signals, and an exit would wait for them for ever.
     with closing(watched) as batches, closing(progress), closing(tracker):
+        progress.wait_for_first(f"step {start + 1}/{parts.steps}  under way: {config.batch} images")
         done = fit(
             accelerator,
             task,
@@ -96,7 +101,7 @@ def main(argv: list[str]) -> int:
             recorder=FlightRecorder(checkpoints, task, optimizer, progress.say),
             read=monitors.light(parts.task, progress.say),
         )
-    accelerator.print(ended(parts, run, done))
+    accelerator.print(ended(parts, run, done, progress.share))
     return stop.status if done < parts.steps else 0
 
 

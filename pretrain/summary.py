@@ -15,6 +15,7 @@ from common.tracking import held_out_summary, last_held_out
 from common.unreadable import UNREADABLE
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
+from pretrain.pace import expected
 
 
 def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
@@ -52,6 +53,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"{config.loader.workers} loader workers each",
         f"versions   torch {torch.__version__}, timm {timm.__version__}, {pil}",
     ]
+    lines += expected(parts)
     lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
     lines += [f"warning    {note}" for note in parts.notes]
     lines += parts.look.lines(f"others take their places (all are listed in {run / UNREADABLE})")
@@ -83,27 +85,28 @@ def _value(config: Any, name: str) -> Any:
     return str(schedules.parse(config, name)) if isinstance(config, dict) else config
 
 
-def ended(parts: Parts, run: Path, done: int) -> str:
-    """Where everything is and what to do next."""
+def ended(parts: Parts, run: Path, done: int, looking: float) -> str:
+    """Where everything is and what to do next; `looking`: share of the time that measurements took."""
     if done < parts.steps:
         resume = command("pretrain", "--resume", run)
         return f"stopped after step {done} of {parts.steps}, saved; continue with: {resume}"
     return "\n".join(
         [
             f"done: {done} steps. The backbone is in {run}",
-            *_measured(run),
+            *_measured(run, looking),
             *_judged(parts, run),
             *([f"  how it went:     tensorboard --logdir {shlex.quote(str(run.parent))}"] * parts.config.tensorboard),
         ]
     )
 
 
-def _measured(run: Path) -> list[str]:
+def _measured(run: Path, looking: float) -> list[str]:
     """What was last measured on images held out."""
     last = last_held_out(run)
     if last is None or not (text := held_out_summary(last[1])):
         return []
-    return [f"  at step {last[0]}:  {text}"]
+    share = f" (looking at them took {looking:.0%} of the time)" if looking else ""
+    return [f"  at step {last[0]}:  {text}{share}"]
 
 
 def _judged(parts: Parts, run: Path) -> list[str]:

@@ -15,6 +15,7 @@ from children import Run, Train
 from torch import Tensor, nn
 
 from common import checkpoint
+from common.averages import Averages
 from common.errors import Refusal
 from pretrain import command, flight
 from pretrain.objectives.absolute import Absolute
@@ -210,7 +211,12 @@ def recorder(run: Path, task: nn.Module, scale: float | None = None) -> tuple[fl
     )
     accelerator = SimpleNamespace(scaler=scaler, device=torch.device("cpu"), unwrap_model=lambda module: module)
     checkpoints = SimpleNamespace(
-        run=run, parts=parts, accelerator=accelerator, commit=None, state=lambda step, *_: {"step": step}
+        averages=Averages(),
+        run=run,
+        parts=parts,
+        accelerator=accelerator,
+        commit=None,
+        state=lambda step, *_: {"step": step},
     )
     made = flight.FlightRecorder(checkpoints, task, torch.optim.SGD(task.parameters()), said.append)  # type: ignore[arg-type]
     return made, said
