@@ -121,6 +121,7 @@ def add_data(parser: argparse.ArgumentParser, about: str) -> None:
     )
     add("--data-image", metavar="COLUMN", help="of the images in hf: (default: the only one)")
     add("--data-label", metavar="COLUMN", help="of their labels in hf: (default: the only one)")
+    add("--data-range", metavar="LOW:HIGH", help="values of black and white in pictures of more than 8 bits")
 
 
 def given_data(arguments: argparse.Namespace) -> dict[str, str | None]:

@@ -142,6 +142,7 @@ class _Recipe:
     data_validation: str | None
     data_image: str | None
     data_label: str | None
+    data_range: str | None
     model: ModelConfig
     views: dict[str, View]
 

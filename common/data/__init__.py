@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import Refusal, nearest
 from . import arrays, folder, huggingface
+from .depth import parse_range
 from .images import UNLABELLED, Images, Unreadable
 from .location import NAMED, Location
 
@@ -58,6 +59,8 @@ def find(where: Location, split: str, download: bool = True) -> Images | None:
     """As `open_data`, but None when only the test split is missing."""
     where.refuse_unused(where.is_named)
     images = _opened(where, split, download)
+    if images is not None and where.span is not None:
+        images.set_range(parse_range(where.span))
     if images is not None and (note := where.named_as_folder()):
         images.note = "; ".join(filter(None, (note, images.note)))
     return images

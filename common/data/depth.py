@@ -25,7 +25,7 @@ Range = tuple[float, float]  # the values of black and of white
 
 FULL: Range = (0, 65535)
 QUARTER = 4  # of the largest value: a picture that stays below may be of fewer bits
-ADVICE = "set data_range=LOW:HIGH to the values of black and white"
+ADVICE = "set data_range=LOW:HIGH (--data-range) to the values of black and white"
 ADVICE_COLOURS = "write them with 8 bits, or set data_range=65535 if they use all 16"
 STRIP = 1 << 20  # pixels that are converted at once
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import Refusal
 from ..printable import printable
 from .decode import decode, endings, formats
+from .depth import Range
 from .images import Images
 from .layout import Layout, folders, layout_of, without_masks
 from .listing import LeftOut, images_of, sample_of, stamps
@@ -31,6 +32,7 @@ class Files:
 
     def __init__(self, root: str, names: list[bytes]):
         self.root = root
+        self.span: Range | None = None
         self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self.buffer = np.frombuffer(b"".join(names), np.uint8)
 
@@ -56,7 +58,7 @@ class Files:
         return printable(self.path(i))
 
     def read(self, i: int, channels: int) -> Tensor:
-        return decode(np.fromfile(self.path(i), np.uint8), channels)
+        return decode(np.fromfile(self.path(i), np.uint8), channels, self.span)
 
     def identity(self) -> bytes:
         """Of all names, of up to 4,096 sizes, and of some of the content of up to 512 files, evenly spaced."""

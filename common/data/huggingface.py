@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import Refusal
 from ..printable import printable
 from .decode import decode
+from .depth import Range
 from .images import UNLABELLED, Images
 from .listing import is_hidden, stamps
 from .location import Location
@@ -44,6 +45,7 @@ class Rows:
     def __init__(self, table: Any, column: str, label: str):
         self.table, self.column, self.label = table, column, label
         self._cells: Any = None
+        self.span: Range | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cells": None}  # a table pickles as a path, a column as bytes
@@ -65,7 +67,7 @@ class Rows:
         raise ValueError("neither bytes nor a path is stored")
 
     def read(self, i: int, channels: int) -> Tensor:
-        return decode(self.encoded(i), channels)
+        return decode(self.encoded(i), channels, self.span)
 
     def name(self, i: int) -> str:
         return f"{self.label}[{i}]"

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import Refusal
 from ..printable import printable
+from .depth import Range
 
 UNLABELLED = -1
 KIND = "2-"  # before a fingerprint: what it is made of, see `Images.has_fingerprint`
@@ -105,6 +107,13 @@ class Images:
         """What to call image `i` in a message: its path, or `name[i]`."""
         return self._source.name(self._locate(i))
 
+    def set_range(self, span: Range | None) -> None:
+        """Take `span` as the values of black and white in pictures deeper than 8 bits; None leaves it to the rules of
+        `depth`. Raises Refusal where there are none."""
+        if not hasattr(self._source, "span"):
+            raise Refusal(f"data_range goes with files of pictures, and {self.where} holds values of 8 bits")
+        self._source.span = span
+
     def subset(self, indices: Any) -> Images:
         """The images at `indices` (integers, or one boolean per image), in that order, as a data set of its own."""
         chosen = np.asarray(indices)
@@ -153,6 +162,9 @@ class Images:
     def _digest(self, first: bool) -> str:
         """16 hex digits; `first`: as they were before there were kinds."""
         digest = hashlib.sha256(identity_of(self._source, first))
+        span: Range | None = getattr(self._source, "span", None)
+        if span is not None:
+            digest.update(f"range {span}".encode())
         for array in (self._indices, self.labels):
             digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
         digest.update("\0".join(self.classes or ()).encode())

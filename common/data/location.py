@@ -19,6 +19,7 @@ OPTIONS = {  # field of a Location -> the option that sets it
     "validation": "data_validation",
     "image": "data_image",
     "label": "data_label",
+    "span": "data_range",
 }
 
 
@@ -32,6 +33,7 @@ class Location:
     validation: str | None = None  # sub-folder or split to judge on
     image: str | None = None  # column of the images (hf:)
     label: str | None = None  # column of their labels (hf:)
+    span: str | None = None  # values of black and white in pictures deeper than 8 bits; None: by the rules of `depth`
 
     @property
     def is_named(self) -> bool:
@@ -53,10 +55,10 @@ class Location:
         return {OPTIONS[name]: value for name, value in asdict(self).items()}
 
     def refuse_unused(self, in_one: bool) -> None:
-        """Raises Refusal if a part or a column is named where there is none to choose; `in_one`: of data whose parts
+        """Raises Refusal if a part, a column or a range is named where there is none to choose; `in_one`: of data whose parts
         are known, as are those of IDX files."""
         columns = () if self.is_hub else ("image", "label")
-        for name in ("train", "validation", *columns) if in_one else columns:
+        for name in ("train", "validation", "span", *columns) if in_one else columns:
             if getattr(self, name) is not None:
                 kinds = "hf:NAME" if name in ("image", "label") else "a folder of images, or hf:NAME"
                 raise Refusal(

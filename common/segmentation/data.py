@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data import Images, Location, open_data
+from ..data.depth import parse_range
 from ..data.folder import Files, scan
 from ..data.images import Arrays, identity_of
 from ..data.layout import IMAGES, MASKS, folders
@@ -89,11 +90,12 @@ def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scene
     where = Location(where) if isinstance(where, str) else where
     spec, folder = where.spec, where.path
     if spec == "builtin":
+        where.refuse_unused(True)
         return compose("train"), compose("test"), f"scenes of 1-4 items of Fashion-MNIST on {CANVAS}x{CANVAS} pixels"
     if not folder.is_dir():
         raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
     if (folder / "annotations" / "training").is_dir():
-        return _open_ade(folder, reduce_zero)
+        return _in_range(*_open_ade(folder, reduce_zero), where)
     split, held, divided = _find_splits(where)
     if held is not None and _pictures(held[0]) == 0:
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
@@ -110,7 +112,15 @@ def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scene
     else:
         test, note = _scenes(surveys[1], labels, names), f"as split in {spec}: {divided}"
     train, test = _with_classes(train, test, spec, names)
-    return train, test, f"{note}; {labels}{_never_seen(train)}"
+    return _in_range(train, test, f"{note}; {labels}{_never_seen(train)}", where)
+
+
+def _in_range(train: Scenes, test: Scenes, note: str, where: Location) -> tuple[Scenes, Scenes, str]:
+    """The same, with the range of deep pictures that the location names, if it does."""
+    if where.span is not None:
+        for scenes in (train, test):
+            scenes.set_range(parse_range(where.span))
+    return train, test, note
 
 
 # ---------------------------------------------------------------------------------------------------- folders

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from pictures import png, tiff
 
+from common.data import Location, Unreadable, open_data
 from common.data.decode import decode
 from common.data.depth import STRIP, parse_range
+from common.data.location import changed, location_of
 from common.errors import Refusal
 
 SIXTEEN, TWELVE = np.array([[0, 256, 0x8000, 65535]], np.uint16), np.array([[0, 256, 2048, 4095]], np.uint16)
@@ -100,3 +102,18 @@ def test_the_option():
     for text in ("", "bright", "5:1", "0", "nan", "0:inf"):
         with pytest.raises(Refusal, match="expected auto, the value of white"):
             parse_range(text)
+
+
+def test_the_option_reaches_the_files_and_the_fingerprint(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(TWELVE, bits=16))
+    images, asked = open_data(str(tmp_path)), open_data(Location(str(tmp_path), span="4095"))
+    with pytest.raises(Unreadable, match=r"a\.png: 16-bit values from 0 to 4095: .* set data_range=LOW:HIGH"):
+        images.read(0, 1)
+    assert asked.read(0, 1)[0, 0].tolist() == asked.subset([0]).read(0, 1)[0, 0].tolist() == [0, 16, 128, 255]
+    assert asked.fingerprint() != images.fingerprint() == open_data(Location(str(tmp_path))).fingerprint()
+    with pytest.raises(Refusal, match="data_range=4095 goes with a folder"):
+        open_data(Location("builtin", span="4095"))
+    with pytest.raises(Refusal, match="data_range=dark: expected auto, the value of white"):
+        open_data(Location(str(tmp_path), span="dark"))
+    options = location_of({"data": str(tmp_path), "data_range": "0:4095"}).options()
+    assert options["data_range"] == "0:4095" and changed(options, {}).span == "0:4095"  # as evaluations ask for it
