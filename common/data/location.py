@@ -55,8 +55,8 @@ class Location:
         return {OPTIONS[name]: value for name, value in asdict(self).items()}
 
     def refuse_unused(self, in_one: bool) -> None:
-        """Raises Refusal if a part, a column or a range is named where there is none to choose; `in_one`: of data whose parts
-        are known, as are those of IDX files."""
+        """Raises Refusal if a part, a column or a range is named where there is none to choose; `in_one`: of data whose
+        parts are known, as are those of IDX files."""
         columns = () if self.is_hub else ("image", "label")
         for name in ("train", "validation", "span", *columns) if in_one else columns:
             if getattr(self, name) is not None:

@@ -34,6 +34,7 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 ATTENTIONS = ("auto", "fused", "explicit")
 EMBEDDINGS = ("learned", "sincos")
+CHANNELS = (1, 3)  # of an image: grey, RGB
 SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
 NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, vit_small_patch16_224.dino
 OF_THE_FACTORY = {  # what timm.create_model takes for itself: files, the network, and how a model is compiled or placed
@@ -311,6 +312,14 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
         )
     if reason := no_architecture(config.name):
         raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
+    in_chans = config.kwargs.get("in_chans", len(config.mean))
+    if in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
+        where = f"model.mean={list(config.mean)}"
+        where = f"model.kwargs.in_chans={in_chans}" if "in_chans" in config.kwargs else where
+        raise Refusal(
+            f"{where}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
+            "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
+        )
     if len(config.mean) != len(config.std) or min(config.std) <= 0:
         raise Refusal(
             f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one "

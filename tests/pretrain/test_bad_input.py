@@ -110,6 +110,7 @@ NUMBERS = "expected a number of at least"
         ("views.global.interpolation=nearest", ["interpolation=nearest", "bicubic or bilinear"]),
         ("model.mean=[0.5]", ["model.mean has 1 values and model.std 3"]),
         ("model.std=[0.2,0,0.2]", ["positive std"]),
+        ("model.kwargs.in_chans=2 model.mean=[0.5,0.5] model.std=[1,1]", ["model.kwargs.in_chans=2: images have 3"]),
         # parts that do not fit each other, the data or this machine
         ("views.local.size=24", ["no objective looks at view 'local'"]),
         ("export=teacher", ["export=teacher: this run has no teacher", "use export=student, or add dino or ibot"]),
