@@ -137,7 +137,7 @@ NUMBERS = "expected a number of at least"
         ("views.global.size=[16,20]", ["16x20 is not divisible by its patch of 8x8", "views.global.size"]),
         ("model.kwargs.patch_size=7", ["patch of 7x7"]),
         ("views.global.size=8", ["1x1 grid", "one patch has no position to tell", "larger images or smaller patches"]),
-        ("model.kwargs.patch_sise=8", ["timm cannot build", "patch_sise"]),
+        ("model.kwargs.patch_sise=8", ["model.kwargs.patch_sise is no argument", "did you mean 'patch_size'"]),
         ("model.kwargs.num_heads=5", ["timm cannot build", "model.kwargs"]),
         ("batch=88", ["batch=88 is larger than the training data, 87 images: set batch=87 or less"]),
         ("batch=15 accumulate=2", ["batch=15", "2 accumulation steps: choose a multiple of 2"]),
