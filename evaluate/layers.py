@@ -249,7 +249,8 @@ def remarks(job: Evaluation) -> list[str]:
         notes.append("Tokens carry a position encoding: that position can be read from them is no finding.")
     if not job.classes:
         notes.append("No labels in the data: only position is drawn.")
-    return [*notes, *([job.note] if job.note != f"as split in {job.spec}" else [])]
+    split = job.note.startswith(f"as split in {job.spec}") and "; " not in job.note  # as it is usual
+    return [*notes, *([] if split else [job.note])]
 
 
 def shown(values: Values) -> str:
