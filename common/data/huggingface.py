@@ -223,9 +223,12 @@ def image_column(table: Any, where: Location) -> tuple[Any, str]:
     if where.image is not None:
         if where.image not in table.features:
             raise Refusal(f"data_image={where.image}: no such column in {where.spec}; there are {seen}")
-        if where.image not in columns:
-            raise Refusal(f"data_image={where.image}: that column of {where.spec} holds no images, but {seen}")
-        return table, where.image
+        try:  # files or paths that were stored without saying that they are images
+            return table if where.image in columns else table.cast_column(where.image, Image()), where.image
+        except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are these, too
+            raise Refusal(
+                f"data_image={where.image}: that column of {where.spec} holds no images; there are {seen}"
+            ) from None
     if not columns:
         raise Refusal(f"{where.spec} has no image column, only {seen}; expected one of the feature type Image")
     if len(columns) > 1:

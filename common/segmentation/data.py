@@ -94,11 +94,15 @@ def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scene
         return compose("train"), compose("test"), f"scenes of 1-4 items of Fashion-MNIST on {CANVAS}x{CANVAS} pixels"
     if not folder.is_dir():
         raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
-    if (folder / "annotations" / "training").is_dir():
-        return _in_range(*_open_ade(folder, reduce_zero), where)
+    where.refuse_unused(where.is_named)
     split, held, divided = _find_splits(where)
+    is_ade = [part.name.lower() for part in (split[1].parent, split[1])] == ["annotations", "training"]
+    if is_ade and held is None:
+        held = split[0].parent / "validation", split[1].parent / "validation"
     if held is not None and _pictures(held[0]) == 0:
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
+    if is_ade and held is not None:
+        return _in_range(*_open_ade(folder, split, held, divided, reduce_zero), where)
     names = _named(folder, *(pair for pair in (split, held) if pair is not None))
     surveys = [_survey(*pair) for pair in (split, held) if pair is not None]
     labels = settle(surveys, names, reduce_zero, None)
@@ -249,7 +253,9 @@ def _listed(labels: Sequence[Any], most: int = 20) -> str:
     return ", ".join(map(str, labels[:most])) + more
 
 
-def _open_ade(folder: Path, reduce_zero: str) -> tuple[Scenes, Scenes, str]:
+def _open_ade(
+    folder: Path, split: tuple[Path, Path], held: tuple[Path, Path], divided: str, reduce_zero: str
+) -> tuple[Scenes, Scenes, str]:
     """ADE20K's layout. In ADE20K itself label 0, "other", is ignored, and labels 1 to 150 are the classes."""
     names = [str(k + 1) for k in range(ADE_CLASSES)]
     if (folder / CLASSES).is_file():
@@ -257,16 +263,12 @@ def _open_ade(folder: Path, reduce_zero: str) -> tuple[Scenes, Scenes, str]:
     elif (folder / ADE_NAMES).is_file():
         listed = [line.split("\t")[-1].strip() for line in _lines(folder / ADE_NAMES)][1:]
         names = listed if len(listed) == ADE_CLASSES else names
-    test = folder / "images" / "validation", folder / "annotations" / "validation"
-    if not _pictures(test[0]):
-        raise Refusal(f"no test images in {test[0]}: add some, with their masks in {test[1]}")
-    pairs = [(folder / "images" / split, folder / "annotations" / split) for split in ("training", "validation")]
-    surveys = [_survey(*pair) for pair in pairs]
+    surveys = [_survey(*pair) for pair in (split, held)]
     labels = settle(surveys, names, reduce_zero, ADE_CLASSES)
     splits = [_scenes(each, labels, names) for each in surveys]
     train, validation = _with_classes(splits[0], splits[1], str(folder), names)
     how = "" if reduce_zero != "auto" else f" ({len(names)} classes; --reduce-zero-label no, or yes, says otherwise)"
-    return train, validation, f"as split in {folder}; {labels}{how}{_never_seen(train)}"
+    return train, validation, f"as split in {folder}: {divided}; {labels}{how}{_never_seen(train)}"
 
 
 # ----------------------------------------------------------------------------------------------- built-in scenes

@@ -72,10 +72,12 @@ def test_without_splits_a_fixed_fifth_is_held_out(tmp_path):
     assert [test.name(i) for i in range(2)] == [open_scenes(str(tmp_path))[1].name(i) for i in range(2)]
 
 
-def test_ade20k_leaves_label_0_out(tmp_path):
-    for split in ("training", "validation"):
+@pytest.mark.parametrize("names", ["images annotations training validation", "Images Annotations Training VALIDATION"])
+def test_ade20k_leaves_label_0_out(tmp_path, names):
+    images, annotations, *splits = names.split()
+    for split in splits:
         mask = np.array([[0, 1, 150, 255]], np.uint8)
-        put([tmp_path / "images" / split, tmp_path / "annotations" / split], "x", mask)
+        put([tmp_path / images / split, tmp_path / annotations / split], "x", mask)
     (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(f"{k}\tthing {k}\n" for k in range(1, 151)))
     train, test, note = open_scenes(str(tmp_path))
     assert pixels_of(train, 0) == [[IGNORED, 0, 149, IGNORED]] and len(test) == 1 and "label 0 is ignored" in note

@@ -141,6 +141,8 @@ def test_splits_of_images_with_masks(tmp_path, layout):
     if "annotations" not in layout:
         judged = open_scenes(Location(str(tmp_path), train="val2017", validation="Train"))[1]
         assert "Train" in judged.where
+    with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME"):
+        open_scenes(Location(str(tmp_path), label="x"))
     with pytest.raises(Refusal, match=r"data_validation=dev: no such split of images .*Testing, Train, val2017"):
         open_scenes(Location(str(tmp_path), validation="dev"))
 
@@ -211,6 +213,14 @@ def test_texts_are_labels_and_splits_have_other_names(saved):
     assert labelled_splits(Location(spec, train="VAL", validation="VAL"))[0].part == "VAL"
     with pytest.raises(Refusal, match=r"data_train=trian: no such split in .*; there is 'Training', 'VAL', 'test'"):
         open_data(Location(spec, train="trian"))
+
+
+def test_files_in_a_column_of_bytes_are_images_if_it_is_chosen(saved, tmp_path):
+    file = save(tmp_path / "x.png", np.full((1, 1), 9, np.uint8)).read_bytes()
+    spec = saved({"raw": datasets.Value("binary"), "class": WHOLE}, train={"raw": [file] * 2, "class": [0, 1]})
+    with pytest.raises(Refusal, match="has no image column"):
+        open_data(spec)
+    assert int(open_data(Location(spec, image="raw")).read(1)[0, 0, 0]) == 9
 
 
 def test_true_and_false_are_labels(saved):
