@@ -21,7 +21,15 @@ from typing import Any
 
 from .disk import is_full, no_room
 from .errors import Refusal
-from .stopping import HEEDED, INTERRUPTED, Stopped, die_with_parent, kill_children, lost_worker
+from .stopping import (
+    HEEDED,
+    INTERRUPTED,
+    Stopped,
+    asked_to_stop,
+    die_with_parent,
+    kill_children,
+    lost_worker,
+)
 from .streams import hold, protect
 
 REFUSED = Refusal.status
@@ -49,7 +57,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
             if debug:
                 traceback.print_exc()
             name = error.filename2 or error.filename or "a file"
-            _complain(no_room(os.fsdecode(name), error) if is_full(error) else f"{error}")
+            _complain(no_room(f"{name}", error) if is_full(error) else f"{error}")
             status = REFUSED
         except KeyboardInterrupt:
             status = INTERRUPTED
@@ -59,6 +67,8 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
         except Exception as error:  # a fault of ours, or of the machine: out of memory
             lost = lost_worker(error) if "DataLoader worker" in str(error) else None
             lost = no_room("a file", error) if is_full(error) else lost
+            if asked_to_stop() and not isinstance(error, (TypeError, AssertionError)):  # the others end, too
+                lost = lost or f"while it stopped: {error}".splitlines()[0]
             if lost is None or debug:
                 traceback.print_exc()
             if lost is not None:

@@ -99,8 +99,8 @@ class Loader:
         if (workers, prefetch) != (self.workers, self.prefetch):
             needed = size * (self.workers * self.prefetch + self.held)
             self.say(
-                f"note: {SHARED} has {free / 1e6:,.0f} MB for this loader, and {self.workers} processes with "
-                f"{self.prefetch} batches of {size / 1e6:,.1f} MB each need {needed / 1e6:,.0f} MB: "
+                f"note: {SHARED} has {free / 1e6:,.1f} MB for this loader, and {self.workers} processes with "
+                f"{self.prefetch} batches of {size / 1e6:,.1f} MB each need {needed / 1e6:,.1f} MB: "
                 + (f"{workers} with {prefetch} are used" if workers else "images are decoded in the training process")
                 + "; Docker has --shm-size"
             )

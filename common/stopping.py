@@ -168,6 +168,12 @@ _watch = _Watch()
 watch = _watch.start
 
 
+def asked_to_stop() -> bool:
+    """Whether a signal asked one of several processes to stop, which then may lose each other."""
+    stop = _watch.stop
+    return stop is not None and not stop.alone and stop.received is not None
+
+
 def complain(line: str) -> None:
     """A line on standard error, from any thread, whatever became of the stream."""
     with contextlib.suppress(OSError):
