@@ -1,6 +1,7 @@
 """Parameter groups and the clipping of gradients."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 STAND_INS = {"mask_token", "hidden_position"}  # for an embedding that is not shown; `pretrain.objectives` have them
 TOKENS = {"pos_embed", "cls_token", "dist_token", "reg_token", *STAND_INS}
 NO_DECAY = {"relative_position_bias_table"}
+EMBEDDINGS = ("pos_embed", "_token", "rel_pos_bias")
+STEM = ("patch_embed", "norm_pre", "rel_pos_bias", "stem")  # what a model does before its first block
+TOP = ("norm.", "fc_norm.", "head", "aux_head", "attn_pool.")  # and after its last one
 CLIP_BY = ("global", "per_tensor")
 
 
@@ -53,17 +57,25 @@ def parameter_groups(
 
 def layer_ids(module: nn.Module) -> dict[str, int]:
     """Layer of every parameter of a module that holds one timm model: 0 for the stem and embeddings, i + 1 for block i,
-    depth + 1 for everything else (final norm and heads), as in MAE's finetuning."""
+    depth + 1 for everything else (final norm and heads), as in MAE's finetuning.
+
+    timm's own matchers number the blocks only: some versions put what they do not know above the last block (registers
+    before 1.0.28), which makes every block slower by one more step of the decay.
+    """
     prefix, model = next((name, part) for name, part in module.named_modules() if hasattr(part, "group_matcher"))
     prefix = f"{prefix}." if prefix else ""
-    matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
-    groups: dict[int, list[str]] = group_parameters(model, matcher)  # type: ignore[arg-type, assignment]
-    known = {name: layer for layer, names in groups.items() for name in names}
+    inside = [name for name, _ in model.named_parameters()]
+    stem = {name for name in inside if name.startswith(STEM) or name.endswith(EMBEDDINGS) and "." not in name}
+    top = {name for name in inside if name.startswith(TOP)}
+    matcher: Any = dict(model.group_matcher(coarse=False))  # type: ignore[operator]
+    matcher["stem"] = "|".join(re.escape(name) + "$" for name in sorted(stem)) or "$^"
+    groups: dict[int, list[str]] = group_parameters(model, matcher)  # type: ignore[assignment]
+    of_blocks = {layer: [name for name in names if name not in stem | top] for layer, names in groups.items()}
+    numbered = enumerate((names for _, names in sorted(of_blocks.items()) if names), 1)
+    known = dict.fromkeys(stem, 0) | {name: layer for layer, names in numbered for name in names}
     rest = max(known.values()) + 1
     return {
-        name: rest
-        if not name.startswith(prefix) or name[len(prefix) :].startswith(("norm.", "fc_norm.", "head"))
-        else known[name[len(prefix) :]]
+        name: known.get(name.removeprefix(prefix), rest) if name.startswith(prefix) else rest
         for name, _ in module.named_parameters()
     }
 

@@ -75,9 +75,10 @@ def test_a_run_begins_from_another(inside: Main, tiny: list[str], capsys: pytest
     assert same.losses == first.losses != other.losses
     mine, theirs = (load_file(f"{name}/backbone.safetensors") for name in ("other", "first"))
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == ["pos_embed"]  # never trained
-    assert load_backbone("other")[2]["training"]["init"] == "first"
-    assert "weights of first" in capsys.readouterr().out
-    with pytest.raises(Refusal, match=r"model.init=first holds the weights of another model: .* model.kwargs="):
+    about = load_backbone("other")[2]["training"]
+    assert about["init"] == str(Path("first").absolute()) and about["begun_from"].startswith("weights of ")
+    assert f"weights of {Path('first').absolute()}" in capsys.readouterr().out
+    with pytest.raises(Refusal, match=r"model.init=.*/first holds the weights of another model: .* model.kwargs="):
         inside(*still, "model.init=first", "model.kwargs.depth=3", "run=deeper", "steps=2")
     assert not Path("deeper").exists()
 
