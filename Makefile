@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(findstring simd,$(VENV)),$(SIMD)/constraints.txt,constrain
 # Idle OpenMP threads that spin steal the core from whatever else runs: up to 25 times slower on a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help install quickstart test lint test-slow simd
+.PHONY: help install quickstart test lint test-slow simd floors
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +42,20 @@ lint: install  ## ruff and mypy
 
 test-slow: install  ## the tests that need many minutes or a network; stops at the first failure
 	$(BIN)/pytest -q -m slow -x -n auto --maxprocesses 8 --dist loadfile --durations=5
+
+# Every row of the matrix of backbones, and what else calls timm, torch, torchvision and the hub in their own ways.
+FLOOR_TESTS = tests/test_floors.py tests/common/test_backbones.py tests/common/test_published.py \
+	tests/common/test_checkpoint.py tests/common/test_subjects.py tests/common/test_schedules.py tests/common/test_swin.py
+
+floors: .venv-floors/.installed  ## the tests of backbones and checkpoints, with the oldest dependencies: .venv-floors, 7 GB
+	.venv-floors/bin/pytest -q -x -n auto --maxprocesses 8 $(FLOOR_TESTS)
+
+.venv-floors/.installed: pyproject.toml tests/floors.py
+	@rm -rf .venv-floors
+	$(PYTHON) -m venv .venv-floors
+	$(PYTHON) tests/floors.py >.venv-floors/constraints.txt
+	.venv-floors/bin/pip install -c .venv-floors/constraints.txt -e . pytest pytest-timeout pytest-xdist scikit-learn
+	@touch $@
 
 simd:  ## a second environment, .venv-simd, with pillow-simd in place of pillow: faster resizing
 	@$(MAKE) --no-print-directory install VENV=.venv-simd

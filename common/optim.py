@@ -59,13 +59,13 @@ def layer_ids(module: nn.Module) -> dict[str, int]:
     """Layer of every parameter of a module that holds one timm model: 0 for the stem and embeddings, i + 1 for block i,
     depth + 1 for everything else (final norm and heads), as in MAE's finetuning.
 
-    timm's own matchers number the blocks only: some versions put what they do not know above the last block (registers
-    before 1.0.28), which makes every block slower by one more step of the decay.
+    timm's own matchers number the blocks only: what one of them does not know (registers, before timm 1.0.28) would be
+    a layer above the last block, and every block slower by one more step of the decay.
     """
     prefix, model = next((name, part) for name, part in module.named_modules() if hasattr(part, "group_matcher"))
     prefix = f"{prefix}." if prefix else ""
     inside = [name for name, _ in model.named_parameters()]
-    stem = {name for name in inside if name.startswith(STEM) or name.endswith(EMBEDDINGS) and "." not in name}
+    stem = {name for name in inside if name.startswith(STEM) or (name.endswith(EMBEDDINGS) and "." not in name)}
     top = {name for name in inside if name.startswith(TOP)}
     matcher: Any = dict(model.group_matcher(coarse=False))  # type: ignore[operator]
     matcher["stem"] = "|".join(re.escape(name) + "$" for name in sorted(stem)) or "$^"

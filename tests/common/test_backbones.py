@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import ROWS, block, build, everything, gradients, loss, own, pixels, redraw, without_gradient
+from backbones import ROWS, VIT, block, build, everything, gradients, loss, own, pixels, redraw, without_gradient
 from timm.layers import resample_abs_pos_embed
 from timm.models import deit, group_parameters, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import describe, export, load_backbone
 from common.errors import Refusal
-from common.models import attention
-from common.optim import parameter_groups
+from common.models import ModelConfig, attention, create
+from common.optim import layer_ids, parameter_groups
 from common.plan import PlanSpec
 
 every = pytest.mark.parametrize("name", ROWS)
@@ -282,3 +282,13 @@ def test_timms_interface(name: str) -> None:
     assert model(images).shape == (2, 7)
     model.reset_classifier(0)
     assert model(images).shape == (2, row.width)
+
+
+def test_what_timms_matcher_does_not_know_is_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timm 1.0.20 to 1.0.27 had it, without registers, and without CLIP's norm before the blocks."""
+    old = {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+    monkeypatch.setattr(VisionTransformer, "group_matcher", lambda self, coarse=False: old)
+    backbone = create(ModelConfig("vit_small_patch14_reg4_dinov2", VIT | {"pre_norm": True}), 24)
+    layers = {name.removeprefix("model."): layer for name, layer in layer_ids(backbone).items()}
+    assert {layers[name] for name in ("reg_token", "cls_token", "pos_embed", "norm_pre.weight")} == {0}
+    assert [layers[f"blocks.{at}.norm1.weight"] for at in (0, 1)] == [1, 2] and layers["norm.weight"] == 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import describe, export, load_backbone
 from common.errors import Refusal
-from common.models import Backbone, ModelConfig, create
+from common.models import Backbone, ModelConfig, create, published, swin
 from common.models.backbone import set_attention
 from common.models.swin import alter
 from common.optim import layer_ids
@@ -253,3 +253,43 @@ def test_the_audit_names_the_convolution(conv: bool, merge_last: bool) -> None:
     assert found.verdict == ("leak" if conv else "asymmetric")
     told = max(noise.accuracy / noise.chance for noise in found.noise)
     assert told > 10 if conv else told < 1.5
+
+
+def test_the_authors_own_file_loads_strictly(tmp_path: Path) -> None:
+    """Their names: `cpe` for the convolution, `downsample` at the end of a stage, masks of windows, heads of labels."""
+    torch.manual_seed(0)
+    kwargs = {
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "img_size": 32,
+        "num_classes": 5,
+    }
+    source = timm.create_model("swin_tiny_patch4_window7_224", **kwargs)
+    for merges in (True, False):
+        swin.alter(source, conv=True, bias=False, merge_last=merges)
+        mine = source.state_dict()
+        theirs = {
+            name.replace(".conv.", ".cpe.").replace("1.downsample", "0.downsample").replace("head.fc", "head"): tensor
+            for name, tensor in mine.items()
+        }
+        theirs |= {"layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16), "relative_head.weight": torch.zeros(3, 32)}
+        torch.save({"model": theirs, "epoch": 3}, tmp_path / "authors.pth")
+        loaded = timm.create_model("swin_tiny_patch4_window7_224", **kwargs | {"num_classes": 0})
+        said = published.load(loaded, str(tmp_path / "authors.pth"), "FILE")
+        assert swin.form(loaded) == {"swin_conv": True, "swin_bias": False, "swin_merge_last": merges}
+        own = loaded.state_dict()
+        assert own.keys() == {name for name in mine if not name.startswith("head.")}
+        assert all(torch.equal(own[name], mine[name]) for name in own)
+        assert said == [
+            "read from its model", "left out: epoch", "left out: relative_head", "its classifier is left out",
+            "left out: attn_mask",
+        ]  # fmt: skip
+        last = [name for name in theirs if "layers.1.blocks.1." in name]
+        deeper = {name.replace("blocks.1.", "blocks.2."): theirs[name].clone() for name in last}
+        torch.save(theirs | deeper, tmp_path / "deeper.pth")
+        with pytest.raises(
+            Refusal, match=r"FILE holds the weights of another model: \d+ unexpected \(such as layers\.1"
+        ):
+            published.load(loaded, str(tmp_path / "deeper.pth"), "FILE")
