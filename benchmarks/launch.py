@@ -43,7 +43,7 @@ def train(folder: Path, words: Sequence[str], processes: int = 1) -> tuple[float
             time.sleep(0.02)
     if child.returncode or first is None:
         raise SystemExit(f"run failed with status {child.returncode}")
-    return first, [json.loads(line) for line in metrics.read_text().splitlines()]
+    return first, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def speed(lines: Sequence[dict[str, float]]) -> float:

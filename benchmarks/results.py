@@ -62,7 +62,7 @@ def run(script: str, *words: str) -> None:
 
 def records(path: Path, key: str) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that have `key`."""
-    return [record for record in map(json.loads, path.read_text().splitlines()) if key in record]
+    return [record for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if key in record]
 
 
 def held_out_accuracy(path: Path) -> float | None:
@@ -107,16 +107,19 @@ def trained(folder: Path, words: Sequence[str], anew: bool) -> float | None:
     if anew:
         begun = time.perf_counter()
         run("pretrain/run.py", *words, f"run={folder}", "--overwrite")
-        (folder / MINUTES).write_text(json.dumps((time.perf_counter() - begun) / 60) + "\n")
-    return json.loads((folder / MINUTES).read_text()) if (folder / MINUTES).is_file() else None
+        (folder / MINUTES).write_text(json.dumps((time.perf_counter() - begun) / 60) + "\n", encoding="utf-8")
+    return json.loads((folder / MINUTES).read_text(encoding="utf-8")) if (folder / MINUTES).is_file() else None
 
 
 def judged(folder: Path, seed: int, words: Sequence[str], linear: Sequence[str]) -> dict[str, float]:
     """{"k-NN, centred: random": share, ...} of a run, judged now."""
     run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed), *words)
     run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *words, *linear)
-    kind = json.loads((folder / "backbone.json").read_text())["pooling"]
-    reports = {name: json.loads((folder / "evaluate" / f"{name}.json").read_text()) for name in ("knn", "linear")}
+    kind = json.loads((folder / "backbone.json").read_text(encoding="utf-8"))["pooling"]
+    reports = {
+        name: json.loads((folder / "evaluate" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("knn", "linear")
+    }
     found = {}
     for row in reports["knn"]["values"]:
         of_row, word = kind if row in ("random", "subject") else row, ROWS[row]
@@ -153,9 +156,9 @@ def main() -> None:
             found[name].append(share)
         position = held_out_accuracy(folder / "metrics.jsonl")
         found["position, held out"] += [] if position is None else [position]
-        description = json.loads((folder / "backbone.json").read_text())
+        description = json.loads((folder / "backbone.json").read_text(encoding="utf-8"))
         found["cost"].append(step_cost(folder / "metrics.jsonl", description["training"]["batch"]))
-    machine = json.loads((folder / "evaluate" / "knn.json").read_text())["hardware"]
+    machine = json.loads((folder / "evaluate" / "knn.json").read_text(encoding="utf-8"))["hardware"]
     training, kind = description["training"], description["pooling"]
     hidden = [word if not word.startswith("data_root=") else "data_root=PATH" for word in arguments.words]
     options = ["--objectives-of", arguments.objectives_of] if arguments.objectives_of else []
@@ -178,7 +181,7 @@ def main() -> None:
         "command": f"`{command}` ({datetime.date.today()})",
     }
     row = line([cells[name] for name in COLUMNS])
-    RESULTS.write_text((RESULTS.read_text() if RESULTS.exists() else heading()) + row)
+    RESULTS.write_text((RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else heading()) + row, encoding="utf-8")
     print(row)
 
 

@@ -122,7 +122,7 @@ def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: 
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def find(checkpoint: str | Path) -> Path:
@@ -144,7 +144,7 @@ def find(checkpoint: str | Path) -> Path:
 def _paired(folder: Path) -> bool:
     """Whether the two files of a backbone belong together."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return description["weights_sha256"] == sha256(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -160,7 +160,7 @@ def read_description(weights: Path) -> dict[str, Any]:
     path = weights.with_suffix(".json")
     for attempt in range(5):  # a running run replaces the two files one after the other
         try:
-            description = json.loads(path.read_text())
+            description = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Refusal(f"{weights} is not a checkpoint of poslabel: {path.name} is missing beside it") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -358,7 +358,7 @@ def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
 
 def _damage(folder: Path) -> Iterator[str]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
         format_ = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

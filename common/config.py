@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from .errors import Refusal, nearest
 from .launch import ROOT
 from .paths import PLACE, expanded
+from .printable import printable
 
 T = TypeVar("T")
 OPTIONS_OF = "options_of"  # metadata of a dict[str, Any]: name of an entry -> the dataclass of its options, or None
@@ -182,6 +183,21 @@ def _put_in_place(options: Any) -> None:
             _put_in_place(value)
         elif PLACE in item.metadata and value is not None:
             setattr(options, item.name, item.metadata[PLACE](value))
+
+
+def as_yaml(options: Any) -> str:
+    """The options, a dataclass or its OmegaConf, in YAML. Raises Refusal for text that a UTF-8 file cannot hold: of a
+    path whose bytes are of another encoding."""
+    structured = options if isinstance(options, DictConfig) else OmegaConf.structured(options)
+    for name, value in flat(OmegaConf.to_container(structured)).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise Refusal(
+                f"{name}={printable(value)}: a path that is no UTF-8 text under this locale cannot be stored in "
+                "config.yaml: rename the folder, or give a link to it of another name"
+            ) from None
+    return OmegaConf.to_yaml(structured)
 
 
 def read_yaml(path: Path, schema: Any = None) -> DictConfig:

@@ -133,7 +133,7 @@ def _is_whole(text: str, home: Path) -> bool:
 
 def _check(home: Path, text: str) -> None:
     """Raises one of BROKEN unless what is in `home` was made for the key `text`, and is all of it and unchanged."""
-    about = json.loads((home / COMPLETE).read_text())
+    about = json.loads((home / COMPLETE).read_text(encoding="utf-8"))
     if about["key"] != text:
         raise ValueError("made from other weights, data or settings")
     for name, expected in about["sha256"].items():
@@ -142,7 +142,7 @@ def _check(home: Path, text: str) -> None:
 
 
 def _mapped(home: Path) -> dict[str, Tensor]:
-    names = json.loads((home / COMPLETE).read_text())["sha256"]
+    names = json.loads((home / COMPLETE).read_text(encoding="utf-8"))["sha256"]
     # "c": pages are read when they are used, as with "r", and one that is written to is this process' own
     return {name: torch.from_numpy(np.load(home / f"{name}.npy", mmap_mode="c")) for name in names}
 
@@ -242,7 +242,7 @@ def _merge(
         ) from None
     sums = {name: sha256(home / f"{name}.npy") for name in shapes}
     content = json.dumps({"key": text, "sha256": sums, "unreadable": unreadable}, indent=2)
-    write_atomically(home / COMPLETE, lambda aside: aside.write_text(content + "\n"))
+    write_atomically(home / COMPLETE, lambda aside: aside.write_text(content + "\n", encoding="utf-8"))
     tell_unreadable(unreadable, images, say)
     for file in home.iterdir():
         if file.match("part-*") or (file.match(".*") and time.time() - file.stat().st_mtime > LEFT_BEHIND):

@@ -21,6 +21,7 @@ from typing import Any
 
 from .disk import is_full, no_room
 from .errors import Refusal
+from .printable import printable
 from .stopping import (
     HEEDED,
     INTERRUPTED,
@@ -87,7 +88,7 @@ def _in_a_thread(arguments: threading.ExceptHookArgs) -> None:
 
 def _complain(message: str, kind: str = "error") -> None:
     if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one of them says so
-        print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> None:

@@ -23,8 +23,9 @@ def expanded(text: str) -> str:
 
 
 def absolute(text: str) -> str:
-    """The absolute path, links followed."""
-    return str(Path(expanded(text)).resolve())
+    """The absolute path, links followed: but for one that leads to a name in no UTF-8, which could not be stored."""
+    real = str(Path(expanded(text)).resolve())
+    return real if real.isascii() or real.encode(errors="ignore").decode() == real else os.path.abspath(expanded(text))
 
 
 def if_there(text: str) -> str:

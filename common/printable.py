@@ -19,6 +19,11 @@ def printable(name: str | bytes) -> str:
     return "".join(_escaped(each) if each in REORDERING else each for each in map(_escaped_control, text))
 
 
+def printable_lines(text: str) -> str:
+    """Every line of a text as `printable` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _bytes(name: str) -> bytes:
     try:
         return name.encode("utf-8", "surrogateescape")

@@ -29,6 +29,7 @@ from .models import Backbone
 from .paths import expanded
 from .plan import TokenPlan
 from .precision import DTYPES, refuse_impossible
+from .printable import printable_lines
 from .run_folder import refuse_links
 from .sampling import held_out
 from .subjects import Subject
@@ -224,7 +225,7 @@ class Evaluation:
     def say(self, line: str) -> None:
         """A line on the terminal, from one process only."""
         if not self.quiet:
-            print(line, flush=True)
+            print(printable_lines(line), flush=True)
 
     def warn(self, line: str) -> None:
         """Say what a reader of the numbers has to know, once; the report repeats it."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 
 from . import config as configuration
 from .checkpoint import write_atomically
@@ -97,7 +96,7 @@ def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Con
     path = folder_of(job) / CONFIG
     if not path.is_file():
         raise Refusal(f"--resume: nothing was begun in {path.parent}: leave --resume out")
-    first = path.read_text().partition("\n")[0]
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
     stored = configuration.load(kind, path, [])
     if job.arguments.recipe is None:  # what is not said stays as it was
         config = configuration.load(kind, path, job.arguments.said)
@@ -171,8 +170,8 @@ def prepare(job: Evaluation, recipe: str | None, config: Any, accelerator: Accel
             shutil.rmtree(old)
         head = f"# recipe: {recipe}\n" if recipe else "# no recipe\n"
         if not resume:
-            text = head + OmegaConf.to_yaml(OmegaConf.structured(config))
-            write_atomically(folder / CONFIG, lambda aside: aside.write_text(text))
+            text = head + configuration.as_yaml(config)
+            write_atomically(folder / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
     accelerator.wait_for_everyone()
     return lock
 

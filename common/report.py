@@ -100,7 +100,7 @@ def write(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - job.began, 1),
     }
-    write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index: Any) -> dict[str, str]:
@@ -125,7 +125,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises Refusal for what is no report, for one of another format, and for outcomes that are missing or not its own.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         known = isinstance(content, dict) and {"evaluation", "protocol", "values", "data"} <= content.keys()
     except (OSError, ValueError) as error:
         raise Refusal(f"{path} cannot be read as a report: {error}; evaluate again") from None
@@ -240,7 +240,7 @@ def hardware(device: torch.device, threads: int) -> dict[str, Any]:
     """What the evaluation ran on."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"device": device.type, "cpu": cpu, "gpu": gpu, "threads": threads}

@@ -105,7 +105,7 @@ def _born(path: Path, config: str) -> bool:
     aside.mkdir()
     try:
         with writing(path / CONFIG, len(config)):
-            (aside / CONFIG).write_text(config)
+            (aside / CONFIG).write_text(config, encoding="utf-8")
         os.rename(aside, path)  # fails if another run took the name and has files
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)

@@ -22,8 +22,8 @@ def hold() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
             os.set_inheritable(number, True)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
 
 
 def protect() -> None:
@@ -43,7 +43,8 @@ class Stream(io.TextIOWrapper):
         super().__init__(
             io.BufferedWriter(raw),
             encoding=like.encoding,
-            errors="backslashreplace" if like.errors == "strict" else like.errors,
+            # an ASCII or C locale has no word for ü, and "surrogateescape" is of no help with it
+            errors="backslashreplace" if like.errors in ("strict", "surrogateescape") else like.errors,
             line_buffering=like.line_buffering or like.isatty(),
         )
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .checkpoint import sweep, write_atomically
 from .disk import writing
 from .errors import Refusal
+from .printable import printable_lines
 from .run_folder import open_for_good
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tb"
@@ -127,13 +128,13 @@ def cut(path: Path, last: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomically(path, lambda aside: aside.write_text("".join(kept)))
+    write_atomically(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
 
 
 class Progress:
@@ -197,6 +198,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that does not tear the bar."""
         if self.active:
+            line = printable_lines(line)
             tqdm.write(line) if self.bar is not None else print(line, flush=True)
 
     def close(self) -> None:
@@ -271,7 +273,7 @@ def held_out_summary(record: Mapping[str, Any]) -> str:
 
 def last_held_out(run: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, record) of the last measurement in metrics.jsonl that says something of images held out."""
-    lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []
     for line in reversed(lines):
         if any(f'"{kind}/' in line for kind in ("val", "rankme", "test")):
             record = json.loads(line)

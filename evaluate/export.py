@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {names}: features differ by more than {TOLERANCE:g}; nothing was written", file=sys.stderr)
             return 1
         text = card(subject, checks, where, call)
-        (Path(aside) / CARD).write_text(text)
+        (Path(aside) / CARD).write_text(text, encoding="utf-8")
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, out / file.name)
     print("\n".join([*(usage(call, out / FILES["timm"]) if call else []), f"files: {out}"]), flush=True)

@@ -386,12 +386,14 @@ def cached_audit(
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poslabel" / "audit"
     path = folder / f"{_key(config, task)}.json"
     try:
-        return read(json.loads(path.read_text()))
+        return read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         verdict = audit(task.backbone, task.positional, say=say)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda aside: aside.write_text(json.dumps(dataclasses.asdict(verdict), indent=1)))
+        write_atomically(
+            path, lambda aside: aside.write_text(json.dumps(dataclasses.asdict(verdict), indent=1), encoding="utf-8")
+        )
     except OSError:
         pass
     return verdict
@@ -480,7 +482,7 @@ def main(argv: list[str]) -> int:
         result["input"] = input_cues.measure(config, task, images)
         print(input_cues.told(result["input"]))
     if given.json is not None:
-        write_atomically(given.json, lambda aside: aside.write_text(json.dumps(result, indent=1)))
+        write_atomically(given.json, lambda aside: aside.write_text(json.dumps(result, indent=1), encoding="utf-8"))
     return Leak.status if verdict.verdict == "leak" else 0
 
 

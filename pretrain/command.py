@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from common import config as configuration
 from common.data.location import OPTIONS
 from common.errors import Refusal, nearest
@@ -127,9 +125,7 @@ def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
 def written(config: PretrainConfig, reasons: dict[str, str]) -> str:
     """config.yaml: every option as it was resolved, with where the automatic ones came from."""
     lines = [f"# {name}: {reason}" for name, reason in sorted(reasons.items())]
-    return "\n".join(
-        [identity.new_line(), "# Automatic values", *lines, OmegaConf.to_yaml(OmegaConf.structured(config))]
-    )
+    return "\n".join([identity.new_line(), "# Automatic values", *lines, configuration.as_yaml(config)])
 
 
 def help_text(usage: str) -> str:

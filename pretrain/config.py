@@ -225,6 +225,7 @@ def check(config: PretrainConfig) -> None:
         if given not in known:
             raise Refusal(f"{name}={given!r}: expected one of {', '.join(known)}{nearest(given, known)}")
     Limit(config.max_bad).check()
+    configuration.as_yaml(config)  # what could not be stored later
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:
@@ -335,6 +336,6 @@ def store(run: Path, config: PretrainConfig, line: str | None = None) -> None:
     after = OmegaConf.structured(config)
     if after != before or line is not None:
         comments = [line] if line is not None else []
-        comments += [line for line in path.read_text().splitlines() if line.startswith("#")]
-        text = "\n".join([*comments, OmegaConf.to_yaml(after)])
-        write_atomically(path, lambda aside: aside.write_text(text))
+        comments += [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        text = "\n".join([*comments, configuration.as_yaml(after)])
+        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from common import commands
+from common import config as configuration
 from common.checkpoint import STATE, sha256, write_atomically
 from common.errors import Refusal
 from common.random_state import random_state
@@ -121,9 +121,9 @@ class FlightRecorder:
                 partial(torch.save, self.checkpoints.state(step - 1, self.task, self.optimizer, random, averages)),
             )
             told = as_text(replace(record, state_sha256=sha256(aside / STATE)))
-            write_atomically(aside / RECORD, lambda path: path.write_text(told))
-            options = OmegaConf.to_yaml(OmegaConf.structured(parts.config))
-            write_atomically(aside / CONFIG, lambda path: path.write_text(options))
+            write_atomically(aside / RECORD, lambda path: path.write_text(told, encoding="utf-8"))
+            options = configuration.as_yaml(parts.config)
+            write_atomically(aside / CONFIG, lambda path: path.write_text(options, encoding="utf-8"))
             os.rename(aside, final)
         except (OSError, RuntimeError) as error:  # torch has a name of its own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
@@ -188,7 +188,7 @@ def read(folder: Path) -> Record:
         hint = f"there are: {', '.join(there)}" if there else f"expected RUN/{FLIGHT}/step_00000123 or the like"
         raise Refusal(f"--replay {folder} is no record of a step ({missing[0]} is not in it); {hint}")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise Refusal(f"{path} has another format than {FORMAT}: replay it with the version that wrote it")
         content["gradient_norm"] = float(content["gradient_norm"])

@@ -26,7 +26,7 @@ def new_line() -> str:
 
 def name_of(run: Path) -> str | None:
     """The name in a run's config.yaml; None for runs from before there was one."""
-    match = LINE.search((run / CONFIG).read_text(errors="replace"))
+    match = LINE.search((run / CONFIG).read_text(errors="replace", encoding="utf-8"))
     return match.group(1) if match else None
 
 
@@ -51,7 +51,7 @@ def refuse_other(folder: Path, state: Mapping[str, Any], run: Path, config: Pret
     about = state.get("identity")
     try:
         if about is None:
-            training = json.loads((folder / checkpoint.DESCRIPTION).read_text())["training"]
+            training = json.loads((folder / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))["training"]
             theirs = {name: training[name] for name in ("seed", "batch", "objectives") if name in training}
             name = None
         else:

@@ -19,6 +19,7 @@ from contextlib import closing
 
 from common import processes
 from common.loop import fit
+from common.printable import printable_lines
 from common.run_folder import WAIT, RunLock, create, refuse_existing
 from common.sampling import loader
 from common.stopping import StopSignal
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     if not start or arguments.words:  # the recipe, and where it changes
         tracker.text("recipe", written(config, parts.reasons), start)
     progress = Progress(parts.steps, start, process.is_main_process)
-    accelerator.print(begun(parts, run, start, active_pil()))
+    accelerator.print(printable_lines(begun(parts, run, start, active_pil())))
     fresh = loader(parts.samples, parts.sampler(start), config.loader.workers or 0, process.device.type == "cuda")
     watched = watch(fresh, run, parts.images, config.log_every, progress.say, parts.limit, parts.look)
     # Closed, the stream ends the loader's workers: they ignore signals, and an exit would wait for them for ever.
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
             recorder=FlightRecorder(checkpoints, task, optimizer, progress.say),
             read=monitors.light(parts.task, progress.say),
         )
-    accelerator.print(ended(parts, run, done, progress.share))
+    accelerator.print(printable_lines(ended(parts, run, done, progress.share)))
     return stop.status if done < parts.steps else 0
 
 

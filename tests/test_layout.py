@@ -104,6 +104,24 @@ def test_names_say_something() -> None:
     assert not [name_of(path) for path in files() if path.stem in NAMELESS or path.parent.name in NAMELESS]
 
 
+def test_text_files_name_their_encoding() -> None:
+    """Else a locale decides, and what one run wrote another cannot read."""
+    lacking = []
+    for path in sources("common", "pretrain", "evaluate", "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            attribute = isinstance(node.func, ast.Attribute)
+            name = getattr(node.func, "attr" if attribute else "id", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            modes = [word.value for word in node.keywords if word.arg == "mode"] + node.args[0 if attribute else 1 :]
+            mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else "r"
+            text = name == "open" and owner not in ("os", "io", "Image", "gzip", "webbrowser") and "b" not in str(mode)
+            if name in ("read_text", "write_text") or text:
+                lacking.append(f"{name_of(path)}:{node.lineno}: {name}(…) needs encoding=")
+    assert not lacking
+
+
 def test_files_are_short() -> None:
     long = {name_of(path): len(path.read_text().splitlines()) for path in files() if path.suffix == ".py"}
     assert not {name: lines for name, lines in long.items() if lines > LINES}

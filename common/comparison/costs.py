@@ -104,7 +104,7 @@ def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     half-written or mean nothing are left out."""
     found: dict[int, dict[str, Any]] = {}
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return []
     for line in lines:

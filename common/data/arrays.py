@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Refusal
+from ..printable import printable
 from .images import Arrays, Images
 from .listing import stamps
 
@@ -203,7 +204,8 @@ def read_stl(place: Path, split: str) -> Images | None:
             raise Refusal(f"{path} has {bytes_} bytes, not a whole number of the 96x96 images expected; fetch it again")
     source = Planes(files)
     names = folder / "class_names.txt"
-    classes = names.read_text().split() if names.is_file() else [str(k) for k in range(int(labels.max()) + 1)]
+    counted = [str(k) for k in range(int(labels.max()) + 1)]
+    classes = list(map(printable, names.read_bytes().split())) if names.is_file() else counted
     labels = np.concatenate([labels, np.full(len(source) - len(labels), -1, np.int64)])
     return Images(source, "stl10", labels, classes)
 

@@ -167,7 +167,7 @@ class Images:
             digest.update(f"range {span}".encode())
         for array in (self._indices, self.labels):
             digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
-        digest.update("\0".join(self.classes or ()).encode())
+        digest.update("\0".join(self.classes or ()).encode(errors="backslashreplace"))
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:

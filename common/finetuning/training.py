@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpoint, collectives, ema, recipes, subjects
+from .. import config as configuration
 from ..averages import Averages
 from ..errors import Refusal
 from ..features import digest, shown
@@ -170,7 +170,7 @@ class Training:
         path = self.folder / "result.json"
         if not path.exists():
             return None
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         self._refuse_other(content["identity"])
         return content["history"]
 
@@ -238,7 +238,9 @@ class Training:
         """Keep the result and the newest weights; the first process calls it."""
         self.export(self.folder, task, self.history[-1]["step"])
         content = json.dumps({"identity": self.identity, "history": self.history}, indent=2) + "\n"
-        checkpoint.write_atomically(self.folder / "result.json", lambda aside: aside.write_text(content))
+        checkpoint.write_atomically(
+            self.folder / "result.json", lambda aside: aside.write_text(content, encoding="utf-8")
+        )
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def _refuse_other(self, identity: Mapping[str, Any]) -> None:
@@ -326,7 +328,7 @@ def _run(
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
     if not start:
-        tracker.text("recipe", OmegaConf.to_yaml(OmegaConf.structured(config)), 0)
+        tracker.text("recipe", configuration.as_yaml(config), 0)
     watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(

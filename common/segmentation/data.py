@@ -217,7 +217,8 @@ def _named(folder: Path, *pairs: tuple[Path, Path]) -> list[str] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")  # some editors begin with a byte order mark
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _with_classes(train: Scenes, test: Scenes, spec: str, names: Sequence[str] | None) -> tuple[Scenes, Scenes]:

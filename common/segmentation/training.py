@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpoint, recipes
+from .. import config as configuration
 from ..features import digest
 from ..finetuning.training import Training
 from ..loop import fit
@@ -258,7 +258,7 @@ def _train(
     progress = Progress(steps, start, main)
     tracker = Tracker(training.folder, start, config.tensorboard, main)
     if not start:
-        tracker.text("recipe", OmegaConf.to_yaml(OmegaConf.structured(config)), 0)
+        tracker.text("recipe", configuration.as_yaml(config), 0)
     watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
     with closing(watched) as batches, closing(progress), closing(tracker):
         fit(

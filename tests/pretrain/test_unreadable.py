@@ -136,3 +136,24 @@ def test_a_folder_of_nothing_but_unreadable_images(inside, tmp_path, workers):
     with pytest.raises(Refusal) as refusal:
         inside(TINY, f"data={tmp_path / 'photos'}", "run=run", f"loader.workers={workers}", "monitor.held_out=0")
     assert "40 of 40 images in" in str(refusal.value) and "Traceback" not in str(refusal.value)
+
+
+def test_names_that_are_no_text_in_a_run_and_its_resume(inside, many, tmp_path, capsys):
+    """Broken files in a class of another encoding, and with a line end and a terminal's commands in their names."""
+    folder, quick = os.fsencode(tmp_path / "photos"), ("loader.workers=0", "monitor.held_out=0")
+    shutil.copytree(many, tmp_path / "photos" / "good")
+    os.rename(folder, folder + b"\xe4")
+    os.mkdir(folder + b"\xe4/br\xf6ken")
+    for name in (b"br\xf6ken.png", b"a\x1b[2Jb\n.png"):
+        with open(folder + b"\xe4/br\xf6ken/" + name, "wb") as file:
+            file.write(b"cut")
+    with pytest.raises(Refusal, match=r"data=.*photos\\xe4: a path that is no UTF-8 text .* a link to it"):
+        inside(TINY, f"data={os.fsdecode(folder)}\udce4", "run=run", "steps=1")
+    (tmp_path / "link").symlink_to(os.fsdecode(folder + b"\xe4"))
+    assert inside(TINY, f"data={tmp_path / 'link'}", "run=run", "steps=1", *quick) == 0
+    said = capsys.readouterr().out
+    assert said.isprintable() or {c for c in said if not c.isprintable()} == {"\n"}
+    names = [f"{tmp_path}/link/br\\xf6ken/{name}.png" for name in ("a\\x1b[2Jb\\n", "br\\xf6ken")]
+    assert inside("--resume", "run", "steps=2") == 0
+    lines = Path("run/unreadable.txt").read_bytes().decode().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == names and all(name in said for name in names)
