@@ -97,7 +97,7 @@ def note_missing() -> str | None:
 def _wanted_processes() -> int | None:
     """The num_processes of the `accelerate launch` that started this process: its command line's or configuration's."""
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace", encoding="utf-8").split("\0")
     except OSError:
         words = []
     given = dict(word.lstrip("-").replace("-", "_").split("=", 1) for word in words if word[:2] == "--" and "=" in word)
@@ -106,7 +106,7 @@ def _wanted_processes() -> int | None:
         if "num_processes" in given:
             return int(given["num_processes"])
         file = Path(given.get("config_file", default_config_file))
-        content = yaml.safe_load(file.read_text()) if file.is_file() else None  # JSON is YAML
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None  # JSON is YAML
         return int(content["num_processes"]) if isinstance(content, dict) and "num_processes" in content else None
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
