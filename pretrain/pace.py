@@ -103,14 +103,16 @@ def _choose(parts: Parts, training: float, cost: Callable[[int], float]) -> None
         enough = max(SHARE * training, 1.5 * cost(0))  # fewer images make no picture cheaper
         while images > LEAST and cost(images) > enough:
             images = max(LEAST, images // 2)
-        config.images = images
-        parts.reasons["monitor.images"] = f"all {len(parts.held_out):,} would take longer"
+        if images < len(parts.held_out):
+            config.images = images
+            parts.reasons["monitor.images"] = f"all {len(parts.held_out):,} would take longer"
     times = times or 1
     config.every = math.ceil(parts.steps / times)
     share = times * cost(images) / max(1e-9, training)
+    limit = f"at most {SHARE:.0%}" if share <= SHARE else f"more than {SHARE:.0%}, as the run is so short"
     parts.reasons["monitor.every"] = (
         f"{'once, at the end' if times == 1 else f'{times} times in the run'}: looking at {images:,} held-out images "
-        f"takes about {_short(cost(images))}, {share:.1%} of the training's time (at most {SHARE:.0%}, if it can be)"
+        f"takes about {_short(cost(images))}, {share:.1%} of the training's time ({limit})"
     )
 
 

@@ -89,7 +89,8 @@ def ended(parts: Parts, run: Path, done: int, looking: float) -> str:
     """Where everything is and what to do next; `looking`: share of the time that measurements took."""
     if done < parts.steps:
         resume = command("pretrain", "--resume", run)
-        return f"stopped after step {done} of {parts.steps}, saved; continue with: {resume}"
+        how = f"stopped after step {done} of {parts.steps}, saved" if done else "stopped before the first step was done"
+        return f"{how}; continue with: {resume}"
     return "\n".join(
         [
             f"done: {done} steps. The backbone is in {run}",
