@@ -24,6 +24,7 @@ def scores(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = P
     features (M, D), labels (M,), queries (Q, D). Each feature is brought to mean 0 and standard deviation 1 over the M
     images; the targets are 1 for an image's own class and -1 for others; the intercept is not penalised. The squared
     weights are penalised by `penalty` * D, so that one number suits every width (scikit-learn's alpha is that product).
+    big_vision's few-shot ridge differs: it appends a column of ones, whose weight, the intercept, it penalises too.
     """
     classes, own = labels.unique(return_inverse=True)
     targets_MC = 2 * torch.nn.functional.one_hot(own, len(classes)).double() - 1
