@@ -113,8 +113,9 @@ def trained(folder: Path, words: Sequence[str], anew: bool) -> float | None:
 
 def judged(folder: Path, seed: int, words: Sequence[str], linear: Sequence[str]) -> dict[str, float]:
     """{"k-NN, centred: random": share, ...} of a run, judged now."""
-    run("evaluate/knn.py", "--ckpt", str(folder), "--seed", str(seed), *words)
-    run("evaluate/linear.py", "--ckpt", str(folder), "--seed", str(seed), *words, *linear)
+    shared = ["--ckpt", str(folder), "--seed", str(seed), "--baselines", "random", "pixels", "patches", *words]
+    run("evaluate/knn.py", *shared)
+    run("evaluate/linear.py", *shared, *linear)
     kind = json.loads((folder / "backbone.json").read_text(encoding="utf-8"))["pooling"]
     reports = {
         name: json.loads((folder / "evaluate" / f"{name}.json").read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from .transforms import evaluation
 from .unreadable import USUAL, Limit
 
 KINDS = ("class", "mean", "both")
+RAW = ("pixels", "patches")  # features without a network: each is a row, a --ckpt and its row's only kind
 PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an image would fill any memory
 FORMAT = 3  # of the cache: another number is extracted anew
 
@@ -268,7 +269,21 @@ def pixel_parts(
         pixels = batch.float().div_(255)
         return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
 
-    return _parts(_Shown(images, size, crop, channels), parts, features_of, workers=workers, limit=limit, seen=seen)
+    return parts_of_images(images, size, crop, channels, parts, features_of, workers=workers, limit=limit, seen=seen)
+
+
+def parts_of_images(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    channels: int,
+    parts: Sequence[range],
+    features_of: Callable[[Tensor], dict[str, Tensor]],
+    **options: Any,
+) -> Iterator[Part]:
+    """What `features_of` makes of batches uint8 (b, C, h, w) of `images`, of one part of them after another; `options`:
+    workers, limit and seen, see `extract_parts`."""
+    return _parts(_Shown(images, size, crop, channels), parts, features_of, **options)
 
 
 def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -276,7 +291,7 @@ def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A class token that no loss has trained is noise to a probe: report all three, always.
     """
-    kinds = {kind: features[kind] for kind in ("class", "mean", "pixels") if kind in features}
+    kinds = {kind: features[kind] for kind in ("class", "mean", *RAW) if kind in features}
     if "class" in kinds and "mean" in kinds:
         kinds["both"] = torch.cat([kinds["class"], kinds["mean"]], 1)
     return kinds
@@ -306,14 +321,15 @@ def cache_key(
         "precision": [precision, torch.device(device).type],
         "blocks": blocks,
         "timm": timm.__version__,
-    } | _shown_key(images, backbone.size, config.crop, backbone.channels)
+    } | shown_key(images, backbone.size, config.crop, backbone.channels)
 
 
 def pixel_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
     """All that decides what `pixels` returns."""
-    return {"pixels": PIXELS} | _shown_key(images, size, crop, channels)
+    return {"pixels": PIXELS} | shown_key(images, size, crop, channels)
 
 
-def _shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+def shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+    """What decides about the images that are shown, as part of a cache's key."""
     transform = ["evaluation", list(size), crop, channels]
     return {"format": FORMAT, "data": images.fingerprint(), "transform": transform}

@@ -3,12 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import collectives, data, processes, subjects
+from . import data, processes, subjects
 from .data import Images, Location, labelled_splits
 from .data.location import OPTIONS, changed
 from .errors import Refusal, nearest
-from .feature_cache import cached
-from .features import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pixels, pooled
-from .finite import is_constant, refuse_not_finite
+from .features import RAW
+from .finite import refuse_not_finite
 from .launch import set_threads
 from .models import Backbone
 from .paths import expanded
@@ -35,9 +33,8 @@ from .sampling import held_out
 from .subjects import Subject
 from .unreadable import LISTED, USUAL, Limit, Look, look_at
 
-BLOCKS = 4  # the most that a protocol asks for
-IN_MEMORY = 1 << 30  # bytes of raw pixels, at most; more of them are kept in the cache and mapped
-LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels"}
+LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels", "patches": "patches"}  # a table's rows
+BASELINES = ("random", "pixels")  # that stand beside what is judged unless asked otherwise; patches take their time
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,15 +77,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False) -> Parser:
-    """The options that every evaluation takes, with `crop` also --crop, and with `raw` --ckpt pixels; `script` is the
+    """The options that every evaluation takes, with `crop` also --crop, and with `raw` --ckpt pixels, --ckpt patches
+    and --baselines; `script` is the
     docstring of the entry script."""
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    word = "RUN|FILE|random|pixels|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
+    word = "RUN|FILE|random|pixels|patches|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
     add("--ckpt", required=True, type=expanded, metavar=word, help="what is judged")
     add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME; of a file with several models "
         "FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)")  # fmt: skip
-    size = ", size of `pixels`" if raw else ""
+    size = ", size of `pixels` and `patches`" if raw else ""
     add("--like", type=expanded, metavar="RUN|RECIPE",
         help=f"architecture of `random`{size} (default: the quickstart recipe's)")  # fmt: skip
     add_data(parser, "images, labelled but for layers (default: what the run was trained on)")
@@ -97,6 +95,10 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     usual = precision or "as trained"
     add("--precision", choices=list(DTYPES), default=precision, help=f"of the backbone (default: {usual})")
+    if raw:
+        rows, usual = list(LABELS)[1:], " ".join(BASELINES)
+        add("--baselines", nargs="*", choices=rows, default=list(BASELINES), metavar="NAME", help="rows beside it, of "
+            f"{', '.join(rows)} (default: {usual}; patches take about a minute for 10,000 images)")  # fmt: skip
     if crop:
         add("--crop", type=float, metavar="SHARE", help="of the short side that is shown: 0.875, 224 of 256 pixels, is "
             "DINO's, DINOv2's and MAE's (default: as the checkpoint says; timm says 0.9 of many)")  # fmt: skip
@@ -155,23 +157,6 @@ def together(name: str) -> None:
 
 
 @dataclass
-class Split:
-    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images.
-
-    On a CPU they are maps of the cache's files (but for "both"), of which only what is used is read.
-    """
-
-    row: str  # subject, random or pixels
-    seed: int | None  # of the untrained backbone
-    train: dict[str, Tensor]
-    train_labels: Tensor
-    train_index: Tensor  # (K,) which training images: those that could be read
-    test: dict[str, Tensor]
-    test_labels: Tensor
-    test_index: Tensor
-
-
-@dataclass
 class Evaluation:
     """One evaluation from its arguments to its report."""
 
@@ -214,8 +199,17 @@ class Evaluation:
 
     @property
     def raw(self) -> bool:
-        """Whether raw pixels alone are judged."""
-        return bool(self.arguments.ckpt == subjects.RAW)
+        """Whether features without a network, raw pixels or patches, are all that is judged."""
+        return self.arguments.ckpt in RAW
+
+    @property
+    def baselines(self) -> list[str]:
+        """The rows beside the subject, in the order of a table; of what has no weights, the subject itself."""
+        if self.raw:
+            return [self.arguments.ckpt]
+        own = [self.subject.name] if self.subject.state is None else []
+        wanted = [*own, *self.arguments.baselines]
+        return [row for row in LABELS if row in wanted]
 
     @property
     def seeds(self) -> list[int]:
@@ -250,65 +244,6 @@ class Evaluation:
         bad = len(self.look.bad) if self.look.is_whole else self.limit.allowed(self.look.images)
         return max(0, len(self.train) - bad)
 
-    def splits(self, blocks: int = 1) -> Iterator[Split]:
-        """Frozen features of every row: the subject's, the untrained backbone's for each seed, and raw pixels'.
-
-        `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `extract` says. After `together`, all
-        processes have to call this to the end, and only the first one is given anything. What was extracted with
-        `blocks=4` answers for one block too.
-        """
-        rows: list[tuple[str, Subject, int | None]] = [
-            ("random", self.subject.untrained(), seed) for seed in self.seeds
-        ]
-        if self.raw:
-            rows = []
-        elif self.subject.state is not None:
-            rows.insert(0, ("subject", self.subject, None))
-        if collectives.processes() > 1:  # all at once, so that nobody waits for the first one's answers
-            for row in rows:
-                self._features(*row, blocks)
-            self._pixels(alone=False)
-            if not first_process():
-                return
-            with collectives.alone():
-                yield from self._rows(rows, blocks)
-        else:
-            yield from self._rows(rows, blocks)
-
-    def _rows(self, rows: list[tuple[str, Subject, int | None]], blocks: int) -> Iterator[Split]:
-        for row, subject, seed in rows:
-            yield self._split(row, seed, *self._features(row, subject, seed, blocks))
-        yield self._split("pixels", None, *self._pixels())
-
-    def _features(self, row: str, subject: Subject, seed: int | None, blocks: int) -> list[dict[str, Tensor]]:
-        """Of the training and of the test images, from the cache."""
-        backbone = subject.backbone(seed or 0).to(self.device)
-        name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
-        found = []
-        for images in (self.train, self.test):
-            key = cache_key(backbone, subject.plan, images, self.precision, self.device, blocks)
-            extract = functools.partial(
-                extract_parts,
-                backbone,
-                subject.plan,
-                images,
-                blocks=blocks,
-                device=self.device,
-                workers=self.arguments.workers,
-                precision=self.precision,
-                limit=self.limit,
-            )
-            larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
-            kinds = self._cached(key, images, name, extract, larger)
-            kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
-            self.refuse_not_finite(kinds, images, name, backbone, subject.plan, cached=True)
-            found.append(kinds)
-        self._refuse_lost(found)
-        flat = [kind for kind in found[0] if kind != "index" and is_constant(found[0][kind])]
-        if flat:
-            self.warn(f"{name}: features ({', '.join(flat)}) are the same for every image: nothing can be told by them")
-        return found
-
     def refuse_not_finite(
         self,
         features: Mapping[str, Tensor],
@@ -325,56 +260,6 @@ class Evaluation:
             backbone=backbone, plan=plan, precision=self.precision, cache=self.out.parent / "cache" if cached else None,
         )  # fmt: skip
 
-    def _refuse_lost(self, found: list[dict[str, Tensor]]) -> None:
-        """Raises Refusal if too many images of both splits together are not among what was found."""
-        total = len(self.train) + len(self.test)
-        lost = total - sum(len(each["index"]) for each in found)
-        if lost > self.limit.allowed(total):
-            self.limit.refuse(lost, total, total, self.spec, ["they were named above"])
-
-    def _pixels(self, alone: bool = True) -> list[dict[str, Tensor]]:
-        """Of the training and of the test images: from the cache if they are many, and nothing else if not `alone`."""
-        channels = len(self.subject.description["mean"])
-        size, workers = self.size, self.arguments.workers
-        found = []
-        for images in (self.train, self.test):
-            if 4 * channels * min(size[0], PIXELS) * min(size[1], PIXELS) * len(images) > IN_MEMORY:
-                extract = functools.partial(
-                    pixel_parts, images, size, self.crop, channels=channels, workers=workers, limit=self.limit
-                )
-                found.append(
-                    self._cached(pixel_key(images, size, self.crop, channels), images, LABELS["pixels"], extract)
-                )
-            elif alone:
-                how: dict[str, Any] = {"workers": workers, "warn": self.say, "limit": self.limit}
-                found.append(pixels(images, size, self.crop, channels=channels, **how))
-        return found
-
-    def _cached(
-        self, key: dict[str, Any], images: Images, what: str, extract: Callable[..., Iterator[Part]], larger: Any = ()
-    ) -> dict[str, Tensor]:
-        def parts_of(ranges: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
-            self.say(f"features of {len(images):,} images from {what}")
-            return extract(parts=ranges, seen=seen)
-
-        return cached(self.out.parent / "cache", key, images, parts_of, self.say, larger=larger, limit=self.limit)
-
-    def pixels(self) -> Split:
-        """Raw pixels of both splits under the subject's own evaluation transform."""
-        channels = len(self.subject.description["mean"])
-        how: dict[str, Any] = {"workers": self.arguments.workers, "warn": self.say, "limit": self.limit}
-        parts = [pixels(images, self.size, self.crop, channels=channels, **how) for images in (self.train, self.test)]
-        return self._split("pixels", None, *parts)
-
-    def _split(self, row: str, seed: int | None, train: dict[str, Tensor], test: dict[str, Tensor]) -> Split:
-        sides: list[Any] = []
-        for images, part in ((self.train, train), (self.test, test)):
-            assert images.labels is not None
-            deep = {name: value for name, value in part.items() if name[-1].isdigit()}  # of several blocks
-            kinds = {kind: value.to(self.device) for kind, value in (pooled(part) | deep).items()}
-            sides += [kinds, torch.from_numpy(images.labels)[part["index"]].to(self.device), part["index"]]
-        return Split(row, seed, *sides)
-
 
 def begin(
     name: str,
@@ -387,8 +272,8 @@ def begin(
 ) -> Evaluation:
     """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be.
 
-    `raw`: whether --ckpt pixels can be judged, too. `splits`: location -> (training images, test images, note); for
-    what needs no labels, one that asks for none.
+    `raw`: whether --ckpt pixels and --ckpt patches can be judged, too. `splits`: location -> (training images, test
+    images, note); for what needs no labels, one that asks for none.
     """
     threads, _ = set_threads(arguments.threads)
     if arguments.workers < 0 or min(arguments.seeds) < 0:

@@ -20,9 +20,10 @@ from torch import Tensor
 from . import config as configuration
 from .checkpoint import sha256, write_atomically
 from .errors import Refusal
-from .features import KINDS, PIXELS, digest
+from .features import KINDS, PIXELS, RAW, digest
 from .launch import active_pil
 from .metrics import wilson
+from .patches import FILTERS, SIDE, described
 from .protocol import LABELS, Evaluation
 from .unreadable import UNREADABLE, write_list
 
@@ -44,7 +45,8 @@ def write(
     """Write the report of `job` to its `out`, in one piece; `judged` test images were classified.
 
     protocol: at least its "id", and by what its heads were chosen, "selection".
-    values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels.
+    values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels,
+    patches.
     outcomes: {row: {kind: (S, K, ...)}}, of S seeds and K test images, which ones says `index` (K,): for an accuracy
     whether each was right, bool; for an mIoU (S, K, C, 3) counts of pixels: intersection, predicted, labelled. They go
     into NAME.outcomes.npz beside the report, so that runs can be compared image by image. `interval`: what those in
@@ -62,6 +64,7 @@ def write(
         "format": FORMAT,
         "evaluation": job.name,
         "protocol": {"transform": transform, "precision": job.precision, **protocol},
+        "patches": described() if "patches" in values else None,
         "subject": {
             "name": job.subject.name,
             "ckpt": job.arguments.ckpt,
@@ -182,7 +185,11 @@ def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
     about = job.subject.description
     position = "" if about["position"] == "full" or not frozen else ", without position embedding"
     size = "x".join(map(str, about["size"]))
-    whose = f"raw pixels ({size} px)" if job.raw else f"{job.subject.name} ({about['name']}, {size} px{position})"
+    whose = (
+        f"{LABELS[job.arguments.ckpt]} ({size} px)"
+        if job.raw
+        else f"{job.subject.name} ({about['name']}, {size} px{position})"
+    )
     job.say(f"\n{what} of {whose} on {job.spec}")
     if leak := leak_note(about):
         job.say(leak)
@@ -201,7 +208,7 @@ def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:
 def ordered(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     """(row, kind, entry) of a report's values, in the order of a table."""
     for row in LABELS:
-        for kind in (CHOSEN, *KINDS, "pixels"):
+        for kind in (CHOSEN, *KINDS, *RAW):
             if kind in values.get(row, {}):
                 yield row, kind, values[row][kind]
 
@@ -231,6 +238,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def kind_name(row: str, kind: str, size: Sequence[int]) -> str:
     """How a table calls a kind of features."""
+    if row == "patches":
+        return f"{FILTERS} of {SIDE}x{SIDE}"
     if row == "pixels":
         return "x".join(str(min(side, PIXELS)) for side in size)
     return {"class": "class token", "mean": "mean patch", "both": "class + mean"}[kind]

@@ -23,6 +23,7 @@ from . import config as configuration
 from .checkpoint import build, describe, load_exactly
 from .data.location import location_of
 from .errors import Refusal
+from .features import RAW
 from .models import Backbone, ModelConfig, create, published
 from .models.backbone import no_architecture
 from .models.embeddings import resize_embedding
@@ -31,7 +32,7 @@ from .paths import expanded
 from .plan import TokenPlan
 from .transforms import PRESETS, View
 
-RANDOM, RAW, TIMM = "random", "pixels", "timm:"
+RANDOM, TIMM = "random", "timm:"
 POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
 OF_CLASS_TOKENS = (
     "dino",
@@ -98,29 +99,28 @@ class Subject:
 
 def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bool = False) -> Subject:
     """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
-    `raw`, `pixels` (in the size of `like`).
+    `raw`, `pixels` or `patches` (in the size of `like`).
 
-    `like`: a run, or a pretraining recipe, for `random` and `pixels`. `weights`: a local file with the weights of
-    `timm:NAME`, or FILE::PART where it holds several models. Raises Refusal.
+    `like`: a run, or a pretraining recipe, for `random`, `pixels`, `patches`. `weights`: a local file with the weights
+    of `timm:NAME`, or FILE::PART where it holds several models. Raises Refusal.
     """
-    if like is not None and ckpt not in (RANDOM, RAW):
+    if like is not None and ckpt not in (RANDOM, *RAW):
         raise Refusal(
-            f"--like {like} names the architecture of --ckpt random, or the size of pixels, and --ckpt is {ckpt}: "
-            "leave it out"
+            f"--like {like} names the architecture of --ckpt random, or the size of pixels and patches, and --ckpt is "
+            f"{ckpt}: leave it out"
         )
     if weights is not None and not ckpt.startswith(TIMM):
         raise Refusal(f"--weights {weights} goes with --ckpt timm:NAME; give a checkpoint of poslabel as --ckpt FILE")
     if ckpt == RANDOM:
         description = _like(like or "quickstart")
         return Subject(RANDOM, description, None, Path("runs", f"random-{description['name']}", "evaluate"))
-    if ckpt == RAW:
+    if ckpt in RAW:
         if not raw:
-            raise Refusal(
-                "--ckpt pixels: raw pixels have no backbone, which is needed here; use knn, linear or fewshot"
-            )
+            what = {"pixels": "raw pixels"}.get(ckpt, ckpt)
+            raise Refusal(f"--ckpt {ckpt}: {what} have no backbone, which is needed here; use knn, linear or fewshot")
         description = _like(like or "quickstart")
         size = "x".join(map(str, description["size"]))
-        return Subject(RAW, description, None, Path("runs", f"pixels-{size}", "evaluate"))
+        return Subject(ckpt, description, None, Path("runs", f"{ckpt}-{size}", "evaluate"))
     if ckpt.startswith(TIMM):
         return _published(ckpt.removeprefix(TIMM), weights)
     backbone, _, description = checkpoint.load_backbone(ckpt)

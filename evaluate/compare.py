@@ -5,10 +5,9 @@
     python evaluate/compare.py runs/first runs/second --no-run
 
 Evaluations that are missing, or were made of other weights or data than now or by a protocol that has been replaced,
-are made first, by their own scripts.
-Runs that differ in nothing but their seed are one line. The words `random` and `pixels` add the baselines that the
-reports have. Writes compare.md, compare.csv, differences.csv and compare.html, a page that needs no other file. One
-process. The exit status is 1 if an evaluation failed; the table is made without it.
+are made first, by their own scripts. Runs that differ in nothing but their seed are one line. The words `random`,
+`pixels` and `patches` add baselines. Writes compare.md, compare.csv, differences.csv and compare.html, a page that
+needs no other file. One process. The exit status is 1 if an evaluation failed; the table is made without it.
 """
 
 import sys
@@ -34,6 +33,7 @@ from common.comparison.reports import (
     APART,
     COLUMNS,
     WHOLE_DATA,
+    Report,
     Run,
     check_data,
     fingerprints,
@@ -46,8 +46,9 @@ from common.comparison.whole import Comparison, compared
 from common.comparison.words import differences_table, notes, scores_table
 from common.data.location import OPTIONS, changed
 from common.errors import Refusal, nearest
-from common.features import KINDS
+from common.features import KINDS, RAW
 from common.paths import expanded
+from common.protocol import BASELINES as USUAL_BASELINES
 from common.protocol import Parser, add_data, alone, chosen_device, given_data
 from common.subjects import TIMM
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         return 0
     out = folder(arguments.out)
     runs = open_runs(words)
-    failed = [] if arguments.no_run else complete(runs, arguments)
+    failed = [] if arguments.no_run else complete(runs, arguments, baselines)
     for run in runs:
         read_reports(run)
         if arguments.no_run and run.damaged:
@@ -103,11 +104,14 @@ def options() -> argparse.ArgumentParser:
         "words",
         nargs="+",
         type=expanded,
-        metavar="RUN|random|pixels",
+        metavar="RUN|random|pixels|patches",
         help="run folders or weights files, and baselines",
     )
     add(
-        "--against", type=expanded, metavar="RUN|random|pixels", help="what differences are to (default: the first run)"
+        "--against",
+        type=expanded,
+        metavar="RUN|random|pixels|patches",
+        help="what differences are to (default: the first run)",
     )
     usual = f"{' '.join(USUAL)}, where there are labels; {' and '.join(APART)} where they are out of date"
     add("--make", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
@@ -179,7 +183,7 @@ def folder(word: str) -> Path:
 # ------------------------------------------------------------------------------------------------- what is missing
 
 
-def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
+def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequence[str]) -> list[str]:
     """Make the evaluations that are missing, damaged or stale, each by its own script; what failed, in words."""
     for run in runs:
         read_reports(run)
@@ -189,7 +193,9 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
         where = changed(run.training, given_data(arguments))
         for name in arguments.make or wanted(run):
             one = run.reports.get(name)
-            if one is not None and not one.stale and not one.superseded:
+            lacks = [row for row in baselines if row in RAW and one is not None and row not in one.content["values"]]
+            lacks = lacks if name in USUAL else []
+            if one is not None and not one.stale and not one.superseded and not lacks:
                 continue
             labels = fingerprints(where) if name in WHOLE_DATA else []
             if isinstance(labels, Refusal):
@@ -197,17 +203,26 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
                 print(line, flush=True)
                 failed += [line] if arguments.make else []
                 continue
-            why = (one.stale or one.superseded) if one is not None else "damaged" if name in run.damaged else ""
+            why = "" if one is None else one.stale or one.superseded or f"without {', '.join(lacks)}"
+            why = "damaged" if name in run.damaged else why
             command = ["--ckpt", run.word]
             of_data = () if name == "segmentation" else OPTIONS.values()  # masks are not where labels are
             for option in (*of_data, "device", "workers", "threads"):
                 value = getattr(arguments, option)
                 command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
+            command += rows_of(one, baselines) if name in USUAL else []
             print(f"\n{run.name}: {f'{why}: ' if why else ''}{shlex.join([f'{name}.py', *command])}", flush=True)
             if status := run_script(name, command):
                 failed.append(f"{run.name}: evaluate/{name}.py failed with status {status}; its own words are above")
                 print(f"warning: {failed[-1]}", flush=True)
     return failed
+
+
+def rows_of(one: Report | None, baselines: Sequence[str]) -> list[str]:
+    """--baselines of an evaluation that is made where `one` is missing or to be replaced: none of its rows is lost."""
+    wished = {*USUAL_BASELINES, *baselines, *(one.content["values"] if one is not None else ())}
+    rows = [row for row in BASELINES if row in wished]
+    return [] if rows == list(USUAL_BASELINES) else ["--baselines", *rows]
 
 
 def wanted(run: Run) -> list[str]:

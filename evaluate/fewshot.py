@@ -4,7 +4,8 @@
     python evaluate/fewshot.py --ckpt timm:vit_small_patch16_224.dino --data PATH --shots 1 5 --shares 0.01
 
 Ridge regression as big_vision's, logistic regression as MSN's. Writes RUN/evaluate/fewshot.json and prints tables that
-include the untrained backbone and raw pixels. Several processes extract the features together; one answers from them.
+include the untrained backbone and raw pixels (--baselines adds patches). Several processes extract the features
+together; one answers from them.
 """
 
 import sys
@@ -26,10 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import Refusal
+from common.frozen import Split, splits
 from common.probing import subsets
 from common.probing.protocols import L2
 from common.probing.regression import Logistic, predicted
-from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
+from common.protocol import LABELS, Evaluation, begin, first_process, parser, together
 from common.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
 from common.ridge import scores as ridge_scores
 
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
     headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
     found: Found = {}
     outcomes, index = Outcomes(), None
-    for split in job.splits():
+    for split in splits(job):
         job.say(f"{', '.join(draws)}, {arguments.draws} draws each, of {LABELS[split.row]}")
         for seed in job.seeds if split.seed is None else [split.seed]:
             for name, draw in draws.items():

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from common import processes, recipes
+from common import frozen, processes, recipes
 from common.errors import Refusal
 from common.finetuning.augment import rand_augment
 from common.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
@@ -140,7 +140,7 @@ def report(
         entry["history"] = histories
         values[row] = {pooling: entry}
     if job.arguments.baselines:
-        raw = job.pixels()
+        raw = frozen.pixels(job)
         sides = (raw.train["pixels"], raw.train_labels, raw.test["pixels"], raw.test_labels, len(job.classes))
         probed = [probe(*sides, seed=seed) for seed in job.seeds]
         for each in probed:

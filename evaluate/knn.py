@@ -5,7 +5,7 @@
 
 The features of every row are centred: less the mean of the training features. The field's number, DINO's, which is not
 centred, stands beside it. Writes RUN/evaluate/knn.json and prints a table that includes the untrained backbone and raw
-pixels. Several processes extract the features together; one answers from them.
+pixels (--baselines adds patches). Several processes extract the features together; one answers from them.
 """
 
 import sys
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import Refusal
+from common.frozen import splits
 from common.metrics import accuracy
 from common.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
 from common.protocol import LABELS, begin, first_process, parser, together
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     found: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)
     outcomes, index = Outcomes(), None
-    for split in job.splits():
+    for split in splits(job):
         for kind, features in split.train.items():
             by_treatment = found.setdefault(split.row, {}).setdefault(kind, {})
             for treatment in (CENTRED, FIELD):

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from common import layerwise
+from common import frozen, layerwise
 from common.checkpoint import write_atomically
 from common.data import Images
 from common.errors import Refusal
@@ -146,7 +146,7 @@ def measured(job: Evaluation) -> tuple[Values, int]:
         found["pixels"][f"{grid[0]}x{grid[1]}"] = [one(job, train, test, job.seeds)]
     values = {row: {layer: entry_of(results) for layer, results in layers.items()} for row, layers in found.items()}
     if job.classes:
-        whole = job.pixels()
+        whole = frozen.pixels(job)
         guesses = knn(whole.train["pixels"], whole.train_labels, whole.test["pixels"], neighbors(job))
         share = accuracy(guesses, whole.test_labels)
         values["pixels"]["image"] = {"knn": accuracies([share], len(guesses))}

@@ -5,8 +5,8 @@
     accelerate launch evaluate/linear.py --ckpt random --like configs/pretrain/quickstart.yaml --seeds 0 1 2
 
 `sweep` (the default) suits small data sets; dino, dinov2, dinov3, mae, ibot, logreg and ridge are as published. Writes
-RUN/evaluate/linear.json and prints a table that includes the untrained backbone and raw pixels. Several processes
-extract the features together; one trains the heads.
+RUN/evaluate/linear.json and prints a table that includes the untrained backbone and raw pixels (--baselines adds
+patches). Several processes extract the features together; one trains the heads.
 """
 
 import sys
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from common.errors import Refusal
-from common.features import depth
+from common.features import RAW, depth
+from common.frozen import Split, splits
 from common.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
 from common.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
 from common.probing.regression import solved
 from common.probing.views import batches, view
-from common.protocol import LABELS, Evaluation, Split, begin, first_process, parser, together
+from common.protocol import LABELS, Evaluation, begin, first_process, parser, together
 from common.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from common.tracking import clock
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     found: dict[str, dict[str, list[Probe]]] = {}
     outcomes, index = Outcomes(), None
     notes, fit = list(protocol.notes), 0
-    for split in job.splits(protocol.blocks):
+    for split in splits(job, protocol.blocks):
         parts = {name: part for name, part in split.train.items() if name != "both"}
         wanted, note = sets(protocol, parts, next(iter(parts.values())).shape[1])
         notes += [note] if note and note not in notes else []
@@ -122,7 +123,7 @@ def check(arguments: argparse.Namespace) -> Protocol:
 def answers(
     job: Evaluation, protocol: Protocol, split: Split, wanted: Mapping[str, Sequence[str]], seed: int
 ) -> dict[str, Probe]:
-    """{kind: result}: of class, mean and both, or of pixels; or of all the protocol's features and of the choice."""
+    """{kind: result}: of class, mean and both, one of RAW; or all the protocol's features and the choice."""
     sides = (split.train_labels, split.test, split.test_labels, len(job.classes))
     after = progress(job)
     if protocol.training is None:
@@ -134,7 +135,7 @@ def answers(
             for kind in wanted
         }  # fmt: skip
     train = partial(probes, split.train, *sides, training=protocol.training, seed=seed, after=after)
-    if job.arguments.augment and split.row != "pixels":
+    if job.arguments.augment and split.row not in RAW:
         results = train(sets=wanted, batches=augmented(job, protocol, split, seed))
     elif protocol.apart:  # each as if it were alone, in the order of images that this seed has always meant
         results = {}
@@ -142,7 +143,7 @@ def answers(
             results |= train(sets={kind: parts}, generator=torch.Generator().manual_seed(seed))
     else:
         results = train(sets=wanted)
-    return results | ({} if protocol.apart or split.row == "pixels" else {CHOSEN: reduce(better, results.values())})
+    return results | ({} if protocol.apart or split.row in RAW else {CHOSEN: reduce(better, results.values())})
 
 
 def augmented(
@@ -192,7 +193,7 @@ def settings(
         refit = "; then fitted to all training images"
         about["selection"] = about["selection"] + refit if len(protocol.strengths) > 1 else "none"
         return about
-    crops = f"random crops of scale 0.08 to 1 and flips, {protocol.interpolation}; raw pixels as they are"
+    crops = f"random crops of scale 0.08 to 1 and flips, {protocol.interpolation}; raw pixels and patches as they are"
     off = "off: the features of the evaluation transform, extracted once"
     return about | {"steps": steps_of(protocol.training, fit), "augment": crops if job.arguments.augment else off}
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import bootstrap
+from ..features import RAW
 from .reports import Report
 from .rows import Row, title_of
 from .settings import MOST, listed, unlike, value_of
@@ -62,7 +63,7 @@ def headline(one: Report, row: str, pooling: str, wanted: str | None = None) -> 
     It is settled before any number is looked at.
     """
     kinds = one.content["values"][row]
-    if wanted is not None and row != "pixels" and one.content["evaluation"] != "segmentation":
+    if wanted is not None and row not in RAW and one.content["evaluation"] != "segmentation":
         return wanted if wanted in kinds else ""
     return next((kind for kind in ("chosen", pooling) if kind in kinds), next(iter(kinds)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import config as configuration
+from ..protocol import LABELS
 from ..tracking import METRICS
 from .cells import Gap
 from .costs import records
@@ -152,7 +153,6 @@ def everything(found: Comparison) -> Iterator[Html]:
     """Every number of every report, folded by evaluation."""
     stems = list(dict.fromkeys([*found.columns, *(name for run in found.runs for name in run.reports)]))
     kinds = {row.kind for row in found.rows}
-    words = {"subject": "trained", "random": "random init", "pixels": "raw pixels"}
     for stem in stems:
         lines = []
         for run in found.runs:
@@ -160,7 +160,7 @@ def everything(found: Comparison) -> Iterator[Html]:
             for each in entries(one.content) if one is not None and not one.stale else ():
                 if each.row not in BASELINES or each.row in kinds or stem in APART:
                     low_high = "" if each.low is None else f"{number_of(each.low)} to {number_of(each.high)}"
-                    lines.append([run.name, words.get(each.row, each.row), each.features, each.setting or "headline",
+                    lines.append([run.name, LABELS.get(each.row, each.row), each.features, each.setting or "headline",
                                   each.metric, number_of(each.value), low_high])  # fmt: skip
         if lines:
             heads = ["run", "row", "features", "setting", "metric", "value", "95 %, as reported"]

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..features import RAW
+from ..protocol import LABELS
 from .reports import APART, Run
 from .settings import listed
 
 TITLES = {"knn": "k-NN", "linear": "linear probe", "fewshot": "low-shot", "finetune": "finetuning"}
-BASELINES = ("random", "pixels")
+BASELINES = ("random", *RAW)
 # Neither the samples nor what is learned from them depends on these, nor do runs of one recipe have them in common.
 SEED_ONLY = ("seed", "run", "threads", "loader", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
              "milestone_every", "tensorboard", "allow_leak", "data_root")  # fmt: skip
 OF_MONITOR = ("every", "control_every")
 OF_RANDOM = ("name", "kwargs", "size", "crop", "mean", "std", "position", "position_embedding", "irpe", "pooling")
-OF_PIXELS = ("size", "crop")
+OF_RAW = ("size", "crop")
 
 
 @dataclass(eq=False)
@@ -23,7 +25,7 @@ class Row:
     """A line of the table: the runs of one recipe, or a baseline and the runs whose reports have it."""
 
     label: str
-    kind: str  # subject, random or pixels
+    kind: str  # subject, random, pixels or patches
     runs: list[Run]
 
     @property
@@ -38,8 +40,8 @@ class Row:
 def rows(runs: Sequence[Run], baselines: Sequence[str] = ()) -> list[Row]:
     """The lines of a table: runs of one recipe together, in the order given, then the baselines asked for.
 
-    There is one untrained baseline for each architecture (with its way to use positions) and one of raw pixels for each
-    size, as often as they were judged in different ways. No two labels are the same.
+    There is one untrained baseline for each architecture (with its way to use positions) and one of raw pixels, and of
+    patches, for each size, as often as they were judged in different ways. No two labels are the same.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -54,7 +56,7 @@ def rows(runs: Sequence[Run], baselines: Sequence[str] = ()) -> list[Row]:
     for kind in (name for name in BASELINES if name in baselines):
         alike = baseline_groups(runs, kind)
         for group in alike:
-            word = {"random": "random init", "pixels": "raw pixels"}[kind]
+            word = LABELS[kind]
             of = f" (as {listed([run.name for run in group])})" if len(alike) > 1 else ""
             taken = any(row.label == word + of for row in found)
             found.append(Row(word + of + " (baseline)" * taken, kind, group))
@@ -63,7 +65,7 @@ def rows(runs: Sequence[Run], baselines: Sequence[str] = ()) -> list[Row]:
 
 def baseline_groups(runs: Sequence[Run], kind: str) -> list[list[Run]]:
     """Runs that have a baseline in common: it is built alike, and what their reports have of it was judged alike."""
-    what = {"random": OF_RANDOM, "pixels": OF_PIXELS}[kind]
+    what = OF_RANDOM if kind == "random" else OF_RAW
     groups: list[tuple[list[Any], dict[str, Any], list[Run]]] = []
     for run in runs:
         built = [run.description.get(name) for name in what] + [len(run.description["mean"])]

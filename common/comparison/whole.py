@@ -10,7 +10,7 @@ from ..errors import Refusal, nearest
 from .cells import Cell, Gap, cell, judge, remarks
 from .costs import Cost, cost
 from .reports import APART, COLUMNS, Run
-from .rows import Row, rows, title_of
+from .rows import BASELINES, Row, rows, title_of
 
 
 @dataclass
@@ -89,7 +89,7 @@ def place_of(word: str, lines: Sequence[Row]) -> int:
                  for run in row.runs):  # fmt: skip
             return number
     given = [run.word for row in lines for run in row.runs if row.kind == "subject"]
-    raise Refusal(f"--against {word}: expected one of {', '.join(given)}, random or pixels{nearest(word, given)}")
+    raise Refusal(f"--against {word}: expected one of {', '.join(given)}, {', '.join(BASELINES)}{nearest(word, given)}")
 
 
 def mean_cost(row: Row) -> Cost:

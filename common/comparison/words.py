@@ -1,12 +1,13 @@
 """What is compared, in words: titles, cells, costs and notes of the table, for Markdown and the page alike."""
 
+from ..features import RAW
 from .cells import Cell, Gap, method
 from .costs import NOT_COUNTED, Cost
 from .rows import title_of
 from .whole import Comparison
 
 COSTS = ("images seen", "training FLOPs", "hours")
-KINDS = {"class": "class token", "mean": "mean patch", "both": "class + mean", "pixels": "pixels"}
+KINDS = {"class": "class token", "mean": "mean patch", "both": "class + mean"} | {raw: raw for raw in RAW}
 FINE = 0.01  # intervals narrower than this are told with a decimal more
 
 
@@ -103,7 +104,7 @@ def features_of(found: Comparison) -> str:
     for name in found.columns:
         kinds: dict[str, list[str]] = {}
         for row, cell in zip(found.rows, found.cells[name], strict=True):
-            if cell.value is not None and row.kind != "pixels":
+            if cell.value is not None and row.kind not in RAW:
                 kinds.setdefault(KINDS.get(cell.features, cell.features), []).append(row.label)
         by_row = [f"{kind} of {', '.join(labels)}" for kind, labels in kinds.items()]
         told = " and ".join(by_row) if len(kinds) > 1 else next(iter(kinds), "")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import Refusal, nearest
+from ..features import RAW
 from .probe import MOMENTUM, Training
 
 BLOCKS = 4
@@ -117,11 +118,12 @@ def _listed(value: Any) -> str:
 def sets(protocol: Protocol, parts: Collection[str], width: int) -> tuple[dict[str, tuple[str, ...]], str]:
     """({set of features: the parts it puts side by side}, what had to be replaced, or nothing).
 
-    `parts`: the names of the features there are: class, mean, class4, mean4, or pixels; `width`: of one token. Where
+    `parts`: the names of the features: class, mean, class4, mean4, or one of RAW; `width`: of one token. Where
     there is no class token the mean patch token takes its place, and appending it once more adds nothing.
     """
-    if "pixels" in parts:
-        return {"pixels": ("pixels",)}, ""
+    for kind in RAW:
+        if kind in parts:
+            return {kind: (kind,)}, ""
     if protocol.apart:
         kinds = {"class": ("class",), "mean": ("mean",), "both": ("class", "mean")}
         found = {name: each for name, each in kinds.items() if set(each) <= set(parts)}

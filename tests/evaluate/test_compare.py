@@ -202,7 +202,10 @@ def test_uncentred_reports_of_earlier_versions_are_made_again_or_stand_apart(mak
     (gap,) = rows_of(files["differences.csv"])
     assert gap["difference"] == "" and "reference by knn/dino" in gap["why_not"]
     compare(a, b, "--make", "knn", run=True, status=1)
-    assert [command[2:4] for command in started] == [["--ckpt", str(a)]]  # of b there is one already
+    assert [command[2:] for command in started] == [["--ckpt", str(a)]]  # of b there is one already
+    compare(a, b, "patches", "--make", "knn", run=True, status=1)  # a row that no report has
+    rows = ["--baselines", "random", "pixels", "patches"]
+    assert [command[2:] for command in started[1:]] == [["--ckpt", str(run), *rows] for run in (a, b)]
 
     # of layers the k-NN curve alone is not centred; position stays
     entry = {"position": {"accuracy": 0.25, "interval": [0.2, 0.3]}, "knn": {"accuracy": 0.625, "interval": [0.6, 0.7]}}

@@ -147,7 +147,7 @@ def test_local_weights_for_a_timm_name(tmp_path):
     assert (subject.backbone().model.cls_token == model.cls_token).all()
     assert subject.description["pooling"] == "class" and subject.plan.position == "full"
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
-    for weights, reason in (("other.safetensors", "cannot load weights from"), ("none.safetensors", "no such file")):
+    for weights, reason in (("other.safetensors", "is no weights file"), ("none.safetensors", "no such file")):
         with pytest.raises(Refusal, match=reason):
             find("timm:vit_tiny_patch16_224", weights=str(tmp_path / weights))
     with pytest.raises(Refusal, match="did you mean 'vit_tiny_patch16_224'"):
@@ -212,3 +212,25 @@ def test_a_class_without_training_images_is_refused(data):
 def test_refusal_is_one_line_and_status_2(run_script, tmp_path):
     done = run_script("knn", "--ckpt", tmp_path / "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no checkpoint at")
+
+
+def test_patches_are_a_row_where_they_are_asked_for_and_a_subject(
+    make_run, script, report_of, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run, calm = make_run(), ["--threads", "1", "--device", "cpu"]
+    few = ["--shots", "1", "--shares", "--draws", "1"]
+    for name, words in (("knn", ["--k", "5"]), ("linear", ["--epochs", "1"]), ("fewshot", few)):
+        rows = ["random", "pixels", "patches"]
+        assert script(name).main(["--ckpt", str(run), "--baselines", *rows, *words, *calm]) == 0
+        report = report_of(run, name)
+        assert report["values"].keys() == {"subject", *rows} and report["values"]["patches"].keys() == {"patches"}
+        assert report["patches"].startswith("400 random 6x6 patches of the training images")
+    like = ["--ckpt", "patches", "--like", str(run), "--data", str(data), "--k", "5"]
+    assert script("knn").main([*like, *calm]) == 0
+    alone = json.loads((tmp_path / "runs/patches-8x8/evaluate/knn.json").read_text())
+    assert alone["values"] == {"patches": report_of(run, "knn")["values"]["patches"]}
+    assert script("knn").main(["--ckpt", str(run), "--baselines", "--k", "5", *calm]) == 0
+    assert report_of(run, "knn")["values"].keys() == {"subject"}
+    with pytest.raises(Refusal, match="--ckpt patches: patches have no backbone, which is needed"):
+        script("layers").main(["--ckpt", "patches", "--data", str(data)])
