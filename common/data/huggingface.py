@@ -20,7 +20,7 @@ from .depth import Range
 from .images import UNLABELLED, Images
 from .listing import is_hidden, stamps
 from .location import Location
-from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of
+from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of, roles_of
 
 LABEL_NAMES = (
     "label",
@@ -184,12 +184,12 @@ def files_of_splits(folder: Path) -> dict[str, str]:
     for name in sorted(os.listdir(folder)):
         inner = (folder / name).is_dir()
         stem = name if inner else name.partition(".")[0].partition("-00")[0]  # train-00000-of-00002.parquet
-        if is_hidden(name) or role_of(stem) is None:
-            continue
-        found[stem] = f"{stem}/**" if inner else f"{stem}[.-]*"
-    roles = {role_of(stem) for stem in found}
+        if not is_hidden(name):
+            found[stem] = f"{stem}/**" if inner else f"{stem}[.-]*"
+    roles = roles_of(list(found))
+    found = {stem: pattern for stem, pattern in found.items() if stem in roles}
     usable = all(stem.isidentifier() for stem in found)  # what `datasets` takes for the name of a split
-    return found if TRAIN in roles and len(roles) > 1 and usable else {}
+    return found if TRAIN in roles.values() and len(set(roles.values())) > 1 and usable else {}
 
 
 def division_of(splits: dict[str, Any], where: Location) -> Division:

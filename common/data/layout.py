@@ -11,7 +11,7 @@ from ..errors import Refusal
 from ..printable import printable
 from .listing import LeftOut, is_hidden, walk
 from .location import Location
-from .splits import TRAIN, Division, divide, role_of
+from .splits import TRAIN, Division, divide, role_of, roles_of
 
 IMAGES = frozenset({"image", "images", "img", "imgs", "jpegimages"})  # beside the folder of their masks
 MASKS = frozenset(
@@ -64,7 +64,8 @@ def _part(top: Path, name: str) -> Path:
 def _divided(root: Path, notes: list[str], train: str | None, where: Location, endings: frozenset[str]) -> Layout:
     names, shown = folders(root), printable(str(root))
     invalid = any(name.lower() == "invalid" for name in names)  # then `valid` is a class
-    parts = [name for name in names if role_of(name) is not None and not (invalid and name.lower() == "valid")]
+    roles = roles_of(names)
+    parts = [name for name in names if name in roles and not (invalid and name.lower() == "valid")]
     outside = where.validation is not None and root not in _part(where.path, where.validation).resolve().parents
     if train is None and where.validation is None and not parts:
         _refuse_splits_in_classes(root, names)
@@ -75,7 +76,7 @@ def _divided(root: Path, notes: list[str], train: str | None, where: Location, e
     full = [name for name in names if holds_images(root / name, endings)]
     notes = notes + [f"{printable(name)} holds no images" for name in parts if name not in full]
     if train is None:
-        trains = [name for name in parts if role_of(name) == TRAIN]
+        trains = [name for name in parts if roles[name] == TRAIN]
         others = [name for name in parts if name not in trains]
         siblings = [name for name in full if name not in parts]
         ready = [name for name in trains if name in full]
@@ -91,6 +92,8 @@ def _divided(root: Path, notes: list[str], train: str | None, where: Location, e
                 f"{ready[0]} is taken for a class, as {_some(siblings)} are (data_train={ready[0]} trains on it alone)"
             )
             return Layout(root, None, [*notes, taken])
+        if len(ready) == 1 and ready[0] != validation:
+            train = ready[0]  # by its name beside that of an empty folder
     return Layout(root, divide(full, train, validation, shown), notes)
 
 
@@ -111,7 +114,7 @@ def _refuse_without_training(root: Path, trains: Sequence[str], others: Sequence
 def _refuse_splits_in_classes(root: Path, names: Sequence[str]) -> None:
     """Raises Refusal where the first sub-folders hold a training split and another one each."""
     for name in names[:LOOKED_INTO]:
-        roles = {role_of(each): each for each in folders(root / name) if role_of(each) is not None}
+        roles = {role: each for each, role in roles_of(folders(root / name)).items()}
         if TRAIN in roles and len(roles) > 1:
             split, other = roles.pop(TRAIN), next(iter(roles.values()))
             shown, one = printable(str(root)), printable(name)
@@ -190,5 +193,5 @@ def _lone(root: Path, endings: frozenset[str]) -> Path:
     with os.scandir(root) as entries:
         if any(os.path.splitext(entry.name)[1].lower() in endings for entry in entries if entry.name[0] != "."):
             return root
-    roles = {role_of(name) for name in folders(root / found[0])} - {None}
+    roles = set(roles_of(folders(root / found[0])).values())
     return root / found[0] if TRAIN in roles and len(roles) > 1 else root

@@ -22,17 +22,60 @@ _WORDS = {
 # trainset, testdata, and CycleGAN's trainA
 _TOKENS = {role: re.compile(f"(?:{words})(?:sets?|data|images?|imgs?|split|[ab])?") for role, words in _WORDS.items()}
 _BEFORE = {"data", "dataset", "ilsvrc", "image", "images", "img", "imgs", "split"}  # ILSVRC2012_img_train
-_AFTER = _BEFORE | {"challenge", "fold", "full", "mini", "of", "part", "px", "set", "small", "std", "subset", "v", "x"}
+_AFTER = _BEFORE | {
+    "a", "b", "challenge", "fold", "full", "labeled", "labelled", "mini", "of", "part", "px", "set", "small", "std",
+    "subset", "v", "x",
+}  # fmt: skip
 
 
 def role_of(name: str) -> str | None:
     """The role that a split of this name has: TRAIN, VALIDATION, TEST or UNLABELLED; None for any other name."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(hold|held)[-_ ]out", r"\1out", name.lower()))
+    words = _words(name)
     while words and words[0] in _BEFORE:
         words.pop(0)
-    roles = [next((role for role, token in _TOKENS.items() if token.fullmatch(word)), None) for word in words]
+    roles = [_role_of_word(word) for word in words]
     known = all(role is not None or word in _AFTER for role, word in zip(roles, words, strict=True))
     return roles[0] if roles and known else None
+
+
+def roles_of(names: Sequence[str]) -> dict[str, str]:
+    """{name: its role} of those among the `names` of siblings that are splits.
+
+    Beside those that `role_of` knows, where it knows no training split, these are: names that differ in the role alone,
+    cars_train and cars_test, one of which trains; and all of them, if each begins or ends with a role.
+    """
+    roles = {name: role for name in names if (role := role_of(name)) is not None}
+    if TRAIN in roles.values():
+        return roles
+    partly = {name: part for name in names if (part := _role_within(name)) is not None}
+    alike: dict[str, dict[str, str]] = {}  # by what a name says beside its role
+    for name, (role, rest) in partly.items():
+        alike.setdefault(rest, {})[name] = role
+    if len(partly) == len(names):
+        alike = {"": {name: role for name, (role, _) in partly.items()}}
+    for group in alike.values():
+        if TRAIN in group.values() and len(set(group.values())) > 1:
+            roles |= group
+    return roles
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name, in lower case: of imagesTrain, too."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W\d_]+", re.sub(r"(hold|held)[-_ ]out", r"\1out", name.lower()))
+
+
+def _role_of_word(word: str) -> str | None:
+    return next((role for role, token in _TOKENS.items() if token.fullmatch(word)), None)
+
+
+def _role_within(name: str) -> tuple[str, str] | None:
+    """(the role that the last or the first word of a name says, the others); None if neither does."""
+    words = _words(name)
+    for at in (-1, 0) if words else ():
+        if (role := _role_of_word(words[at])) is not None:
+            return role, " ".join(words[:-1] if at else words[1:])
+    return None
 
 
 @dataclass(frozen=True)
@@ -60,9 +103,9 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 def divide(names: Sequence[str], train: str | None, validation: str | None, where: str) -> Division:
     """Which of the parts `names` of `where` serve as what; `train` and `validation` choose some by name. Raises Refusal
     where that is open."""
-    by_role: dict[str | None, list[str]] = {}
-    for name in names:
-        by_role.setdefault(role_of(name), []).append(name)
+    by_role: dict[str, list[str]] = {}
+    for name, role in roles_of(names).items():
+        by_role.setdefault(role, []).append(name)
     if train is None:
         alike = [name for name in by_role.get(TRAIN, []) if name != validation]
         if len(alike) != 1:

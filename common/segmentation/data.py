@@ -22,7 +22,7 @@ from ..data.folder import Files, scan
 from ..data.images import Arrays, identity_of
 from ..data.layout import IMAGES, MASKS, folders
 from ..data.listing import with_links
-from ..data.splits import divide, judge, role_of
+from ..data.splits import divide, judge, roles_of
 from ..errors import Refusal
 from ..printable import printable
 from ..sampling import generator, held_out
@@ -171,7 +171,8 @@ def _find_splits(where: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] 
     folder = where.path
     images, masks = _kind(folder, IMAGES, "images"), _kind(folder, MASKS, "masks")
     if images.is_dir():
-        names = [name for name in folders(images) if role_of(name) is not None or name == where.train]
+        inside = folders(images)
+        names = [name for name in inside if name in roles_of(inside) or name == where.train]
         pairs = {name: (images / name, _alike(masks, name)) for name in names}
         if not names:
             return (images, masks), None, ""

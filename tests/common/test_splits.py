@@ -28,9 +28,9 @@ def fill(root, *splits, classes=TWO):
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        (TRAIN, "train Train TRAINING train2017 train_images trainset train-00 trainval ILSVRC2012_img_train trainA"),
+        (TRAIN, "train Train TRAINING train2017 train_images trainset train-00 trainval ILSVRC2012_img_train trainA imagesTrain"),
         (VALIDATION, "val Valid validation VAL2017 dev eval evaluation val_256x256 held-out validation_set"),
-        (TEST, "test Testing test2017 test-dev2017 testset test.v2"),
+        (TEST, "test Testing test2017 test-dev2017 testset test.v2 test-a"),
         (UNLABELLED, "unlabeled2017 unlabelled"),
         (None, "cat trains training_shoes freight_train testtube validated evening device images data 2017 trying"),
     ],
@@ -49,6 +49,10 @@ def test_roles_by_name(role, names):
         ("train valid", "train", "valid"),
         ("images/train images/val", "images/train", "images/val"),
         ("set/Training set/Eval", "set/Training", "set/Eval"),
+        ("cars_train cars_test", "cars_train", "cars_test"),
+        ("seg_pred seg_train seg_test", "seg_train", "seg_test"),
+        ("public_test train_aug private_val", "train_aug", "public_test"),
+        ("set/x-Train set/x-Val cars_test/", "set/x-Train", "set/x-Val"),
     ],
 )
 def test_splits_by_other_names(tmp_path, splits, train, judged):
@@ -103,11 +107,12 @@ def test_parts_are_chosen_by_name(tmp_path):
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
-    fill(tmp_path / "1", "train", "bus", "car", classes="1 2")
-    images = open_data(str(tmp_path / "1"))
+    fill(tmp_path / "bus", "train", "bus", "car", classes="1 2")
+    images = open_data(str(tmp_path / "bus"))
     assert images.classes == ("bus", "car", "train") and "train is taken for a class" in images.note
-    fill(tmp_path / "2", "valid", "invalid", classes="1 2")
-    assert open_data(str(tmp_path / "2")).classes == ("invalid", "valid")
+    for number, names in enumerate((["invalid", "valid"], ["bullet_train", "car", "test_tube"], ["crash_test", "dog"])):
+        fill(tmp_path / f"{number}", *names, classes="1 2")
+        assert open_data(str(tmp_path / f"{number}")).classes == tuple(names)
 
 
 def test_masks_are_no_class(tmp_path):
