@@ -111,6 +111,7 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
     if test.part:
         note += f": {train.part or 'all of it'} is trained on, {test.part} is judged on"
     note += f"; {line}" if (line := where.named_as_folder()) else ""
+    note += f"; {line}" if (line := folder.shared(train, test)) else ""
     return train, test, note + _never_judged(test)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -15,11 +16,12 @@ from ..printable import printable
 from .decode import decode, endings, formats
 from .depth import Range
 from .images import Images
-from .layout import Layout, folders, layout_of, without_masks
-from .listing import LeftOut, images_of, sample_of, stamps
+from .layout import Layout, folders, inside, layout_of
+from .listing import LeftOut, images_of, real_folder, sample_of, stamps
 from .location import Location
 from .splits import judge
 
+SHOWN = 3  # pairs of images that a message names
 MAX_CONTENTS = 512  # files some of whose content does
 MAX_SIZES = 4096  # files whose size enters the fingerprint: each costs a stat, slow on network disks
 
@@ -30,8 +32,9 @@ class Files:
     A list of a million str objects would be copied into every forked worker, one reference count at a time.
     """
 
-    def __init__(self, root: str, names: list[bytes]):
+    def __init__(self, root: str, names: list[bytes], links: Collection[bytes] = ()):
         self.root = root
+        self.links = frozenset(links)  # those of the names that are links to files
         self.span: Range | None = None
         self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self.buffer = np.frombuffer(b"".join(names), np.uint8)
@@ -52,6 +55,19 @@ class Files:
         """Paths of all files, to open them by."""
         start, names = os.path.join(os.fsencode(self.root), b""), self.buffer.tobytes()
         return [start + names[begin:end] for begin, end in pairwise([0, *self.ends.tolist()])]
+
+    def folders_of(self, chosen: Iterable[int]) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
+        """(i, name of the file that is read, device and inode of its folder) of the `chosen` files."""
+        known: dict[bytes, tuple[int, int]] = {}
+        paths = self.paths()
+        for i in chosen:
+            path = (
+                os.path.realpath(paths[i]) if self.links and os.fsencode(self.relative(i)) in self.links else paths[i]
+            )
+            folder, _, name = path.rpartition(b"/")
+            if folder not in known:
+                known[folder] = real_folder(folder)
+            yield i, name, known[folder]
 
     def name(self, i: int) -> str:
         """Path of file `i`, to be shown."""
@@ -120,7 +136,7 @@ def load(root: str, known: frozenset[str] = frozenset()) -> Images:
     if not names:
         raise Refusal(no_images(printable(root), left))
     labels, classes = classes_of(names, known)
-    images = Images(Files(root, names), printable(root), labels, classes)
+    images = Images(Files(root, names, left.followed), printable(root), labels, classes)
     images.left_out = left.note(names, labels is not None)
     return images
 
@@ -145,7 +161,7 @@ def open_folder(where: Location, split: str) -> Images | None:
     if division is None:
         return None
     training = layout.root / train
-    inner = training if where.train is not None else without_masks(training, endings())[0]
+    inner = training if where.train is not None else inside(training, endings())[0]
     known = frozenset(map(printable, folders(inner)))
     return judge(
         division,
@@ -159,7 +175,31 @@ def _part(layout: Layout, name: str, asked: bool, known: frozenset[str] = frozen
     """The images of a part; where it was not `asked` for by name, without the masks in it."""
     folder, note = layout.root / name, ""
     if not asked:
-        folder, note = without_masks(folder, endings())
+        folder, note = inside(folder, endings())
     images = load(str(folder), known)
     images.part, images.note = "" if name == "." else printable(name), note
     return images
+
+
+def shared(train: Images, test: Images) -> str:
+    """Which of the test images are training images as well, through links, in a line; or nothing.
+
+    A second hard link is a file like any other, as is a copy.
+    """
+    first, second = train.source, test.source
+    if not isinstance(first, Files) or not isinstance(second, Files):
+        return ""
+    there = {(folder, name): i for i, name, folder in second.folders_of(test.places())}
+    folders_there = {folder for folder, _ in there}
+    pairs = []
+    for i, name, folder in first.folders_of(train.places()):
+        if folder in folders_there and (at := there.get((folder, name))) is not None:
+            pairs.append((at, i))
+    if not pairs:
+        return ""
+    said = ", ".join(f"{second.name(at)} is {first.name(i)}" for at, i in sorted(pairs)[:SHOWN])
+    more = ", …" if len(pairs) > SHOWN else ""
+    return (
+        f"WARNING: {len(pairs):,} of {len(test):,} test images are training images too, by links ({said}{more}): what "
+        "was trained on is judged"
+    )

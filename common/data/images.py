@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Sequence
@@ -84,6 +85,15 @@ class Images:
         """Whether the pixels themselves are kept, so that every image can be read."""
         return isinstance(self._source, Arrays)
 
+    @property
+    def source(self) -> Source:
+        """Where the pixels come from."""
+        return self._source
+
+    def places(self) -> list[int]:
+        """Of each image, which of its source it is."""
+        return list(range(len(self))) if self._indices is None else self._indices.tolist()
+
     def _locate(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)} in {self.where}")
@@ -147,7 +157,11 @@ class Images:
 
     def has_fingerprint(self, known: str) -> bool:
         """Whether `known` is the fingerprint of these images, be it of the first kind: one of names and sizes alone."""
-        return known == (self.fingerprint() if known.startswith(KIND) else self._digest(first=True))
+        if known.startswith(KIND):
+            return known == self.fingerprint()
+        bare = copy.copy(self)
+        bare.labels = bare.classes = None  # as texts, true and false in a column once were no labels
+        return known in (self._digest(first=True), bare._digest(first=True))
 
     def stamp(self) -> str:
         """16 hex digits that change when any file of these images does, and when they are moved."""

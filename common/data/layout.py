@@ -180,6 +180,21 @@ def without_masks(root: Path, endings: frozenset[str]) -> tuple[Path, str]:
     return root / images[0], f"images are those in {images[0]}, not {', '.join(map(printable, masks))} beside it"
 
 
+def inside(split: Path, endings: frozenset[str]) -> tuple[Path, str]:
+    """(where the images of a split are, a note): in images/ beside masks, or in its only sub-folder, where that has
+    its own name, seg_train/seg_train. Else the folder itself."""
+    inner = split / split.name
+    if folders(split) == [split.name] and holds_images(inner, endings) and not _has_images(split, endings):
+        return inner, f"images are those in {printable(split.name)}/{printable(split.name)}"
+    return without_masks(split, endings)
+
+
+def _has_images(root: Path, endings: frozenset[str]) -> bool:
+    """Whether a folder has images itself, not in its sub-folders."""
+    with os.scandir(root) as entries:
+        return any(os.path.splitext(entry.name)[1].lower() in endings for entry in entries if entry.name[0] != ".")
+
+
 def _lone(root: Path, endings: frozenset[str]) -> Path:
     """The only sub-folder with images, if it has a training split and another one and no image lies beside it."""
     found = []
@@ -190,8 +205,7 @@ def _lone(root: Path, endings: frozenset[str]) -> Path:
             return root
     if not found or role_of(found[0]) is not None:
         return root
-    with os.scandir(root) as entries:
-        if any(os.path.splitext(entry.name)[1].lower() in endings for entry in entries if entry.name[0] != "."):
-            return root
+    if _has_images(root, endings):
+        return root
     roles = set(roles_of(folders(root / found[0])).values())
     return root / found[0] if TRAIN in roles and len(roles) > 1 else root

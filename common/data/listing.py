@@ -43,6 +43,7 @@ class LeftOut:
     others: Counter[str] = field(default_factory=Counter)  # by lower-case ending
     special: Counter[str] = field(default_factory=Counter)  # FIFOs, sockets, devices
     linked: list[tuple[str, str]] = field(default_factory=list)  # a name, and the one under which the same is read
+    followed: list[bytes] = field(default_factory=list)  # not left out: names that are read and are links to files
 
     def count(self, name: str) -> None:
         """Count a regular file that is no image."""
@@ -198,6 +199,7 @@ class _Walk:
             else:
                 same = self._real_name(name, status) or seen.setdefault((status.st_dev, status.st_ino), name)
                 if same == name:
+                    self.left.followed.append(os.fsencode(name))
                     yield name
                 else:
                     self.left.linked.append((name, same))
@@ -215,6 +217,15 @@ class _Walk:
             self.parents[folder] = self.folders.get((parent.st_dev, parent.st_ino))
         prefix = self.parents[folder]
         return prefix + file if prefix is not None and file[:1] != "." and _is(file, self.endings) else None
+
+
+def real_folder(folder: bytes) -> tuple[int, int]:
+    """Device and inode of a folder, through links; (-1, -1) where there is none."""
+    try:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+    except OSError:
+        return -1, -1
 
 
 def stamps(paths: Sequence[str] | Sequence[bytes]) -> np.ndarray:

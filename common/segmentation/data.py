@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data import Images, Location, open_data
 from ..data.depth import parse_range
-from ..data.folder import Files, scan
+from ..data.folder import Files, scan, shared
 from ..data.images import Arrays, identity_of
 from ..data.layout import IMAGES, MASKS, folders
 from ..data.listing import with_links
@@ -124,7 +124,7 @@ def _in_range(train: Scenes, test: Scenes, note: str, where: Location) -> tuple[
     if where.span is not None:
         for scenes in (train, test):
             scenes.set_range(parse_range(where.span))
-    return train, test, note
+    return train, test, "; ".join(filter(None, (note, shared(train, test))))
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -148,7 +148,7 @@ def _survey(images: Path, masks: Path) -> Survey:
     if not names:
         raise Refusal(f"no images in {images}; expected {LAYOUTS}")
     chosen = Files(str(masks), [by_stem[os.path.splitext(name)[0]] for name in names])
-    return survey(Files(str(images), names), chosen, left.note(names, False))
+    return survey(Files(str(images), names, left.followed), chosen, left.note(names, False))
 
 
 def _scenes(surveyed: Survey, labels: Labels, names: Sequence[str] | None) -> Scenes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pictures import save
 
-from common.data import Images, Unreadable, open_data
+from common.data import Images, Unreadable, labelled_splits, open_data
 from common.data.listing import sample_of
 from common.errors import Refusal
 from common.printable import printable
@@ -166,6 +166,34 @@ def test_the_fingerprint_of_a_large_file_covers_its_middle_and_end(tmp_path):
     assert sample_of(str(tmp_path / "gone")) == b"missing!" and sample_of(str(tmp_path / "pipe"))  # and no waiting
 
 
+@pytest.mark.parametrize("how", ["link", "folder", "both outside", "copy"])
+def test_a_picture_that_is_trained_on_and_judged_is_said(tmp_path, how):
+    data = tmp_path / "data"
+    place = tmp_path / "out" if how == "both outside" else data / "train"
+    for name in ("a/0.png", "a/1.png", "b/2.png"):
+        save(place / name)
+        if how == "both outside":
+            (data / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+            (data / "train" / name).symlink_to(place / name)
+    save(data / "val/b/other.png")
+    if how == "folder":
+        (data / "val/a").symlink_to("../train/a")
+    else:
+        (data / "val/a").mkdir()
+        put = shutil.copyfile if how == "copy" else os.symlink
+        put(place / "a/0.png", data / "val/a/x.png")
+    note = labelled_splits(str(data))[2]
+    count, first = {"link": ("1 of 2", "x"), "folder": ("2 of 3", "0"), "both outside": ("1 of 2", "x")}.get(
+        how, ("", "")
+    )
+    assert ("WARNING" in note) == (how != "copy")
+    if count:
+        said = (
+            f"{count} test images are training images too, by links ({data}/val/a/{first}.png is {data}/train/a/0.png"
+        )
+        assert said in note, note
+
+
 def test_images_exchanged_in_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf-cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries again for 20 seconds
@@ -185,6 +213,9 @@ def test_images_exchanged_in_a_table(tmp_path, monkeypatch):
     assert other.fingerprint() != images.fingerprint() and other.stamp() != images.stamp()
     longer = saved("third", [cells[0], {"bytes": cells[1]["bytes"] + b"x", "path": None}, *cells[2:]])
     assert longer.fingerprint() != images.fingerprint()
+    texts = Images(images.source, images.where, [0, 1, 0, 1], ("a", "b"))  # which were no labels once
+    bare = Images(images.source, images.where)._digest(first=True)
+    assert texts.has_fingerprint(bare) and not texts.has_fingerprint(images._digest(first=True))
     files = open_data(f"hf:{data}")  # a table of paths
     fingerprint, stamp = files.fingerprint(), files.stamp()
     exchange(data / "a/0.png", data / "b/0.png")

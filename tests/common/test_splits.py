@@ -28,7 +28,11 @@ def fill(root, *splits, classes=TWO):
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        (TRAIN, "train Train TRAINING train2017 train_images trainset train-00 trainval ILSVRC2012_img_train trainA imagesTrain"),
+        (
+            TRAIN,
+            "train Train TRAINING train2017 train_images trainset train-00 trainval ILSVRC2012_img_train trainA "
+            "imagesTrain",
+        ),
         (VALIDATION, "val Valid validation VAL2017 dev eval evaluation val_256x256 held-out validation_set"),
         (TEST, "test Testing test2017 test-dev2017 testset test.v2 test-a"),
         (UNLABELLED, "unlabeled2017 unlabelled"),
@@ -52,6 +56,7 @@ def test_roles_by_name(role, names):
         ("cars_train cars_test", "cars_train", "cars_test"),
         ("seg_pred seg_train seg_test", "seg_train", "seg_test"),
         ("public_test train_aug private_val", "train_aug", "public_test"),
+        ("train/train test/test", "train/train", "test/test"),
         ("set/x-Train set/x-Val cars_test/", "set/x-Train", "set/x-Val"),
     ],
 )
