@@ -6,6 +6,7 @@ A run folder holds
     metrics.jsonl, tb/, pictures/     what was measured
     backbone.safetensors, .json       the newest backbone: the public contract, all that evaluation needs
     student.safetensors, .json        with export=both: the student's, where the backbone above is the teacher's
+    head.safetensors                  of a finetuning: the classifier on top of that backbone
     state/step_00000100/              one checkpoint: state.pt, its backbone, and manifest.json with checksums
 
 A checkpoint is written aside, flushed to the disk and renamed, so that a folder named step_* is either whole or
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .disk import DiskFull, writing
 from .errors import Refusal
@@ -38,7 +40,8 @@ from .plan import PlanSpec, TokenPlan
 FORMAT = 1
 WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
 STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, where both are exported
-PUBLIC = (WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
+HEAD = "head.safetensors"  # of a finetuned classifier: its linear layer, beside the backbone it belongs to
+PUBLIC = (HEAD, WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
 MOST_PIXELS = 8192  # of a side of the images that a backbone is for
 MILESTONE = "milestone"  # an empty file that keeps its checkpoint for good
 
@@ -279,6 +282,43 @@ def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> 
     if problems := differences(state, module.state_dict()):
         raise Refusal(f"{where} holds the weights of another model: {problems}")
     module.load_state_dict(state)
+
+
+def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The linear layer of a finetuned classifier, {"weight": (K, D or 2 D), "bias": (K,)}; None of a backbone that was
+    not finetuned, or was exported without it.
+
+    Raises Refusal where it is missing, of another backbone, or fits neither its width nor its number of classes.
+    """
+    training = description.get("training", {})
+    about, digest = training.get("finetuned"), training.get("head_sha256")
+    if not isinstance(about, dict) or training.get("head") is False:
+        return None
+    run = find(checkpoint).parent
+    present = [folder / HEAD for folder in (run, *_checkpoints(run)) if (folder / HEAD).is_file()]
+    fitting = [file for file in present if digest is None or sha256(file) == digest]
+    if not fitting:
+        reason = f"is of another backbone (SHA-256 differs from {DESCRIPTION})" if present else "is missing"
+        raise Refusal(
+            f"{run / HEAD} {reason}: it holds the classifier that was finetuned with {run / WEIGHTS}; copy it "
+            "there, or leave the classifier out with --no-head"
+        )
+    try:
+        head = load_file(fitting[0])
+    except Exception as error:
+        raise Refusal(f"{fitting[0]} cannot be read as safetensors: {error}") from error
+    num_classes, names = about.get("classes"), training.get("label_names")
+    pooling = description.get("pooling")
+    width = description.get("width", 0) * (2 if pooling == "both" else 1)
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    if shapes != {"weight": (num_classes, width), "bias": (num_classes,)}:
+        raise Refusal(
+            f"{fitting[0]} is not the classifier of {run / WEIGHTS}: expected weight ({num_classes}, {width}) and bias "
+            f"({num_classes},) for {num_classes} classes and pooling {pooling}, found {shapes}"
+        )
+    if names is not None and not (isinstance(names, list) and len(names) == num_classes):
+        raise Refusal(f"{run / DESCRIPTION} does not name the {num_classes} classes of {fitting[0]}: {names!r:.80}")
+    return head
 
 
 # ------------------------------------------------------------------------------------------------ the private state

@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from .. import checkpoint, collectives, ema, recipes, subjects
 from .. import config as configuration
 from ..averages import Averages
+from ..checkpoint import HEAD
 from ..errors import Refusal
 from ..features import digest, shown
 from ..finite import IN_FP32, not_finite
 from ..loop import fit
-from ..models import Backbone
 from ..optim import parameter_groups
 from ..protocol import Evaluation
 from ..random_state import random_state
@@ -41,9 +41,9 @@ from ..transforms import View, height_width
 from ..unreadable import NO_LIMIT, watch
 from . import mixing
 from .augment import RepeatedSampler, StrongSamples
+from .classifier import Classifier
 from .options import FinetuneConfig, num_steps, rate_of
 
-HEAD = "head.safetensors"  # the linear layer, beside the backbone it belongs to
 LABELS = "classifier"  # the purpose under which a batch holds its labels
 
 
@@ -78,29 +78,6 @@ def at_size(subject: Subject, size: Any, crop: float | None) -> tuple[Subject, s
         (h, w), (new_h, new_w) = old, backbone.grid
         note += f": position embedding resized from {h}x{w} to {new_h}x{new_w} patches"
     return dataclasses.replace(subject, description=changed, state=state), note
-
-
-class Classifier(nn.Module):
-    """A backbone, its pooled final-norm tokens, and a linear layer."""
-
-    def __init__(self, backbone: Backbone, pooling: str, num_classes: int) -> None:
-        super().__init__()
-        if pooling != "mean" and not backbone.num_prefix_tokens:
-            raise Refusal(f"--pool {pooling}: {backbone.config.name} has no class token; use --pool mean")
-        self.backbone, self.pooling = backbone, pooling
-        self.head = nn.Linear(backbone.width * (2 if pooling == "both" else 1), num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> logits (B, K), float32."""
-        features = self.backbone(images)
-        parts = {"mean": features.tokens.mean(1)}
-        if self.pooling != "mean":
-            parts["class"] = features.prefix[:, 0]
-        return self.head(
-            torch.cat([parts[kind] for kind in ("class", "mean") if self.pooling in (kind, "both")], 1)
-        ).float()
 
 
 class Finetuning(nn.Module):
@@ -156,8 +133,14 @@ class Training:
     its head and result.json."""
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, Any], config: FinetuneConfig, accelerator: Accelerator
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        classes: Sequence[str],
     ) -> None:
+        self.classes = list(classes)  # names, in the order of the logits
         self.folder, self.identity, self.config, self.accelerator = folder, dict(identity), config, accelerator
         # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
         self.history: list[dict[str, Any]] = []
@@ -206,8 +189,12 @@ class Training:
     def export(self, folder: Path, task: Finetuning, step: int) -> None:
         """Write the finetuned backbone and its head: the average's, where there is one."""
         classifier = task.average if task.average is not None else task.classifier
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
+        checkpoint.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
         training = {
             "finetuned": self.identity,
+            "label_names": self.classes,
+            "head_sha256": checkpoint.sha256(folder / HEAD),
             "step": step,
             "data": self.identity["data"],
             "weights": "average" if task.average is not None else "last",
@@ -216,8 +203,6 @@ class Training:
         checkpoint.export(
             folder, classifier.backbone, checkpoint.describe(classifier.backbone, "full", pooling, training)
         )
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
-        checkpoint.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
 
     def resume(self, task: nn.Module, optimizer: Any, steps: int) -> int:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none. Raises Refusal for that of
@@ -270,7 +255,7 @@ def train(
     backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
     weights = digest(subject.state) if subject.state is not None else None
     name = f"{'random' if subject.state is None else 'trained'}-seed{seed}"
-    training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator)
+    training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator, job.classes)
     training.earlier = functools.partial(recipes.earlier, job)
     if job.arguments.resume and (history := training.result()) is not None:
         job.say("done before")

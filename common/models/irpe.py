@@ -381,7 +381,9 @@ def _entrypoint(name: str, size: str, options: dict[str, Any]) -> Callable[..., 
         return add_irpe(VisionTransformer(**kwargs), **options)
 
     def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        if pretrained and "file" not in (kwargs.get("pretrained_cfg_overlay") or {}):
+        given = [kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")]
+        cfg = {key: value for each in given if isinstance(each, dict) for key, value in each.items()}
+        if pretrained and not (cfg.get("file") or cfg.get("hf_hub_id")):
             raise Refusal(f"timm hosts no weights of {name}: download the authors' file and give checkpoint_path=FILE")
         return build_model_with_cfg(
             made,  # type: ignore[arg-type]
