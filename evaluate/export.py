@@ -102,6 +102,8 @@ def main(argv: list[str]) -> int:
         (Path(aside) / CARD).write_text(text, encoding="utf-8")
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, out / file.name)
+    if "segmentation" in subject.description.get("training", {}):
+        print("note: its decoder of segmentation is in none of these files: the backbone alone is exported")
     channels = len(subject.description["mean"])
     lines = timm_files.usage(source.recipe, out, channels) if source.recipe else []
     print("\n".join([*lines, f"files: {out}"]), flush=True)
@@ -424,6 +426,8 @@ def card(source: Source, checks: list[Check], where: str) -> str:
         names = training.get("label_names")
         named = f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}" if names else "names not recorded"
         rows["Classes"] = f"{len(source.head['bias'])}: {named}; a linear layer on the pooled tokens"
+    if "segmentation" in training:
+        rows["Decoder"] = "of segmentation, which is in none of these files"
     task = "image-feature-extraction" if source.head is None else "image-classification"
     lines = ["---", "tags:", f"- {task}", *(["library_name: timm"] if source.recipe else []), "---"]
     lines += ["", f"# {subject.name}", "", "| | |", "|---|---|"]

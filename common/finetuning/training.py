@@ -132,15 +132,11 @@ class Training:
     """The folder of one training: metrics.jsonl, tb/, state/ while it lasts, and at its end the finetuned backbone,
     its head and result.json."""
 
+    classes: Sequence[str] = ()  # names, in the order of the logits
+
     def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, Any],
-        config: FinetuneConfig,
-        accelerator: Accelerator,
-        classes: Sequence[str],
+        self, folder: Path, identity: Mapping[str, Any], config: FinetuneConfig, accelerator: Accelerator
     ) -> None:
-        self.classes = list(classes)  # names, in the order of the logits
         self.folder, self.identity, self.config, self.accelerator = folder, dict(identity), config, accelerator
         # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
         self.history: list[dict[str, Any]] = []
@@ -193,7 +189,7 @@ class Training:
         checkpoint.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
         training = {
             "finetuned": self.identity,
-            "label_names": self.classes,
+            "label_names": list(self.classes),
             "head_sha256": checkpoint.sha256(folder / HEAD),
             "step": step,
             "data": self.identity["data"],
@@ -255,7 +251,8 @@ def train(
     backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
     weights = digest(subject.state) if subject.state is not None else None
     name = f"{'random' if subject.state is None else 'trained'}-seed{seed}"
-    training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator, job.classes)
+    training = Training(folder / name, {**identity, "weights": weights, "seed": seed}, config, accelerator)
+    training.classes = job.classes
     training.earlier = functools.partial(recipes.earlier, job)
     if job.arguments.resume and (history := training.result()) is not None:
         job.say("done before")
