@@ -15,7 +15,7 @@ from .averages import Averages
 from .errors import Refusal
 from .optim import clip_gradients
 from .random_state import undo_later
-from .stopping import Stopped, StopSignal
+from .stopping import Stopped, StopSignal, at_once
 from .tracking import Progress
 
 SLOW = 5.0  # seconds of a step, from which on a signal ends it between its parts
@@ -86,8 +86,8 @@ def fit(
     Every `log_every` steps a line is logged, of means over the steps since the last one (see `Averages`; `averages`:
     those of a checkpoint between two lines).
 
-    A signal ends a wait for a batch, or a step that is long between its parts, as if the step had not begun; or the
-    report, which lacks numbers.
+    A signal ends a wait for a batch, or a step that is long (several processes: between its parts), as if the step had
+    not begun; or the report, which lacks numbers.
 
     A step whose loss on any process, or whose gradient, is not finite changes nothing, is counted from `skipped` on,
     and is given to the recorder. Raises Refusal after `most_skipped` of those in a row, or where the last ones are.
@@ -121,10 +121,14 @@ def fit(
                 batch = next(batches)
                 waited += time.perf_counter() - before
                 last = part == accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(task), stop.within(longest):
+                alone = slow and accelerator.num_processes == 1
+                with (
+                    contextlib.nullcontext() if last else accelerator.no_sync(task),
+                    stop.within(longest),
+                    at_once(alone, f"stopped in step {step}, of which nothing is kept" if saved == step - 1 else None),
+                    _through_python(task) if alone else contextlib.nullcontext(),
+                ):
                     result = task(batch.to(accelerator.device))
-                    if slow and accelerator.num_processes == 1 and stop.received is not None:
-                        raise Stopped(stop.received)
                     accelerator.backward(_spread(result["loss"]) / accumulate)
                 results.append({name: value.detach() for name, value in result.items()})
                 used.append(batch)
@@ -200,6 +204,14 @@ def fit(
 def _spread(loss: Tensor) -> Tensor:
     """The same loss; one that is not finite makes every gradient so, and by their sum every process hears of it."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
+
+def _through_python(task: nn.Module) -> Any:
+    """A context in which a backward pass comes by Python at every tensor that was saved for it, so that a signal is
+    heard before it has ended. No number changes."""
+    if any(module._compiled_call_impl is not None for module in task.modules()):
+        return contextlib.nullcontext()  # compiled code takes no such hooks
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 def _agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:

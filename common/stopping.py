@@ -54,6 +54,9 @@ class StopSignal:
         self.alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # else the others wait for what this process does
         self.asked: float | None = None  # when the first signal came; set by the thread, also where no handler runs
         self.interrupts = 0
+        self.abrupt = False  # within `at_once`
+        self.lost: str | None = None  # what to say where that ends the process
+        self.number = signal.SIGTERM  # of the last signal; set by the thread
         self.limit: tuple[float, float] | None = None  # (since when, seconds) of what should end soon
         for number in HEEDED:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -66,7 +69,8 @@ class StopSignal:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = number
-        if self.alone and _watch.waiting is not None:
+        if self.abrupt or (self.alone and _watch.waiting is not None):
+            self.abrupt = False
             raise Stopped(number)
 
     @property
@@ -101,6 +105,25 @@ def fetch(following: Callable[[], T]) -> T:
         return following()
     finally:
         _watch.waiting = None
+
+
+@contextlib.contextmanager
+def at_once(wanted: bool = True, lost: str | None = None) -> Iterator[None]:
+    """A signal, before or inside, raises Stopped as soon as Python runs: for work that may be left half done.
+
+    One call can take minutes. `lost`: what is inside is all that would be lost, so that ten seconds after a signal the
+    process ends with these words.
+    """
+    stop = _watch.stop
+    if stop is None or not wanted:
+        yield
+        return
+    stop.abrupt, stop.lost = True, lost
+    try:
+        stop.heed()
+        yield
+    finally:
+        stop.abrupt, stop.lost = False, None
 
 
 class _Watch:
@@ -140,6 +163,8 @@ class _Watch:
         if stop is None:
             return
         stop.interrupts += numbers.count(signal.SIGINT)
+        for number in numbers:
+            stop.number = signal.Signals(number) if number in HEEDED else stop.number
         if any(number in HEEDED for number in numbers):
             stop.asked = stop.asked or time.monotonic()
 
@@ -156,6 +181,8 @@ class _Watch:
             return
         if stop.interrupts > 1 and now - stop.asked > IMPATIENT:
             end(INTERRUPTED, "error: ended at the second Ctrl-C; what was saved before is intact")
+        if stop.lost is not None and stop.alone and now - stop.asked > GRACE:
+            end(exit_status(stop.number), stop.lost)
         if since is not None and now - max(stop.asked, since) > GRACE:
             end(1, f"error: asked to stop, and the batch that is waited for did not come within {GRACE:.0f} s: ended "
                    "without saving; the last checkpoint is intact")  # fmt: skip

@@ -23,7 +23,7 @@ from common.launch import ROOT, set_threads, usable_cores
 from common.models import create
 from common.optim import parameter_groups
 from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
-from common.stopping import Stopped, StopSignal
+from common.stopping import Stopped, StopSignal, at_once
 from common.tracking import patient
 from common.unreadable import LISTED, Limit, Look, look_at
 from pretrain import objectives
@@ -31,6 +31,9 @@ from pretrain.audit import Verdict, cached_audit
 from pretrain.config import PretrainConfig, num_steps
 from pretrain.sizes import settle
 from pretrain.task import Pretraining, build, resolve
+
+PATIENCE = 3.0  # seconds after which what is being done is told
+UNWRITTEN = "stopped before the run began; nothing was written"
 
 
 @dataclass
@@ -129,10 +132,12 @@ def assemble(
     config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     torch.manual_seed(config.seed)
-    backbone = create(config.model, config.views["global"].size)
-    init = subjects.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
-    refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
-    task = build(backbone, chosen, config.views)
+    say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
+    with patient(f"building   {config.model.name}", say, first=PATIENCE):
+        backbone = create(config.model, config.views["global"].size)
+        init = subjects.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
+        refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
+        task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     _settle_export(config, task, reasons)
     heed = (lambda: None) if stop is None else stop.heed
@@ -228,9 +233,17 @@ def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> 
     """Whether the answer is in the question, found by the first process. Raises Leak unless the recipe allows it."""
     verdict: list[Any] = [None]
     if process.is_main_process:
-        verdict = [cached_audit(config, task, functools.partial(print, flush=True))]
+        say = functools.partial(print, flush=True)
+        line = "audit      is the answer in the question? Asked once for a recipe, then the verdict is remembered"
+        try:
+            with patient(line, say, first=PATIENCE), at_once(lost=UNWRITTEN):
+                verdict = [cached_audit(config, task, say)]
+        except Stopped as stopped:
+            verdict = [stopped.number]
     if process.num_processes > 1:
         broadcast_object_list(verdict)
+    if isinstance(verdict[0], int):
+        raise Stopped(verdict[0])
     if not config.allow_leak:
         verdict[0].refuse()
     return verdict[0]
@@ -277,6 +290,7 @@ def _settle_precision(
             with (
                 collectives.alone(),
                 patient(line, functools.partial(print, flush=True)),
+                at_once(lost=UNWRITTEN),
             ):  # the other processes wait for what this one finds
                 chosen = [precision.choose(*was, task, step, process.device, heed, budget)]
         except Stopped as stopped:

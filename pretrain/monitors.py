@@ -229,7 +229,7 @@ def frozen(
 
     Every process has to call it: each extracts a share of the images, and the first returns what all say.
     """
-    voters, shots = _labelled(train, config)
+    voters, shots = labelled(train, config)
     asked = np.arange(len(held_out))
     judged = np.zeros(len(held_out), bool) if held_out.labels is None else held_out.labels >= 0
 
@@ -270,7 +270,7 @@ def frozen(
     return measure
 
 
-def _labelled(train: Images, config: MonitorConfig) -> tuple[np.ndarray, Tensor]:
+def labelled(train: Images, config: MonitorConfig) -> tuple[np.ndarray, Tensor]:
     """(training images that vote, those among them that ridge learns from: a few of each class); always the same."""
     if train.labels is None:
         return np.zeros(0, np.int64), torch.zeros(0, dtype=torch.int64)

@@ -5,22 +5,22 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
 from common import collectives
-from common.stopping import Stopped
+from common.stopping import Stopped, at_once
 from common.tracking import clock, patient
 from pretrain import monitors
-from pretrain.assemble import Parts
+from pretrain.assemble import UNWRITTEN, Parts
 
 SHARE = 0.1  # of the run's time that measurements may take
 TIMES = (10, 5, 3, 2, 1)  # measurements in a run
-LEAST = 32  # held-out images of a measurement, at least
+LEAST = 8  # held-out images of a measurement, at least
 SMALL, LARGE = 2, 8  # images that a measurement is timed with
+LONG = 2.0  # seconds with two of them, from which on it is not timed with more
 SLOW = 60.0  # seconds of a step, from which on there is advice
 COMFORT = 30.0  # seconds that a step, or a part of one, is advised to take
 
@@ -78,11 +78,14 @@ def settle(parts: Parts, heed: Callable[[], None]) -> None:
     if step is None or not len(parts.held_out):
         config.every, parts.reasons["monitor.every"] = math.ceil(parts.steps / TIMES[0]), "ten times in the run"
         return
-    found: list[tuple[Callable[[int], float] | float, ...] | int | None] = [None]
+    found: list[Cost | int | None] = [None]
     if parts.process.is_main_process:
         try:
             say = functools.partial(print, flush=True)
-            with patient("measuring  what a look at held-out images costs", say, first=2.0):
+            with (
+                patient("measuring  what a look at held-out images costs", say, first=2.0),
+                at_once(lost=UNWRITTEN),
+            ):
                 found = [_costs(parts, heed)]
         except Stopped as stopped:
             found = [stopped.number]
@@ -90,29 +93,47 @@ def settle(parts: Parts, heed: Callable[[], None]) -> None:
         broadcast_object_list(found)
     if isinstance(found[0], int):
         raise Stopped(found[0])
-    fixed, per_image = found[0]  # type: ignore[misc]
-    _choose(parts, step * parts.steps, lambda images: fixed + per_image * images)  # type: ignore[operator]
+    assert found[0] is not None
+    _choose(parts, step * parts.steps, found[0])
 
 
-def _choose(parts: Parts, training: float, cost: Callable[[int], float]) -> None:
-    """Set the interval and the number of images: `training` seconds, and `cost(images)` of a measurement."""
-    config, images = parts.config.monitor, len(parts.held_out)
-    times = next((times for times in TIMES if times * cost(images) <= SHARE * training), None)
-    if times is None and config.images is None:
-        times = 1
-        enough = max(SHARE * training, 1.5 * cost(0))  # fewer images make no picture cheaper
-        while images > LEAST and cost(images) > enough:
-            images = max(LEAST, images // 2)
-        if images < len(parts.held_out):
-            config.images = images
-            parts.reasons["monitor.images"] = f"all {len(parts.held_out):,} would take longer"
-    times = times or 1
+@dataclasses.dataclass
+class Cost:
+    """Seconds that measuring once takes: `fixed`, whatever the images, for drawing; for each held-out image; and for
+    each labelled training image that votes."""
+
+    fixed: float
+    an_image: float
+    a_voter: float = 0.0
+
+    def of(self, images: int, voters: int = 0) -> float:
+        """Seconds for so many."""
+        return self.fixed + self.an_image * images + self.a_voter * voters
+
+
+def _choose(parts: Parts, training: float, cost: Cost) -> None:
+    """Set the interval and the number of images, for a run that trains for so many seconds."""
+    config, every_image = parts.config.monitor, len(parts.held_out)
+
+    def takes() -> float:
+        return cost.of(min(config.images or every_image, every_image), len(monitors.labelled(parts.train, config)[0]))
+
+    times = next((times for times in TIMES if times * takes() <= SHARE * training), 1)
+    if config.images is None and takes() > SHARE * training:
+        enough = max(SHARE * training, 1.5 * cost.fixed)  # fewer images make no picture cheaper
+        config.images = every_image  # fewer voters
+        while config.images > LEAST and takes() > enough:
+            config.images = max(LEAST, config.images // 2)
+        parts.reasons["monitor.images"] = f"of {every_image:,} held out: more, or more that vote, would take longer"
     config.every = math.ceil(parts.steps / times)
-    share = times * cost(images) / max(1e-9, training)
-    limit = f"at most {SHARE:.0%}" if share <= SHARE else f"more than {SHARE:.0%}, as the run is so short"
+    images, share = min(config.images or every_image, every_image), times * takes() / max(1e-9, training)
+    limit = f"at most {SHARE:.0%}"
+    if share > SHARE:
+        limit = f"more than {SHARE:.0%}, as the run is so short"
+        limit += f": drawing alone takes {_short(cost.fixed)}" if cost.fixed > SHARE * training else ""
     parts.reasons["monitor.every"] = (
         f"{'once, at the end' if times == 1 else f'{times} times in the run'}: looking at {images:,} held-out images "
-        f"takes about {_short(cost(images))}, {share:.1%} of the training's time ({limit})"
+        f"takes about {_short(takes())}, {share:.1%} of the training's time ({limit})"
     )
 
 
@@ -120,28 +141,34 @@ def _short(seconds: float) -> str:
     return clock(seconds) if seconds >= 60 else f"{seconds:.2g} s"
 
 
-def _costs(parts: Parts, heed: Callable[[], None]) -> tuple[float, float]:
-    """(seconds of a measurement whatever its images, seconds for each of them), of the monitors as they will run."""
-    task, device = parts.task, parts.process.device
+def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
+    """What the monitors take, timed as they will run; where already two images take long, on those alone."""
+    task, device, seconds = parts.task, parts.process.device, list[tuple[int, int, float, float]]()
     import matplotlib.figure  # noqa: F401  (else the first measurement would pay for it)
 
     task.to(device)
-    seconds = []
-    sizes = [min(SMALL, len(parts.held_out)), min(LARGE, len(parts.held_out))]
     with torch.random.fork_rng(), collectives.alone():
-        for size in (sizes[0], *sizes):  # the first warms up
-            begun = time.perf_counter()
-            nowhere: Any = _Nowhere()
-            for _, measure in monitors.reports(_with(parts, size), task, nowhere, lambda line: None):
+        for size in (SMALL, SMALL, LARGE):  # the first warms up
+            few = _with(parts, min(size, len(parts.held_out)))
+            times, nowhere = list[float](), _Nowhere()
+            for _, measure in monitors.reports(few, task, nowhere, lambda line: None):  # type: ignore[arg-type]
+                begun = time.perf_counter()
                 measure(0)
                 heed()
-            seconds.append(time.perf_counter() - begun)
+                times.append(time.perf_counter() - begun)
+            images, voters = few.config.monitor.images or 0, len(monitors.labelled(few.train, few.config.monitor)[0])
+            seconds.append((images, voters, times[0], sum(times[1:])))  # frozen features; all else
+            if sum(times) > LONG:
+                break
     task.train().begin_step(0.0, True)
     task.to("cpu")
-    if sizes[0] == sizes[1]:
-        return min(seconds), 0.0
-    slope = max(0.0, (seconds[2] - seconds[1]) / (sizes[1] - sizes[0]))
-    return max(0.0, seconds[1] - slope * sizes[0]), slope
+    images, voters, extracting, other = seconds[-1]
+    feature = extracting / (images + voters)  # a voter costs as much as a held-out image
+    slope, fixed = other / images, 0.0
+    if len(seconds) == 3 and images > seconds[1][0]:
+        slope = max(0.0, (other - seconds[1][3]) / (images - seconds[1][0]))
+        fixed = max(0.0, other - slope * images)
+    return Cost(fixed, slope + feature, feature)
 
 
 def _with(parts: Parts, images: int) -> Parts:
