@@ -18,9 +18,10 @@ from pretrain.assemble import UNWRITTEN, Parts
 
 SHARE = 0.1  # of the run's time that measurements may take
 TIMES = (10, 5, 3, 2, 1)  # measurements in a run
-LEAST = 8  # held-out images of a measurement, at least
+LEAST = 4  # held-out images of a measurement, at least
 SMALL, LARGE = 2, 8  # images that a measurement is timed with
-LONG = 2.0  # seconds with two of them, from which on it is not timed with more
+LONG = 10.0  # seconds that this may take, about
+DEAR, TIMES_AS_LONG = 1.0, 3.0  # seconds of training on an image, from which on looking at one is taken to be thrice it
 SLOW = 60.0  # seconds of a step, from which on there is advice
 COMFORT = 30.0  # seconds that a step, or a part of one, is advised to take
 
@@ -78,6 +79,8 @@ def settle(parts: Parts, heed: Callable[[], None]) -> None:
     if step is None or not len(parts.held_out):
         config.every, parts.reasons["monitor.every"] = math.ceil(parts.steps / TIMES[0]), "ten times in the run"
         return
+    if parts.pace is not None and parts.pace > DEAR:  # trying it would keep one waiting
+        return _choose(parts, step * parts.steps, Cost(0.0, TIMES_AS_LONG * parts.pace, parts.pace))
     found: list[Cost | int | None] = [None]
     if parts.process.is_main_process:
         try:
@@ -147,6 +150,7 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
     import matplotlib.figure  # noqa: F401  (else the first measurement would pay for it)
 
     task.to(device)
+    started = time.perf_counter()
     with torch.random.fork_rng(), collectives.alone():
         for size in (SMALL, SMALL, LARGE):  # the first warms up
             few = _with(parts, min(size, len(parts.held_out)))
@@ -158,7 +162,7 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
                 times.append(time.perf_counter() - begun)
             images, voters = few.config.monitor.images or 0, len(monitors.labelled(few.train, few.config.monitor)[0])
             seconds.append((images, voters, times[0], sum(times[1:])))  # frozen features; all else
-            if sum(times) > LONG:
+            if time.perf_counter() - started + sum(times) > LONG:
                 break
     task.train().begin_step(0.0, True)
     task.to("cpu")

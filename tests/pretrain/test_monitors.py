@@ -147,7 +147,7 @@ def test_frozen_features_by_hand() -> None:
     task, train, held_out = made()
     told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU)(1)
     assert told.keys() == {f"{what}/{who}" for what in ("rankme", "knn", "ridge") for who in ("student", "teacher")}
-    voters, shots = monitors._labelled(train, MonitorConfig(bank=33, shots=3))
+    voters, shots = monitors.labelled(train, MonitorConfig(bank=33, shots=3))
     labels = torch.from_numpy(train.labels)
     assert len(voters) == 33 and 5 not in voters and labels[shots].bincount().tolist() == [3, 3, 3]
     assert set(shots.tolist()) <= set(voters.tolist())
