@@ -218,7 +218,8 @@ def summary(record: dict[str, Any]) -> str:
             words.append(f"{task} {value:.1%} (chance {record[f'{task}/chance']:.1%})")
         elif what == "verdict":
             words.append(f"{task} {value}")
-    words += [f"{record['images_per_second']:,.0f} img/s", f"data_wait {record['data_wait']:.1%}"]
+    speed = record["images_per_second"]
+    words += [f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s", f"data_wait {record['data_wait']:.1%}"]
     return "  ".join(words)
 
 

@@ -9,13 +9,14 @@ from multiprocessing import active_children
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
-from common import loading, stopping
+from common import loading, loop, stopping
 from common.errors import Refusal
 from common.loading import Loader, fitting, tensor_bytes
 from common.sampling import Batch
-from common.stopping import Stopped, StopSignal
+from common.stopping import Stopped, StopSignal, at_once
 
 MB = 2**20
 
@@ -76,6 +77,46 @@ def test_a_stop_before_the_wait_ends_it_as_well(stop):
     with pytest.raises(Stopped, match="SIGINT") as stopped:
         next(iter(Loader(Counts(None), [[0]], 0)))
     assert stopped.value.status == 130
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_work_that_may_be_left_half_done_ends_at_once(stop, before):
+    done = []
+    if before:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped), at_once():
+        done.append("begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("ended")
+    assert done == ([] if before else ["begun"]) and not stop.abrupt
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_a_backward_pass_is_left_before_its_end(stop, through):
+    weight = torch.eye(256, requires_grad=True)
+    with pytest.raises(Stopped), at_once():
+        with loop._through_python(nn.Linear(1, 1)) if through else contextlib.nullcontext():
+            out = weight
+            for _ in range(300):
+                out = out @ weight
+            signalled(signal.SIGTERM, 0.02)
+            out.sum().backward()
+        time.sleep(1)
+    assert (weight.grad is None) == through
+
+
+def test_a_call_that_python_cannot_leave_is_ended_with_words(stop, monkeypatch):
+    """As the thread sees it: the second look is more than ten seconds after the signal."""
+    ended = []
+    monkeypatch.setattr(stopping, "end", lambda status, line: ended.append((status, line)))
+    with at_once(lost="nothing is kept"):
+        stopping._watch._seen(bytes([signal.SIGINT]))
+        stopping._watch._look(stop.asked + 9)
+        assert ended == []
+        stopping._watch._look(stop.asked + 11)
+    assert ended == [(130, "nothing is kept")]
+    stopping._watch._look(stop.asked + 12)
+    assert len(ended) == 1  # outside, what runs may be worth saving
 
 
 def test_outside_a_wait_a_signal_is_only_noted_and_two_interrupts_end(stop):

@@ -52,6 +52,14 @@ def test_measuring_is_bounded_and_still_finds_the_faster(an_image: float, most: 
     assert found.seconds == pytest.approx(an_image, rel=1.0)
 
 
+def test_what_does_not_fit_is_not_tried() -> None:
+    module = Slow(0.05)
+    found = precision.choose("auto", "auto", module, module, CPU, budget=0.05)
+    assert module.asked == [2] and (found.precision, found.attention) == ("fp32", "fused")
+    assert "bf16 fused and fp32 explicit and bf16 explicit not tried" in found.why
+    assert found.seconds == pytest.approx(0.1, rel=0.5)
+
+
 def test_a_signal_is_heard_between_two_passes() -> None:
     module = Slow(0.0)
 
