@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common import processes
+from common import changes, processes
 from common.errors import Refusal
 from common.loop import fit
 from common.sampling import Batch, StepPart
@@ -23,7 +23,7 @@ from common.tracking import Progress
 from pretrain import flight
 from pretrain.assemble import Parts, assemble, fit_options, optimizer_for, schedule_for
 from pretrain.config import PretrainConfig
-from pretrain.resume import Checkpoints
+from pretrain.resume import Checkpoints, changed
 from pretrain.task import Pretraining
 
 NAMED = 10  # names of a list that are told
@@ -48,6 +48,9 @@ def replay(folder: Path, config: PretrainConfig, process: PartialState) -> int:
             f"--replay {folder}: the images at data={config.data} are not those of the record (fingerprint "
             f"{parts.fingerprint}, not {state['fingerprint']}); point data= at the same images"
         )
+    said = changes.told(changes.version_of(state), record.step, changed(parts))
+    if said and process.is_main_process:
+        print(f"warning: {said}; the numbers of this step may differ for that", flush=True)
     witness = _again(folder, record, parts, state)
     everybody: list[Any] = [(witness.terms, witness.first)]
     if process.num_processes > 1:

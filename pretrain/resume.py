@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common import checkpoint
+from common import changes, checkpoint
 from common.averages import Averages
 from common.data.location import location_of
 from common.errors import Refusal
 from common.random_state import random_state
 from common.stored_state import read_checkpoint, restore
 from common.tracking import Tracker
+from common.transforms import height_width
 from pretrain import identity
 from pretrain.assemble import Parts, commit
 from pretrain.config import store, stored_in
@@ -28,6 +29,7 @@ class Checkpoints:
         self.run, self.parts, self.accelerator, self.recipe = run, parts, accelerator, recipe
         self.averages = Averages()  # of the steps since the last line of the log
         self.begun_from = parts.init  # what was done to the weights of model.init, which a resume does not load
+        self.changed = ""  # where another version went on, and what it does otherwise
         self.commit = commit()
         self.saved = time.monotonic()
 
@@ -72,6 +74,8 @@ class Checkpoints:
             "identity": identity.stored(self.run, self.parts.config),
             "recipe": self.recipe,
             "begun_from": self.begun_from,
+            "version": changes.VERSION,
+            "changed": self.changed,
             "fingerprint": self.parts.fingerprint,
             "ages": self.parts.ages,
             "task": self.accelerator.unwrap_model(task).state_dict(),
@@ -119,6 +123,7 @@ class Checkpoints:
             "recipe": self.recipe,
             "init": config.model.init,
             "begun_from": self.begun_from or None,
+            "changed": self.changed or None,
             **location_of(vars(config)).options(),
             "max_bad": config.max_bad,
             "data_fingerprint": self.parts.fingerprint,
@@ -159,6 +164,11 @@ class Checkpoints:
                 )
             self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
             self.begun_from = str(state.get("begun_from", ""))
+            self.changed = str(state.get("changed", ""))
+            now = changes.told(changes.version_of(state), state["step"], changed(self.parts))
+            if now and state["step"] < self.parts.steps:
+                self.changed = "; ".join(filter(None, (self.changed, now)))
+                print_(f"warning: {now}; for what it would have become, resume a copy with the version that wrote it")
         if self.accelerator.is_main_process:
             line = f"# run {name}" if name is not None else identity.new_line()  # of runs from before there were names
             store(self.run, self.parts.config, None if identity.name_of(self.run) is not None else line)
@@ -175,6 +185,23 @@ class Checkpoints:
             state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
         module = self.accelerator.unwrap_model(task)
         return restore(state, module, optimizer, self.averages, self.accelerator, self.parts.steps, self.run / "state")
+
+
+def changed(parts: Parts) -> list[str]:
+    """What this version does otherwise with this run than version 1 would have."""
+    config, shared = parts.config, parts.process.num_processes > 1
+    said = changes.of_samples(parts.samples.views)
+    sizes = {height_width(view.size) for view in parts.samples.views.values()}
+    embedding = getattr(parts.task.backbone.model, "pos_embed", None)
+    if len(sizes) > 1 and embedding is not None and parts.task.position != "none":
+        said.append("position embeddings are resized to other crops without antialiasing")
+    labels = parts.train.labels
+    partly = "classification" in parts.task.labelled and labels is not None and bool((labels < 0).any())
+    if partly and (shared or config.accumulate > 1):
+        said.append("labels are counted over the whole step (classification)")
+    if shared and config.objectives.get("absolute", {}).get("attentive", "none") != "none":
+        said.append("attentive weights are summed over all processes (absolute)")
+    return said
 
 
 def seed_process(seed: int, process_index: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from children import TINY, Run, training_here
 
 import pretrain.resume
-from common import checkpoint
+from common import changes, checkpoint
 from common.data import open_data
 from common.errors import Refusal
 from common.sampling import Samples
@@ -206,18 +206,33 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
 
 @pytest.mark.parametrize("ages", [None, "of before"])
 def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied, images, monkeypatch, capsys, ages):
-    """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them."""
+    """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them. What is
+    learned otherwise than then is said, and stays with the run."""
     load = pretrain.resume.read_checkpoint
 
     def earlier(folder):
         state = load(folder)
         assert state["fingerprint"].startswith("2-") and state.pop("ages")
         known = {} if ages is None else {"ages": ages}
+        if ages is None:
+            assert state.pop("version") == changes.VERSION
         return state | {"fingerprint": open_data(str(images))._digest(first=True)} | known
 
     monkeypatch.setattr(pretrain.resume, "read_checkpoint", earlier)
-    assert inside("--resume", copied.path) == 0
-    assert ("were written or exchanged since the run began" in capsys.readouterr().out) == (ages is not None)
+    assert inside("--resume", copied.path) == 0  # it is done: nothing is learned
+    assert "earlier version" not in capsys.readouterr().out
+    assert inside("--resume", copied.path, "steps=9") == 0
+    said, change = (
+        capsys.readouterr().out,
+        "up to step 8 it was trained by an earlier version; from there on colours of",
+    )
+    assert ("were written or exchanged since the run began" in said) == (ages is not None)
+    assert (f"warning: {change} view global change as torchvision" in said) == (ages is None)
+    monkeypatch.undo()
+    assert inside("--resume", copied.path, "steps=10") == 0  # by this version, as it says itself
+    assert "earlier version" not in capsys.readouterr().out
+    kept = json.loads((copied.path / "backbone.json").read_text())["training"]["changed"]
+    assert kept is None if ages else kept.startswith(change)
 
 
 def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_step, tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checkpoint, collectives, ema, recipes, subjects
+from .. import changes, checkpoint, collectives, ema, recipes, subjects
 from .. import config as configuration
 from ..averages import Averages
 from ..checkpoint import HEAD
@@ -141,6 +141,7 @@ class Training:
         # {"step", "epoch", "raw", "ema"}, of looks at the test images; of the last one also "images", see `judge`
         self.history: list[dict[str, Any]] = []
         self.averages = Averages()  # of the steps since the last line of the log
+        self.version: Any = changes.VERSION  # of what is resumed
         self.saved = time.monotonic()
         self.earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda identity: {}  # see recipes.earlier
 
@@ -170,6 +171,7 @@ class Training:
             state = {
                 "step": step,
                 "identity": self.identity,
+                "version": changes.VERSION,
                 "history": self.history,
                 "task": whole.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -213,6 +215,7 @@ class Training:
             raise Refusal(f"{folder} is no checkpoint of such a training: remove it, or begin again with --overwrite")
         self._refuse_other(identity)
         self.history = list(history)
+        self.version = changes.version_of(state)
         return restore(state, accelerator.unwrap_model(task), optimizer, self.averages, accelerator, steps, folder)
 
     def finish(self, task: Finetuning) -> None:
@@ -293,6 +296,8 @@ def _run(
         images, config.batch, seed, steps, start, rank, processes, config.accumulate, repeats=config.repeats
     )
     view = View(list(job.size), scale=[config.scale, 1.0], flip=config.flip, jitter=config.jitter, grayscale=0.0)
+    if changed := changes.told(training.version, start, changes.of_samples({"global": view})):
+        job.say(f"warning: {changed}; for what it would have become, begin again with --overwrite")
     samples = StrongSamples(job.train, {"global": view}, seed, backbone.channels, labelled=[LABELS])
     samples.set_strength(config.rand_augment, config.erasing, backbone.config.mean, backbone.config.std)
     fresh = loader(samples, sampler, job.arguments.workers, pin=job.device.type == "cuda")

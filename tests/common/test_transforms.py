@@ -13,6 +13,7 @@ from pictures import photo
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as V
 
+from common import changes
 from common.colour import ORDERS, recolour
 from common.errors import Refusal
 from common.sampling import generator
@@ -457,3 +458,15 @@ def test_a_recipe_can_hold_a_view():
 def test_impossible_evaluation_crops(crop):
     with pytest.raises(Refusal, match="crop="):
         evaluation(noise(3, 8, 8), 8, crop)
+
+
+def test_what_an_earlier_version_did_otherwise_is_told_of_the_views_it_is_true_of() -> None:
+    plain = View(jitter=0.0, grayscale=0.0)
+    views = {"global": View(), "local": View(jitter=0.0), "grey": plain, "still": View(brightness=0.0, contrast=0.0,
+             saturation=0.0, hue=0.0, grayscale=0.0)}  # fmt: skip
+    centred = "a crop that fits an image in none of ten tries lies in its centre"
+    assert changes.of_samples(views) == ["colours of view global, local change as torchvision changes them", centred]
+    assert changes.of_samples({"global": plain}) == [centred]
+    assert changes.told(changes.VERSION, 4, [centred]) == "" == changes.told(1, 4, [])
+    assert changes.told(changes.version_of({}), 4, [centred]).endswith(f"earlier version; from there on {centred}")
+    assert "version 99 of the samples" in changes.told(99, 4, [centred])
