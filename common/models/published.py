@@ -65,10 +65,14 @@ def load(model: Any, weights: str, where: str) -> list[str]:
     state, changed = _adapted(raw, model, where)
     own = model.state_dict()
     if problems := differences(state, own):
-        raise Refusal(f"{where} holds the weights of another model: {problems}")
+        raise _other(where, problems)
     state, types = _in_float32(state, own, where)
     model.load_state_dict(state)
     return [*notes, *changed, *types]
+
+
+def _other(where: str, problems: str) -> Refusal:
+    return Refusal(f"{where} holds the weights of another model: {problems}; give the timm:NAME that it is of")
 
 
 def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -234,7 +238,7 @@ def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, 
     except Exception as error:  # of another model: timm looks for what is not there
         problems = differences(_without_classifier(given, model)[0], own)
         reason = problems or " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refusal(f"{where} holds the weights of another model: {reason}") from error
+        raise _other(where, reason) from error
     state, classifier = _without_classifier(state, model)
     if any(name in raw for name in classifier) or any(name.startswith("head.") for name in raw):
         notes.append("its classifier is left out")
@@ -312,7 +316,12 @@ def _in_float32(state: dict[str, Tensor], own: Mapping[str, Tensor], where: str)
         plain = tensor.layout == torch.strided and not tensor.is_quantized
         if not plain or tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise Refusal(f"{where}: {name} is of type {kind}, expected float32: it is quantised, or no weight")
+            kind = (
+                f"{kind} in the layout {tensor.layout}".replace("torch.", "")
+                if tensor.layout != torch.strided
+                else kind
+            )
+            raise Refusal(f"{where}: {name} is of type {kind}, expected plain float32: it is quantised, or no weight")
         whole[name] = tensor.to(own[name].dtype)
     wrong = [name for name, tensor in whole.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
@@ -337,17 +346,17 @@ def _load_npz(model: nn.Module, file: Path, arrays: Any, where: str) -> list[str
     if not hasattr(model, "load_pretrained") or not blocks:
         raise Refusal(f"{where}: timm reads .npz files of JAX's vision transformers only, and this is for {name}")
     if len(blocks) != depth:
-        raise Refusal(f"{where} holds the weights of another model: {len(blocks)} blocks, and {name} has {depth}")
+        raise _other(where, f"{len(blocks)} blocks, and {name} has {depth}")
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
     try:
         model.load_pretrained(str(file))  # type: ignore[operator]
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refusal(f"{where} holds the weights of another model: {reason}") from error
+        raise _other(where, reason) from error
     empty = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if empty:
-        raise Refusal(f"{where} holds the weights of another model: {len(empty)} missing (such as {empty[0]})")
+        raise _other(where, f"{len(empty)} missing (such as {empty[0]})")
     notes = ["its classifier is left out"] if any("head/" in name for name in sizes) else []
     for part, mine in (("pos_embedding", "pos_embed"), ("embedding/kernel", "patch_embed.proj.weight")):
         before = next((shape for name, shape in sizes.items() if name.endswith(part)), None)

@@ -228,8 +228,7 @@ def recorder(run: Path, task: nn.Module, scale: float | None = None) -> tuple[fl
 def test_an_overflow_of_fp16_is_no_accident(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float | None, loss: float, expected: int
 ) -> None:
-    monkeypatch.setattr(flight.OmegaConf, "structured", lambda config: {})
-    monkeypatch.setattr(flight.OmegaConf, "to_yaml", lambda config: "")
+    monkeypatch.setattr(flight.configuration, "as_yaml", lambda config: "")
     made, said = recorder(tmp_path, nn.Linear(2, 2), scale)
     made.begin()
     made.keep(12, [{"loss": torch.tensor(loss)}], math.inf, [SimpleNamespace(index=torch.tensor([5, 3]))])
