@@ -15,7 +15,6 @@ damaged later; damage is found by its checksums. Nothing is unpickled without to
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -43,6 +42,14 @@ STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, 
 HEAD = "head.safetensors"  # of a finetuned classifier: its linear layer, beside the backbone it belongs to
 PUBLIC = (HEAD, WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
 MOST_PIXELS = 8192  # of a side of the images that a backbone is for
+POOLINGS = ("mean", "class", "both")
+OF_TRAINING: dict[str, type] = {  # what is read of a description's `training`, where it is there
+    "recipe init begun_from changed data data_root data_train data_validation data_image data_label data_range "
+    "data_fingerprint max_bad audit precision commit exported": str,
+    "step steps images_seen batch seed": int,
+    "objectives audit_reasons": dict,
+}
+NOUNS = {str: "a text", int: "a whole number", dict: "a mapping"}
 MILESTONE = "milestone"  # an empty file that keeps its checkpoint for good
 
 
@@ -201,15 +208,24 @@ def _malformed(description: Mapping[str, Any]) -> str | None:
     right = {
         "kwargs, expected a mapping": isinstance(description["kwargs"], dict),
         f"size, expected two whole numbers up to {MOST_PIXELS}": sides and numbers(size, 1, MOST_PIXELS),
-        "mean, expected numbers": numbers(mean, -math.inf, math.inf) and mean,
-        "std, expected as many positive numbers as mean has": numbers(std, 1e-9, math.inf) and len(std) == len(mean),
+        "mean, expected numbers": numbers(mean, -1e9, 1e9) and mean,
+        "std, expected as many positive numbers as mean has": numbers(std, 1e-9, 1e9) and len(std) == len(mean),
         "position, expected full or none": description["position"] in ("full", "none"),
         "crop, expected a share": numbers([description.get("crop", 1.0)], 1e-9, 1),
         "irpe, expected a mapping": isinstance(description.get("irpe"), (dict, type(None))),
+        "pooling, expected mean, class or both": description.get("pooling", "mean") in POOLINGS,
+        "loaded, expected a list of sentences": _all(description.get("loaded", []), list, str),
         "training, expected a mapping": isinstance(description.get("training", {}), dict),
     }
     if wrong := [what for what, is_right in right.items() if not is_right]:
         return f"its {wrong[0]}"
+    training = description.get("training", {})
+    for names, kind in OF_TRAINING.items():
+        for name in names.split():
+            if training.get(name) is not None and not isinstance(training[name], kind):
+                return f"its training.{name}, expected {NOUNS[kind]}"
+    if not _all(list((training.get("objectives") or {}).values()), list, dict):
+        return "its training.objectives, expected a mapping of mappings"
     if reason := no_architecture(description["name"]):
         return f"its name {description['name']!r:.60}: {reason}"
     try:
@@ -217,6 +233,10 @@ def _malformed(description: Mapping[str, Any]) -> str | None:
     except Refusal as refusal:
         return str(refusal)
     return None
+
+
+def _all(values: Any, kind: type, of: type) -> bool:
+    return isinstance(values, kind) and all(isinstance(each, of) for each in values)  # type: ignore[attr-defined]
 
 
 def _refuse_others(description: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
@@ -252,7 +272,13 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
     except Exception as error:
         raise Refusal(f"{weights} cannot be read as safetensors: {error}") from error
     _refuse_others(description, state, str(weights))
-    backbone = build(description)
+    try:
+        backbone = build(description)
+    except Refusal as refusal:  # of who wrote it: no option of a command can change that
+        reason = str(refusal).partition("; change views.global.size")[0]
+        raise Refusal(
+            f"{weights.with_suffix('.json')} is not a checkpoint description that can be used: {reason}"
+        ) from refusal
     load_exactly(backbone.model, state, str(weights))
     return backbone.eval(), TokenPlan(description["position"]), description
 

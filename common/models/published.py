@@ -315,12 +315,10 @@ def _in_float32(state: dict[str, Tensor], own: Mapping[str, Tensor], where: str)
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and not tensor.is_quantized
         if not plain or tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            kind = (
-                f"{kind} in the layout {tensor.layout}".replace("torch.", "")
-                if tensor.layout != torch.strided
-                else kind
-            )
+            kind = str(tensor.dtype)
+            if tensor.layout != torch.strided:
+                kind += f" in the layout {tensor.layout}"
+            kind = kind.replace("torch.", "")
             raise Refusal(f"{where}: {name} is of type {kind}, expected plain float32: it is quantised, or no weight")
         whole[name] = tensor.to(own[name].dtype)
     wrong = [name for name, tensor in whole.items() if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -46,6 +46,15 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "words for numbers": (lambda _: {"mean": "abc"}, r"its mean, expected numbers"),
     "no deviation": (lambda _: {"std": [0.0, 1.0, 1.0]}, r"its std, expected as many positive numbers"),
     "no position": (lambda _: {"position": "partly"}, r"its position, expected full or none"),
+    "no end of a deviation": (lambda _: {"std": [float("inf")] * 3}, r"its std, expected as many positive numbers"),
+    "another pooling": (lambda _: {"pooling": ["mean"]}, r"its pooling, expected mean, class or both"),
+    "data by number": (lambda _: {"training": {"data": 5}}, r"its training\.data, expected a text"),
+    "a step in words": (lambda _: {"training": {"step": "x"}}, r"its training\.step, expected a whole number"),
+    "no options": (
+        lambda _: {"training": {"objectives": {"absolute": 5}}},
+        r"objectives, expected a mapping of mappings",
+    ),
+    "no sentences": (lambda _: {"loaded": 5}, r"its loaded, expected a list of sentences"),
     "no mapping": (lambda _: {"kwargs": [1]}, r"its kwargs, expected a mapping"),
 }
 
@@ -69,3 +78,13 @@ def test_a_recipe_is_held_to_the_same() -> None:
         create(ModelConfig(NAME, TINY | {"checkpoint_path": "x.pth"}), 24)
     with pytest.raises(Refusal, match=r"model\.name='local-dir:x': expected a plain name"):
         create(ModelConfig("local-dir:x"), 24)
+
+
+def test_what_cannot_be_built_names_the_file_that_says_so(folder: Path, tmp_path: Path) -> None:
+    about = json.loads((folder / "backbone.json").read_text())
+    (tmp_path / "backbone.safetensors").write_bytes((folder / "backbone.safetensors").read_bytes())
+    (tmp_path / "backbone.json").write_text(
+        json.dumps(about | {"kwargs": about["kwargs"] | {"act_layer": "none such"}})
+    )
+    with pytest.raises(Refusal, match=r"backbone\.json is not a checkpoint .*for 24x24 pixels: 'none such'$"):
+        checkpoint.load_backbone(tmp_path)

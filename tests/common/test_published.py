@@ -116,7 +116,7 @@ def deeper(state: State) -> State:
 
 
 REFUSED: dict[str, tuple[Content, str]] = {
-    "more blocks": (deeper, r"of another model: 24 unexpected \(such as blocks\.6\.attn\.proj\.bias\); give the timm:NAME that it is of$"),
+    "more blocks": (deeper, r"24 unexpected \(such as blocks\.6\..*\); give the timm:NAME that it is of$"),
     "fewer blocks": (lambda s: without(s, "blocks.5"), r"another model: 12 missing \(such as blocks\.5\."),
     "a second head": (lambda s: s | {"head_dist.bias": torch.zeros(5)}, r"1 unexpected \(such as head_dist\.bias\)"),
     "attention pooling": (lambda s: s | under("attn_pool.", {"q.bias": s["norm.bias"]}), r"such as attn_pool\.q\.bias"),
@@ -124,7 +124,8 @@ REFUSED: dict[str, tuple[Content, str]] = {
     "no finite numbers": (nan, r"has 1 tensors with numbers that are not finite \(such as norm\.bias\)"),
     "quantised": (lambda s: s | {"norm.bias": torch.zeros(64, dtype=torch.int8)}, r"norm\.bias is of type int8"),
     "sparse": (
-        lambda s: s | {"norm.bias": torch.ones(64).to_sparse()}, r"norm\.bias is of type float32 in the layout sparse_coo"
+        lambda s: s | {"norm.bias": torch.ones(64).to_sparse()},
+        r"norm\.bias is of type float32 in the layout sparse_coo",
     ),
     "an optimizer": (
         lambda s: {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
