@@ -278,7 +278,7 @@ def test_two_processes_are_two(stories):
     told = stories.pair.result()
     assert told.peaceful_ended.status == 0, told.peaceful_ended.stderr
     assert "2 x CPU" in told.peaceful_ended.stdout
-    assert told.peaceful_ended.stdout.count("step 15/15") == 1  # the second one is quiet
+    assert told.peaceful_ended.stdout.count("step 15/15  loss") == 1  # the second one is quiet
     folder = checkpoint.newest_whole(told.peaceful.path, print)
     assert folder is not None
     state = read_checkpoint(folder)
