@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import Refusal, nearest
 from .launch import ROOT
-from .paths import PLACE, expanded
+from .paths import PLACE, expanded, if_there
 from .printable import printable
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def _typed(word: str, schema: type) -> DictConfig:
     if not _is_text(kind):
         try:
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
-            if isinstance(tree, yaml.MappingNode):  # model={init: 007}
+            if tree is not None:  # model={init: 007}, steps=010
                 _quote_texts(tree, kind, options_of)
                 word = f"{key}={yaml.serialize(tree, Dumper=yaml.SafeDumper)}"
             return _keys_as_written(OmegaConf.from_dotlist([word]))
@@ -221,10 +221,20 @@ def read_yaml(path: Path, schema: Any = None) -> DictConfig:
 
 def _quote_texts(node: yaml.Node, kind: Any, options_of: Any = None) -> None:
     """Put quotes around the values of text options in the YAML tree of a `kind`, in place: YAML would read `run: 007`
-    as a number. What stands for null, and in YAML ~ and nothing do too, stays so."""
+    as a number. What stands for null, and in YAML ~ and nothing do too, stays so. Numbers are decimal: 010 is not 8,
+    nor is 1:30 90."""
     if isinstance(node, yaml.ScalarNode):
-        if _is_text(kind) and not node.tag.endswith((":str", ":null")):
+        if _is_text(kind):
+            if not node.tag.endswith((":str", ":null")):
+                node.tag, node.style = "tag:yaml.org,2002:str", '"'
+        elif node.tag.endswith((":int", ":float")) and ":" in node.value:
             node.tag, node.style = "tag:yaml.org,2002:str", '"'
+        elif node.tag.endswith(":int") and re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            node.value = str(int(node.value.replace("_", "")))
+    elif isinstance(node, yaml.SequenceNode):
+        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+        for each in node.value:
+            _quote_texts(each, inner)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.value == "<<":  # of a merged anchor, or of a list of them
@@ -255,7 +265,13 @@ def find_recipe(word: str, stage: str) -> Path:
     """The file a recipe argument means: a path, the name of one of configs/<stage>, or FOLDER/NAME of any other."""
     path = Path(expanded(word))
     named = ROOT / "configs" / (path.parent if len(path.parts) == 2 else stage) / f"{path.stem}.yaml"
-    return named if not path.is_file() and len(path.parts) <= 2 and named.exists() else path
+    as_path = path.is_file() and word != path.stem  # a file here that is called quickstart is ./quickstart
+    return named if not as_path and len(path.parts) <= 2 and named.exists() else path
+
+
+def run_or_recipe(word: str) -> str:
+    """The absolute path of a run or a recipe, if it is there; the name of a shipped recipe as it is."""
+    return word if find_recipe(word, "pretrain").is_relative_to(ROOT / "configs") else if_there(word)
 
 
 def _recipes_nearby(path: Path) -> str:

@@ -230,7 +230,10 @@ def image_column(table: Any, where: Location) -> tuple[Any, str]:
                 f"data_image={where.image}: that column of {where.spec} holds no images; there are {seen}"
             ) from None
     if not columns:
-        raise Refusal(f"{where.spec} has no image column, only {seen}; expected one of the feature type Image")
+        raise Refusal(
+            f"{where.spec} has no image column, only {seen}; expected one of the feature type Image, or one of "
+            "files or paths that is named with data_image=NAME (--data-image NAME)"
+        )
     if len(columns) > 1:
         raise Refusal(
             f"{where.spec} has several columns of images, {', '.join(columns)}: choose one with data_image=NAME "
@@ -276,7 +279,13 @@ def label_name(table: Any, where: Location) -> tuple[str | None, str]:
             "(--data-label NAME)"
         )  # fmt: skip
     wrong = [f"{name} is of type {type_name(features[name])}" for name in named]
-    return None, f"{', '.join(wrong)}, and is no label: {what}" if wrong else ""
+    if wrong:
+        return None, f"{', '.join(wrong)}, and is no label: {what}"
+    others = [name for name in features if can_label(features[name])]
+    choose = (
+        f"no column is called {LABEL_NAMES[0]} or the like; there is {', '.join(others)}: choose with data_label=NAME"
+    )
+    return None, f"{choose} (--data-label NAME)" if others else ""
 
 
 def labels_of(table: Any, name: str, splits: dict[str, Any]) -> tuple[np.ndarray, tuple[str, ...]]:

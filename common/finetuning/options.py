@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ema, recipes, schedules
+from ..config import run_or_recipe
 from ..errors import Refusal, nearest
-from ..paths import if_there, path_option
+from ..paths import path_option
 from ..transforms import height_width
 
 POOLINGS = ("mean", "class", "both")
@@ -17,7 +18,7 @@ POOLINGS = ("mean", "class", "both")
 class FinetuneConfig:
     """Finetuning. A recipe file of configs/evaluate, flags, and key=value words all set these."""
 
-    like: str | None = field(default=None, metadata=path_option(if_there))
+    like: str | None = field(default=None, metadata=path_option(run_or_recipe))
     """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
     size: Any = None
     """Pixels of training and test images: one number, or [height, width]; null: as in pretraining. The position

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import recipes, schedules
+from ..config import run_or_recipe
 from ..errors import Refusal, nearest
-from ..paths import if_there, path_option
+from ..paths import path_option
 from ..transforms import height_width
 from .masks import REDUCE_ZERO
 
@@ -22,7 +23,7 @@ ONE_CYCLE = (25.0, 1e4)  # begins at 1/25 of the peak, ends at 1/10,000 of where
 class SegmentationConfig:
     """Segmentation. A recipe file of configs/evaluate, flags, and key=value words all set these."""
 
-    like: str | None = field(default=None, metadata=path_option(if_there))
+    like: str | None = field(default=None, metadata=path_option(run_or_recipe))
     """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
     head: str = "linear"
     """linear (batch norm and a 1x1 convolution on final-norm tokens), knn (votes of patches), or upernet."""

@@ -184,6 +184,18 @@ def test_views_by_preset(tmp_path):
 # ---------------------------------------------------------------------------- texts and references
 
 
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("08", 8), ("1_000", 1000), ("0x10", 16), ("1:30", None)])
+def test_numbers_are_decimal(tmp_path, text, value):
+    """YAML reads 010 as 8, and 1:30 as 90."""
+    (tmp_path / "recipe.yaml").write_text(f"wheels: {text}")
+    for words, given in (([f"wheels={text}"], {}), ([], {"recipe": tmp_path / "recipe.yaml"})):
+        if value is None:
+            with pytest.raises(Refusal, match=r"wrong value for 'wheels' in .*1:30"):
+                load(*words, **given)
+        else:
+            assert load(*words, **given).wheels == value
+
+
 def test_texts_in_a_recipe_are_as_written(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -313,6 +325,13 @@ def test_recipes_are_found_by_name_unless_a_file_is_meant(tmp_path, monkeypatch)
     assert config.find_recipe("quickstart", "pretrain") == config.find_recipe("quickstart.yaml", "pretrain") == shipped
     (tmp_path / "quickstart.yaml").write_text("")
     assert config.find_recipe("quickstart.yaml", "pretrain").resolve() == tmp_path / "quickstart.yaml"
+    (tmp_path / "quickstart").write_text("steps: 1")  # the name goes before a file or folder that is called so
+    (tmp_path / "run").mkdir()
+    assert (
+        config.find_recipe("quickstart", "pretrain") == shipped and config.run_or_recipe("quickstart") == "quickstart"
+    )
+    assert config.find_recipe("./quickstart", "pretrain").resolve() == tmp_path / "quickstart"
+    assert config.run_or_recipe("run") == str(tmp_path / "run")
     assert not config.find_recipe("configs/quickstart.yaml", "pretrain").exists()
 
 
