@@ -157,11 +157,8 @@ class Checkpoints:
                     "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
                 )
             moved = stored_in(self.run).data != self.parts.config.data
-            if not moved and state.get("ages", self.parts.ages) != self.parts.ages:
-                print_(
-                    f"warning: files at data={self.parts.config.data} were written or exchanged since the run began, "
-                    "though those whose content was compared are as they were"
-                )
+            if not moved and (line := touched(str(state.get("ages", "")), self.parts.ages)):
+                print_(f"warning: files at data={self.parts.config.data} {line}")
             self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
             self.begun_from = str(state.get("begun_from", ""))
             self.changed = str(state.get("changed", ""))
@@ -202,6 +199,19 @@ def changed(parts: Parts) -> list[str]:
     if shared and config.objectives.get("absolute", {}).get("attentive", "none") != "none":
         said.append("attentive weights are summed over all processes (absolute)")
     return said
+
+
+def touched(before: str, now: str) -> str:
+    """What was done to files whose `Images.ages` were others when the run began; or nothing."""
+    (times, _, rest), (times_now, _, rest_now) = before.partition("-"), now.partition("-")
+    if times and times_now and times != times_now:
+        return "were written or exchanged since the run began, though those whose content was compared are as they were"
+    if rest and rest_now and rest != rest_now:
+        return (
+            "were copied, renamed or exchanged since the run began: sizes and times of change are as they were, and so "
+            "is the content of those that were compared"
+        )
+    return ""
 
 
 def seed_process(seed: int, process_index: int) -> None:

@@ -168,8 +168,8 @@ class Images:
         return hashlib.sha256(self._source.stamp()).hexdigest()[:16]
 
     def ages(self) -> str:
-        """16 hex digits of the sizes and times of change of all files, which a faithful copy has, too; nothing of what
-        is no folder of files."""
+        """16 hex digits of the sizes and times of change of all files, which a faithful copy has, too, and 16 of all
+        that the disk says of them; nothing of what is no folder of files."""
         ages = getattr(self._source, "ages", None)
         return "" if ages is None else ages()
 
