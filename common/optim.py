@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from .errors import Refusal
+
 STAND_INS = {"mask_token", "hidden_position"}  # for an embedding that is not shown; `pretrain.objectives` have them
 TOKENS = {"pos_embed", "cls_token", "dist_token", "reg_token", *STAND_INS}
 NO_DECAY = {"relative_position_bias_table"}
@@ -60,15 +62,22 @@ def layer_ids(module: nn.Module) -> dict[str, int]:
     depth + 1 for everything else (final norm and heads), as in MAE's finetuning.
 
     timm's own matchers number the blocks only: what one of them does not know (registers, before timm 1.0.28) would be
-    a layer above the last block, and every block slower by one more step of the decay.
+    a layer above the last block, and every block slower by one more step of the decay. Raises Refusal for an
+    architecture of which it has none.
     """
-    prefix, model = next((name, part) for name, part in module.named_modules() if hasattr(part, "group_matcher"))
+    known_to_timm = [(name, part) for name, part in module.named_modules() if hasattr(part, "group_matcher")]
+    if not known_to_timm:  # PiT
+        raise Refusal(
+            "layer_decay: timm does not say which layers this architecture has; leave it out, or choose another"
+        )
+    prefix, model = known_to_timm[0]
     prefix = f"{prefix}." if prefix else ""
     inside = [name for name, _ in model.named_parameters()]
     stem = {name for name in inside if name.startswith(STEM) or (name.endswith(EMBEDDINGS) and "." not in name)}
     top = {name for name in inside if name.startswith(TOP)}
-    matcher: Any = dict(model.group_matcher(coarse=False))  # type: ignore[operator]
-    matcher["stem"] = "|".join(re.escape(name) + "$" for name in sorted(stem)) or "$^"
+    matcher: Any = model.group_matcher(coarse=False)  # type: ignore[operator]
+    if not callable(matcher):  # CaiT's is
+        matcher = matcher | {"stem": "|".join(re.escape(name) + "$" for name in sorted(stem)) or "$^"}
     groups: dict[int, list[str]] = group_parameters(model, matcher)  # type: ignore[assignment]
     of_blocks = {layer: [name for name in names if name not in stem | top] for layer, names in groups.items()}
     numbered = enumerate((names for _, names in sorted(of_blocks.items()) if names), 1)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from backbones import ROWS, VIT, block, build, everything, gradients, loss, own, pixels, redraw, without_gradient
 from timm.layers import resample_abs_pos_embed
@@ -292,3 +293,11 @@ def test_what_timms_matcher_does_not_know_is_no_layer(monkeypatch: pytest.Monkey
     layers = {name.removeprefix("model."): layer for name, layer in layer_ids(backbone).items()}
     assert {layers[name] for name in ("reg_token", "cls_token", "pos_embed", "norm_pre.weight")} == {0}
     assert [layers[f"blocks.{at}.norm1.weight"] for at in (0, 1)] == [1, 2] and layers["norm.weight"] == 3
+
+
+def test_layers_of_architectures_with_an_unusual_matcher_or_none() -> None:
+    cait = layer_ids(timm.create_model("cait_xxs24_224", depth=2, embed_dim=48, num_heads=4, num_classes=3))
+    assert {cait[name] for name in ("cls_token", "pos_embed", "patch_embed.proj.weight")} == {0}
+    assert [cait[f"blocks.{at}.norm1.weight"] for at in (0, 1)] == [1, 2] and cait["norm.bias"] == max(cait.values())
+    with pytest.raises(Refusal, match="layer_decay: timm does not say which layers"):
+        layer_ids(nn.Linear(2, 2))
