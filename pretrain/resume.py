@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from common import changes, checkpoint
 from common.averages import Averages
+from common.data.images import KIND
 from common.data.location import location_of
 from common.errors import Refusal
 from common.random_state import random_state
@@ -151,11 +152,7 @@ class Checkpoints:
         if folder is not None and state is not None:
             name = identity.refuse_other(folder, state, self.run, self.parts.config)
             if not self.parts.images.has_fingerprint(str(state.get("fingerprint"))):
-                raise Refusal(
-                    f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
-                    f"(fingerprint {self.parts.fingerprint}, not {state.get('fingerprint')}); point "
-                    "data= at the same images (and data_train=, data_image=, data_label=, where they say what is read)"
-                )
+                raise Refusal(self._other_images(str(state.get("fingerprint"))))
             moved = stored_in(self.run).data != self.parts.config.data
             if not moved and (line := touched(str(state.get("ages", "")), self.parts.ages)):
                 print_(f"warning: files at data={self.parts.config.data} {line}")
@@ -170,6 +167,20 @@ class Checkpoints:
             line = f"# run {name}" if name is not None else identity.new_line()  # of runs from before there were names
             store(self.run, self.parts.config, None if identity.name_of(self.run) is not None else line)
         return state
+
+    def _other_images(self, fingerprint: str) -> str:
+        """Why images of another `fingerprint` are not those of this run."""
+        earlier = ""
+        if not fingerprint.startswith(KIND):
+            earlier = (
+                ". It was begun by an earlier version, which took Train/ and Test/ for classes (data_train=. reads all "
+                "of a folder) and read what is linked twice: put copies in the places of links, or begin again"
+            )
+        return (
+            f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
+            f"(fingerprint {self.parts.fingerprint}, not {fingerprint}); point data= at the same images (and "
+            f"data_train=, data_image=, data_label=, where they say what is read){earlier}"
+        )
 
     def resume(self, task: torch.nn.Module, optimizer: Any) -> int:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none."""
