@@ -140,6 +140,8 @@ def set_threads(threads: int | None = None) -> tuple[int, str]:
             processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             threads = max(1, usable_cores() // processes)
             reason = f"{usable_cores()} usable cores / {processes} processes"
+    if threads < 1:
+        raise Refusal(f"threads={threads}: expected a number of at least 1")
     torch.set_num_threads(threads)
     return threads, reason
 

@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
     found.notes = failed + found.notes
     if all(one.stale for run in runs for one in run.reports.values()):
         places = ", ".join(str(run.folder) for run in runs)
-        why = "; ".join(found.notes) or "run it without --no-run, or evaluate the runs first"
+        none = "run it without --no-run" if arguments.no_run else "no evaluation could be made, for the reasons above"
+        why = "; ".join(found.notes) or none
         raise Refusal(f"no report to compare in {places}: {why}")
     text = markdown(found)
     out.mkdir(parents=True, exist_ok=True)

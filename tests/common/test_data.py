@@ -160,7 +160,7 @@ def test_wrong_names(tmp_path):
         open_data(str(save(tmp_path / "a.png")))
     with pytest.raises(Refusal, match="split='val'"):
         open_data("builtin", "val")
-    with pytest.raises(Refusal, match="no labels in"):
+    with pytest.raises(Refusal, match=r"no labels in .*name labelled images: --data LABELLED"):
         labelled_splits(str(tmp_path))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from common.errors import Refusal
 from common.finetuning.options import FinetuneConfig, fit_batch
+from common.launch import set_threads
 from common.protocol import parser
 from common.segmentation.options import SegmentationConfig
 from common.segmentation.options import fit_batch as segmentation_batch
@@ -17,6 +18,11 @@ def test_words_may_follow_anything(script):
         arguments, recipe, config = read(["finetune_small", "--ckpt", "x", *words])
         assert (arguments.seeds, recipe, config.epochs, config.lr, config.batch) == ([0, 1], "finetune_small", 3, 1, 64)
     assert read(["--ckpt", "x=1", "--no-baselines", "lr=2"])[2].lr == 2
+
+
+def test_no_thread_is_refused_by_name():
+    with pytest.raises(Refusal, match="threads=0: expected a number of at least 1"):
+        set_threads(0)
 
 
 def test_every_option_of_an_evaluation_is_understood_in_both_forms(script):
