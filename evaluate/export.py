@@ -241,7 +241,7 @@ def tried(kind: str, folder: Path, source: Source, sample: Sample) -> Check:
         source.recipe = timm_files.write(folder, source.recipe, source.backbone, about, head)
         model, config = timm_files.read(folder)
         output = model.forward_features(timm_files.normalised(images, config))
-        tokens, prefix = split(output, expected.grid, expected.prefix.shape[1])
+        tokens, prefix = split(output, expected)
         logits = model.forward_head(output) if head is not None else None
         by_timm = compared(model, config, source, sample)
     else:
@@ -283,7 +283,7 @@ def compared(model: Any, config: dict[str, Any], source: Source, sample: Sample)
         away = (theirs - timm_files.normalised(ours, about)).abs() * std * 255
         levels, most = max(levels, away.mean().item()), max(most, away.max().item())
         features = source.backbone(ours, source.subject.plan)
-        found, _ = split(model.forward_features(theirs), features.grid, features.prefix.shape[1])
+        found, _ = split(model.forward_features(theirs), features)
         tokens = max(tokens, (found - features.tokens).abs().max().item())
     return Shown(levels, most, tokens)
 
@@ -295,12 +295,17 @@ def readable(pictures: Images, channels: int) -> Iterable[Tensor]:
             yield pictures.read(i, channels)
 
 
-def split(output: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """(patches (B, N, D), prefix tokens (B, P, D)) of what timm's forward_features returns: tokens or a map."""
+def split(output: Tensor, like: Features) -> tuple[Tensor, Tensor]:
+    """(patches (B, N, D), prefix tokens (B, P, D)) of what timm's forward_features returns: tokens or a map.
+
+    Without prefix tokens in `like`, of the backbone, there are none: CaiT's and XCiT's come in above the patches.
+    """
+    grid, num_patches = like.grid, like.tokens.shape[1]
     if output.ndim == 4:
         channels_last = tuple(output.shape[1:3]) == tuple(grid)
         output = output.flatten(1, 2) if channels_last else output.flatten(2).mT
-    return output[:, num_prefix_tokens:], output[:, :num_prefix_tokens]
+    tokens, prefix = output[:, -num_patches:], output[:, :-num_patches]
+    return tokens, prefix if like.prefix.shape[1] else like.prefix
 
 
 # ----------------------------------------------------------------------------------------------------------------- ONNX
@@ -456,7 +461,8 @@ def with_timm(source: Source, check: Check) -> list[str]:
         lines[-1] += "Of an oblong image timm's transform may cut one pixel beside the training's. "
     lines[-1] += "In the training transparent images were laid over white."
     if recipe.head is None and not recipe.pools:
-        parts = {"class": "tokens[:, 0]", "mean": f"tokens[:, {about['num_prefix_tokens']}:].mean(1)"}
+        above = check.shape[0] - about["grid"][0] * about["grid"][1]  # tokens that are no patches
+        parts = {"class": "tokens[:, 0]", "mean": f"tokens[:, {above}:].mean(1)"}
         parts["both"] = f"torch.cat([{parts['class']}, {parts['mean']}], 1)"
         if len(check.shape) == 2:
             lines += ["", f"Pooled as in the training: `{parts[about['pooling']]}`; `model(images)` pools otherwise."]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from backbones import ROWS
+from backbones import ROWS, Row
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -180,6 +180,21 @@ def test_a_classifier_keeps_its_head(name, pooling, pools, run_of, script, monke
         guess = classifier(ours(run)).argmax()
     assert names["logits"].shape == (1, 3) and names["label"] == f"kind {guess}"
     assert "3: kind 0, kind 1, kind 2" in (run / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name, status", [("cait_xxs24_224", 0), ("xcit_nano_12_p16_224", 1)])
+def test_class_tokens_that_come_in_above_the_patches(name, status, run_of, script, monkeypatch, capsys):
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    monkeypatch.setitem(ROWS, name, Row(name, small, size=(32, 32), grid=(2, 2), prefix=0))
+    run, export = run_of(name), script("export")
+    assert export.main(["--ckpt", str(run), *CALM]) == status
+    if status:  # XCiT's last layers change the patches after those that the backbone gives
+        assert "model.safetensors: features differ by more than 0.0001" in capsys.readouterr().err
+        return
+    tokens = typed(block((run / "export" / "README.md").read_text()), run / "export", monkeypatch)["tokens"]
+    backbone, plan, _ = checkpoint.load_backbone(run)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens[:, 1:], backbone(ours(run), plan).tokens, rtol=0, atol=0.03)
 
 
 def test_a_head_that_does_not_fit_is_refused(run_of, script):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pictures import write_images
 from PIL import Image
@@ -309,7 +310,7 @@ def test_recipes_hold_the_published_numbers():
     assert (deit.repeats, deit.ema, deit.like) == (3, 0.99996, "supervised/deit_small")
 
 
-def test_another_size_resizes_the_position_embedding(make_run, script, report_of):
+def test_another_size_resizes_the_position_embedding_and_timm_judges_the_same(make_run, script, report_of, data):
     run = make_run("full", depth=1)
     assert script("finetune").main(["--ckpt", str(run), *QUICK, "--size", "16", "--crop", "1.0", "--no-baselines"]) == 0
     report = report_of(run, "finetune")
@@ -319,6 +320,17 @@ def test_another_size_resizes_the_position_embedding(make_run, script, report_of
     (folder,) = (run / "evaluate" / "finetune").glob("*-seed0")
     backbone, _, description = checkpoint.load_backbone(folder)
     assert backbone.model.pos_embed.shape == (1, 17, 32) and description["size"] == [16, 16]
+    # exported, timm alone names the same classes: head, names, normalisation, size and crop are in its two files
+    assert script("export").main(["--ckpt", str(folder), "--to", "timm", "--out", str(run / "timm")]) == 0
+    model = timm.create_model(f"local-dir:{run / 'timm'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    files = sorted((data / "test").rglob("*.png"))
+    with torch.no_grad():
+        guesses = model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).argmax(1)
+    names = [model.pretrained_cfg["label_names"][guess] for guess in guesses]
+    right = [name == file.parent.name for name, file in zip(names, files, strict=True)]
+    (entry,) = report["values"]["subject"].values()
+    assert len(right) == 21 and sum(right) / 21 == pytest.approx(entry["accuracy"])
     # trained without position embedding: the fresh one has the right size too
     run = make_run("none", depth=1)
     assert script("finetune").main(["--ckpt", str(run), *QUICK, "--size", "[16,8]", "--no-baselines"]) == 0
