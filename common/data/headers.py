@@ -70,7 +70,7 @@ def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
     """Header and, with `bare`, the bytes without texts, profiles, previews and later pages; else no bytes."""
     start = bytes(data[:16])
     if start[:3] == b"\xff\xd8\xff":
-        header, pieces = _jpeg(data)
+        header, pieces = _jpeg(data, bare)
     elif start[:8] == PNG_START:
         header, pieces = _png(data)
     elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
@@ -93,12 +93,13 @@ def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
 def orientation_of(exif: list[bytes], xmp: bytes) -> int:
     """1 to 8: what the first EXIF block that knows the orientation says, or XMP as Pillow reads it; else 1."""
     for block in exif:
-        block = re.sub(b"^(Exif\x00\x00){1,2}", b"", block)
+        for _ in range(2):
+            block = block.removeprefix(JPEG_EXIF)
         order = _byte_order(block[:8])
         value = first_value(block, _directory(block, order), ORIENTATION, order) if order else None
         if value is not None:
             return int(value) if value in range(1, 9) else 1
-    match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
+    match = xmp and re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
     return int(match[1]) if match else 1
 
 
@@ -111,16 +112,14 @@ def _byte_order(start: bytes) -> str:
 def _directory(block: Any, order: str) -> dict[int, tuple[int, int, int]]:
     """Tag -> (type, count, place of its entry) in the first directory of a TIFF, as far as the block reaches."""
     big, at = _first_directory(block, order)
-    head, entry = ("Q", 20) if big else ("H", 12)
-    if at + struct.calcsize(head) > len(block):
+    head, letters = (8, "HHQ8x") if big else (2, "HHL4x")
+    if at + head > len(block):
         return {}
-    (count,) = struct.unpack_from(order + head, block, at)
-    at += struct.calcsize(head)
-    entries = {}
-    for place in range(at, min(at + entry * count, len(block) - entry + 1), entry):
-        tag, kind, number = struct.unpack_from(order + ("HHQ" if big else "HHL"), block, place)
-        entries[tag] = kind, number, place
-    return entries
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), block, at)
+    at, entry = at + head, struct.calcsize(order + letters)
+    whole = min(count, (len(block) - at) // entry)
+    table = struct.iter_unpack(order + letters, block[at : at + entry * whole])
+    return {tag: (kind, number, at + entry * k) for k, (tag, kind, number) in enumerate(table)}
 
 
 def _first_directory(block: Any, order: str) -> tuple[bool, int]:
@@ -151,45 +150,54 @@ def first_value(block: Any, directory: dict[int, tuple[int, int, int]], tag: int
 # --------------------------------------------------------------------------------------------------- formats
 
 
-def _jpeg(data: memoryview) -> tuple[Header, list[Any]]:
-    """Segments up to the first scan. Of the applications' own, only JFIF and Adobe's tell of colours."""
+def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
+    """Segments up to the first scan. Of the applications' own, only JFIF and Adobe's tell of colours.
+
+    It runs for every image that is read, so the pieces are gathered only if they are wanted.
+    """
     header, pieces = Header("JPEG"), [data[:2]]
     exif: list[bytes] = []
     xmp, at, end = b"", 2, len(data)
     while at + 4 <= end:
-        if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):  # decoders skip what lies between segments, and fill bytes
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0x00 or marker == 0xFF:  # decoders skip what is between segments, fill bytes
             at += 1
             continue
-        marker = data[at + 1]
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
             at += 2
             continue
         if marker == 0xDA or marker == 0xD9:  # the scan, or the end
             break
         stop = at + 2 + (data[at + 2] << 8 | data[at + 3])
-        if marker == 0xE1:
-            body = bytes(data[at + 4 : stop])
-            if body.startswith(JPEG_EXIF):
-                exif.append(body[6:])
-            elif body.startswith(JPEG_XMP):
-                xmp = body
-        elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
-            body = bytes(data[at + 4 : at + 18])
-            if (marker == 0xE0 and len(body) == 14 and body[:5] == b"JFIF\0" and stop >= at + 18) or (
-                marker == 0xEE and body[:5] == b"Adobe" and stop >= at + 16
-            ):
+        if 0xE0 <= marker <= 0xEF or marker == 0xFE:
+            if marker == 0xE1:
+                body = bytes(data[at + 4 : stop])
+                if body.startswith(JPEG_EXIF):
+                    exif.append(body[6:])
+                elif body.startswith(JPEG_XMP):
+                    xmp = body
+            elif bare and _tells_of_colours(marker, bytes(data[at + 4 : at + 18]), stop - at):
                 pieces.append(data[at:stop])
         else:
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 9 < end:  # not DHT, JPG, DAC
+            if marker <= 0xCF and marker >= 0xC0 and marker not in (0xC4, 0xC8, 0xCC) and at + 9 < end:
+                # a frame; the three are DHT, JPG, DAC
                 header.height, header.width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
                 header.components = data[at + 9]
-            pieces.append(data[at:stop])
+            if bare:
+                pieces.append(data[at:stop])
         at = max(stop, at + 2)
     pieces.append(data[at:])
     if exif or xmp:
         blocks = [b"".join(exif), *exif] if len(exif) > 1 else exif  # Pillow reads several segments as one
         header.orientation = orientation_of(blocks, xmp)
     return header, pieces
+
+
+def _tells_of_colours(marker: int, start: bytes, length: int) -> bool:
+    """Whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or Adobe one."""
+    if marker == 0xE0:
+        return len(start) == 14 and start[:5] == b"JFIF\0" and length >= 18
+    return marker == 0xEE and start[:5] == b"Adobe" and length >= 16
 
 
 def _png(data: memoryview) -> tuple[Header, list[Any]]:

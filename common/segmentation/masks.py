@@ -213,16 +213,39 @@ def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: str, a
 
     names  of the classes, None if they are those that occur
     asked  of REDUCE_ZERO
-    ade    in ADE20K's layout the number of its classes, else None: label 0 means none if there are as many names, or as
-           many as the highest label says; elsewhere it is a class
+    ade    in ADE20K's layout the number of its classes, else None: then label 0 is a class unless `asked` says otherwise
+
+    Raises Refusal where ADE20K's layout and the labels leave it open, see `_zero_means_none`.
     """
     if asked not in REDUCE_ZERO:
         raise Refusal(f"--reduce-zero-label {asked}: expected {', '.join(REDUCE_ZERO)}")
     reduce_zero = asked == "yes"
     if asked == "auto" and ade is not None and names is not None:
-        occur = [labels.max(initial=0) for each in surveys for labels in each.labels(len(names) > VOID)]
-        reduce_zero = len(names) == ade or int(max(occur)) == len(names)
+        reduce_zero = _zero_means_none(surveys, names, ade)
     if names is not None:
         return Labels(reduce_zero, len(names) + reduce_zero > VOID)
     wide = any(((labels > VOID) & (labels < DEEP_VOID)).any() for each in surveys for labels in each.labels(True))
     return Labels(reduce_zero, bool(wide))
+
+
+def _zero_means_none(surveys: Sequence[Survey], names: Sequence[str], ade: int) -> bool:
+    """Whether label 0 means none in ADE20K's layout, by the labels 0 to K that occur beside K names.
+
+    Yes if K does, or with ADE20K's own number of names; no if 0 and K - 1 do, and not K. Raises Refusal if neither K
+    nor both of those do, or if of as many names as ADE20K has exactly 0 to K - 1 do: shifted by one they fit as well.
+    """
+    count = len(names)
+    occur = {int(label) for each in surveys for labels in each.labels(count > VOID) for label in labels}
+    if not occur or max(occur) > count:
+        return count == ade  # refused elsewhere
+    if count in occur:
+        return True
+    if count == ade and not occur >= set(range(count)):
+        return True
+    if count != ade and {0, count - 1} <= occur:
+        return False
+    raise Refusal(
+        f"the masks in {printable(surveys[0].masks.root)} have labels {min(occur)} to {max(occur)} beside {count:,} "
+        f"names of classes, so label 0 may mean none or be the first class: say --reduce-zero-label no if label 0 is "
+        f"the first class ({names[0]}), yes if label 1 is"
+    )

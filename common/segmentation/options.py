@@ -35,7 +35,8 @@ class SegmentationConfig:
     """Width of upernet's decoder (LV-ViT-S and -M: 256, -L: 512); null: 256."""
     reduce_zero_label: str = "auto"
     """Whether label 0 means that a pixel has no class, and label 1 is the first one: yes, no, or auto: in ADE20K's
-    layout without classes.txt, or with as many classes in it as the highest label says, or with 150; else not."""
+    layout without classes.txt, or with as many classes in it as the highest label says, or with 150; refused there if
+    the labels leave it open; else not."""
     dropout: float = 0.1
     """Share of channels that are dropped before the last layer."""
     auxiliary: float = 0.4
