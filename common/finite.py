@@ -19,30 +19,38 @@ from .plan import TokenPlan
 
 CHUNK = 16_384  # images that are looked at at a time: features may be mapped from a file
 SAME = 1e-6  # of the largest number: features that vary by less are one vector and its rounding
+FAINT = 1e-12  # a norm by which nothing is divided any more, as in torch's normalize
 NAMED = 3  # images that a refusal names
 IN_FP32 = "use --precision fp32, or, if it was, weights of an earlier checkpoint"
 OTHER_WEIGHTS = "the file is damaged or its training diverged: use an earlier checkpoint, or fetch it again"
 
 
 def not_finite(features: Mapping[str, Tensor]) -> Tensor:
-    """(K,) bool: which images have a NaN or an infinity in one of their `features` (K, ...); "index" is none."""
+    """(K,) bool: which images have a NaN or an infinity in one of their `features` (K, ...), or numbers of such a size
+    that their length, by which similarities are divided, is one; "index" is none."""
     found: Tensor | None = None
     for name, values in features.items():
         if name == "index":
             continue
-        bad = [~torch.isfinite(some.flatten(1)).all(1).cpu() for some in values.split(CHUNK)]
+        bad = [~torch.isfinite(length(some)).cpu() for some in values.split(CHUNK)]
         each = torch.cat(bad) if bad else torch.zeros(0, dtype=torch.bool)
         found = each if found is None else found | each
     return torch.zeros(0, dtype=torch.bool) if found is None else found
 
 
+def length(features: Tensor) -> Tensor:
+    """(K,) float32 norms of features (K, ...), as similarities know them: infinite above about 1e19."""
+    return torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float32)
+
+
 def is_constant(features: Tensor) -> bool:
-    """Whether all images have the same features (K, D), but for rounding: nothing can be told from them."""
+    """Whether all images have the same features (K, D), but for rounding, or none to speak of: nothing can be told from
+    them."""
     low, high = features[0].float(), features[0].float()
     for some in features.split(CHUNK):
         low, high = torch.minimum(low, some.amin(0)), torch.maximum(high, some.amax(0))
     largest = torch.maximum(low.abs(), high.abs()).max()
-    return len(features) > 1 and bool((high - low).max() <= SAME * largest)
+    return len(features) > 1 and bool((high - low).max() <= max(SAME * largest, FAINT))
 
 
 def spoiled(state: Mapping[str, Tensor]) -> str:
@@ -87,8 +95,8 @@ def refuse_not_finite(
     if backbone is not None:
         why = _cause(backbone, plan, images.subset(rows[:1]), precision, cache)
     raise Refusal(
-        f"{name}: the features of {len(rows):,} of {len(index):,} images in {images.where} are not finite ({named}): "
-        f"{why}"
+        f"{name}: the features of {len(rows):,} of {len(index):,} images in {images.where} are not finite, or too "
+        f"large to be compared ({named}): {why}"
     )
 
 

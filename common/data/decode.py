@@ -38,7 +38,7 @@ RGB, GRAY = 3, 1  # torchvision.io.ImageReadMode
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "SGI", "TGA")
 MORE_ENDINGS = {".mpo": "JPEG"}  # the first picture of several
 
-# Pillow's own line above which it warns. Peak memory of a decoder is at most about 20 bytes a pixel (README).
+# Pillow's own line above which it warns. Peak memory of a decoder is about 25 bytes a pixel at most (README).
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` refuses what it is about
 
@@ -125,6 +125,8 @@ def upright(pixels: Tensor, orientation: int) -> Tensor:
 
 def to_8_bit(image: Image.Image, channels: int, header: Header, span: Range | None = None) -> np.ndarray:
     """Any PIL mode -> uint8 (H, W, 3), or (H, W) for one channel."""
+    if header.kind == "TIFF" and header.bits == 8 and not header.unsigned:
+        raise ValueError("signed values of 8 bits, which are read without their sign: write them unsigned")
     if is_deep(image):
         grey = deep_to_8_bit(image, header, span)
         return grey if channels == 1 else np.repeat(grey[..., None], 3, -1)

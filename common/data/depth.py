@@ -8,6 +8,8 @@
 3. Unsigned 16 bits: 0 to 65535 (the upper eight bits are kept), if some value exceeds a quarter of that. Below it may
    as well be 10, 12 or 14 bits.
 4. Floats 0 to 1, or 0 to 255 if some value exceeds a quarter of that; integers of 32 bits 0 to 255 likewise.
+
+Signed 8 bits are refused: Pillow gives them no sign.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ FULL: Range = (0, 65535)
 QUARTER = 4  # of the largest value: a picture that stays below may be of fewer bits
 ADVICE = "set data_range=LOW:HIGH (--data-range) to the values of black and white"
 ADVICE_COLOURS = "write them with 8 bits, or set data_range=65535 if they use all 16"
+ROUNDING = 1e-6  # of white: by so much floats may lie outside
 STRIP = 1 << 20  # pixels that are converted at once
 
 
@@ -106,7 +109,8 @@ def range_of(image: Image.Image, header: Header) -> Range:
         return FULL
     usual: list[Range] = [FULL] if short else [(0, 1), (0, 255)] if floats else [(0, 255)]
     for span in usual:
-        if least >= 0 and most <= span[1] and (most > span[1] / QUARTER or span == (0, 1)):
+        slack = ROUNDING * span[1] if floats else 0
+        if least >= -slack and most <= span[1] + slack and (most > span[1] / QUARTER or span == (0, 1)):
             return span
     raise ValueError(
         f"{name}: expected {' or '.join(f'0 to {high:g}' for _, high in usual)}, with some value above a quarter of "

@@ -194,7 +194,7 @@ def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
 
 
 def _tells_of_colours(marker: int, start: bytes, length: int) -> bool:
-    """Whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or Adobe one."""
+    """Whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or Adobe."""
     if marker == 0xE0:
         return len(start) == 14 and start[:5] == b"JFIF\0" and length >= 18
     return marker == 0xEE and start[:5] == b"Adobe" and length >= 16

@@ -5,6 +5,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 
 import importlib
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Sequence, Set
@@ -313,17 +314,18 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
     if reason := no_architecture(config.name):
         raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
     in_chans = config.kwargs.get("in_chans", len(config.mean))
-    if in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
+    if type(in_chans) is not int or in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
         where = f"model.mean={list(config.mean)}"
-        where = f"model.kwargs.in_chans={in_chans}" if "in_chans" in config.kwargs else where
+        where = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else where
         raise Refusal(
             f"{where}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
             "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
         )
-    if len(config.mean) != len(config.std) or min(config.std) <= 0:
+    finite = all(map(math.isfinite, (*config.mean, *config.std)))
+    if len(config.mean) != len(config.std) or min(config.std) <= 0 or not finite:
         raise Refusal(
-            f"model.mean has {len(config.mean)} values and model.std {len(config.std)}: expected one "
-            "positive std per mean"
+            f"model.mean={list(config.mean)} and model.std={list(config.std)}: expected as many finite numbers each, "
+            "and every std above 0"
         )
     known = list(inspect.signature(add_irpe).parameters)[1:]
     if unknown := sorted(set(config.irpe or {}) - set(known)):

@@ -213,7 +213,7 @@ def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: str, a
 
     names  of the classes, None if they are those that occur
     asked  of REDUCE_ZERO
-    ade    in ADE20K's layout the number of its classes, else None: then label 0 is a class unless `asked` says otherwise
+    ade    in ADE20K's layout the number of its classes, else None: label 0 is a class unless it is asked otherwise
 
     Raises Refusal where ADE20K's layout and the labels leave it open, see `_zero_means_none`.
     """

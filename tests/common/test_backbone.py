@@ -173,7 +173,7 @@ def test_checkpointed_blocks_give_the_same_gradient() -> None:
         (ModelConfig("vit_tiny_patch16_224"), 30, "30x30 is not divisible by its patch of 16x16"),
         (ModelConfig("vit_tiny_patch16_224", {"depht": 2}), 32, "depht"),
         (ModelConfig("vit_tiny_patch16_224", attention="fusd"), 32, "did you mean 'fused'"),
-        (ModelConfig("vit_tiny_patch16_224", std=[0.5, 0.5]), 32, "one positive std per mean"),
+        (ModelConfig("vit_tiny_patch16_224", std=[0.5, 0.5]), 32, "as many finite numbers each, and every std above 0"),
         (ModelConfig("vit_tiny_patch16_224", {"in_chans": 1}), 32, "one mean and one std per input channel"),
         (ModelConfig("vit_tiny_patch16_224", {"in_chans": 4}, [0.5] * 4, [0.5] * 4), 32, "in_chans=4: images have 3"),
         (ModelConfig("vit_tiny_patch16_224", {}, [0.5] * 2, [0.5] * 2), 32, "model.mean=[0.5, 0.5]: images have 3"),

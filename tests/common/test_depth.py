@@ -75,6 +75,15 @@ def test_floats_and_integers_without_a_declared_range():
     assert grey(tiff(np.array([[-1000, 1000, 3000]], np.int16), kind=2), (-1000, 3000)) == [0, 128, 255]  # CT
 
 
+def test_rounding_is_within_the_range_and_signed_bytes_are_refused():
+    most = np.nextafter(np.float32(1), np.float32(2))
+    assert grey(tiff(np.array([[0, 0.5, most, -1e-7]], np.float32), kind=3)) == [0, 128, 255, 0]
+    assert "floats from 0 to 1.2" in said(tiff(np.array([[0, 1.2]], np.float32), kind=3))
+    signed = tiff(np.array([[-128, 127]], np.int8), kind=2)
+    for channels in (1, 3):
+        assert "signed values of 8 bits" in said(signed, channels=channels)
+
+
 def test_colours_of_sixteen_bits():
     full = TINTED * 16
     for data in (png(full, 2, 16), tiff(full)):

@@ -48,7 +48,9 @@ def test_label_0_counts_where_the_masks_hold_indices_of_classes_txt(tmp_path):
 def test_labels_that_fit_both_ways_are_refused_and_not_shifted(tmp_path):
     for k, (labels, classes) in enumerate((([1, 2], 3), ([0, 1], 3), ([0, 1, 255], 3), (list(range(150)), 150))):
         spec = write(tmp_path / str(k), labels, classes=classes)
-        with pytest.raises(Refusal, match=r"labels . to \d+ beside .* say --reduce-zero-label no if label 0 is .* class .kind 0., y"):
+        with pytest.raises(
+            Refusal, match=r"labels . to \d+ beside .* say --reduce-zero-label no if label 0 is .* class .kind 0., y"
+        ):
             open_scenes(spec)
         first, last = opened(spec, "no")[0][0], opened(spec, "yes")[0][0]
         assert first == labels[0] and last == (labels[0] - 1 if labels[0] else IGNORED)

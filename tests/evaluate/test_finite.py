@@ -90,11 +90,18 @@ def test_which_images_and_tensors():
     assert not not_finite(kinds).any()
     kinds["class"][1, 2], kinds["mean"][3, 0] = -torch.inf, torch.nan
     assert not_finite(kinds).tolist() == [False, True, False, True]
+    far = torch.tensor([[1e25, 0.0], [1e15, 1.0], [0.0, 0.0]])  # finite, but its similarity to anything would be 0
+    assert not_finite({"mean": far}).tolist() == [True, False, False]
+    assert not_finite({"mean": torch.full((2, 700), 60_000.0).half()}).tolist() == [False, False]
     assert not_finite({"index": torch.arange(4)}).tolist() == [] == not_finite({"mean": torch.zeros(0, 3)}).tolist()
     state = {"a": torch.ones(2), "ids": torch.arange(3), "b": torch.tensor([1.0, torch.nan]).half()}
     assert spoiled(state) == "1 of its 3 tensors, first b (NaN, 1 of 2 numbers)" and spoiled({}) == ""
     one = torch.linspace(-3, 3, 7)
-    assert is_constant(one.repeat(5, 1)) and is_constant(torch.zeros(5, 7))
+    assert (
+        is_constant(one.repeat(5, 1))
+        and is_constant(1e-20 * torch.arange(5.0)[:, None])
+        and is_constant(torch.zeros(5, 7))
+    )
     assert is_constant(one.repeat(5, 1) * (1 + 1e-8 * torch.arange(5)[:, None]))
     assert not is_constant(one.repeat(5, 1) * (1 + 1e-3 * torch.arange(5)[:, None])) and not is_constant(one[None])
 

@@ -108,8 +108,9 @@ NUMBERS = "expected a number of at least"
         ("views.global.flip=1.5", ["flip=1.5", "a probability from 0 to 1"]),
         ("views.global.size=[0,24]", ["size=[0, 24]"]),
         ("views.global.interpolation=nearest", ["interpolation=nearest", "bicubic or bilinear"]),
-        ("model.mean=[0.5]", ["model.mean has 1 values and model.std 3"]),
-        ("model.std=[0.2,0,0.2]", ["positive std"]),
+        ("model.mean=[0.5]", ["model.mean=[0.5] and model.std=[0.229, 0.224"]),
+        ("model.std=[0.2,0,0.2]", ["every std above 0"]),
+        ("model.mean=[.nan,0,0]", ["as many finite numbers"]),
         ("model.kwargs.in_chans=2 model.mean=[0.5,0.5] model.std=[1,1]", ["model.kwargs.in_chans=2: images have 3"]),
         # parts that do not fit each other, the data or this machine
         ("views.local.size=24", ["no objective looks at view 'local'"]),
