@@ -50,7 +50,7 @@ def is_constant(features: Tensor) -> bool:
     for some in features.split(CHUNK):
         low, high = torch.minimum(low, some.amin(0)), torch.maximum(high, some.amax(0))
     largest = torch.maximum(low.abs(), high.abs()).max()
-    return len(features) > 1 and bool((high - low).max() <= max(SAME * largest, FAINT))
+    return len(features) > 1 and float((high - low).max()) <= max(SAME * float(largest), FAINT)
 
 
 def spoiled(state: Mapping[str, Tensor]) -> str:
