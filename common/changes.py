@@ -1,7 +1,7 @@
 """What this version makes otherwise of the same options and seed than earlier ones, for trainings that are resumed.
 
-A state stores `VERSION`; one that lacks it is of version 1. Whoever changes samples or losses raises it, and says here
-(and in `pretrain.resume`, where a loss is changed) which trainings notice.
+A state stores `VERSION`; one that lacks it is of version 1. Whoever changes samples or losses raises it, and says here,
+or in `changed` of `pretrain.resume` where a loss is changed, which trainings notice.
 """
 
 from collections.abc import Mapping, Sequence
