@@ -125,7 +125,12 @@ def fit(
                 with (
                     contextlib.nullcontext() if last else accelerator.no_sync(task),
                     stop.within(longest),
-                    at_once(alone, f"stopped in step {step}, of which nothing is kept" if saved == step - 1 else None),
+                    at_once(
+                        alone,
+                        f"stopped in step {step}, of which nothing is kept; --resume begins it anew"
+                        if saved == step - 1
+                        else None,
+                    ),
                     _through_python(task) if alone else contextlib.nullcontext(),
                 ):
                     result = task(batch.to(accelerator.device))
