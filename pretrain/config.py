@@ -135,7 +135,7 @@ class PretrainConfig:
     data_range: str | None = None
     """Values of black and white in pictures of more than 8 bits a channel, LOW:HIGH, or HIGH alone: 4095, -1:1. null:
     what a file declares, else all of 16 bits, 0 to 1 or 0 to 255; where that is open, a picture is unreadable."""
-    max_bad: Any = "auto"
+    max_bad: str = "auto"
     """Unreadable images that are borne, others taking their places: a share below 1 (0.01 or 1%), a number from 1, 0
     for none, or auto: a hundredth or, of less than 600 images, 5 but no more than a tenth."""
     seed: int = 0

@@ -9,6 +9,7 @@ import pytest
 from children import TINY, Run
 from PIL import Image
 
+from common.checkpoint import WEIGHTS, read_description
 from common.errors import Refusal
 from common.sampling import held_out
 
@@ -110,6 +111,7 @@ def test_unreadable_images_are_told_all_at_once_before_anything_is_written(insid
     listed = Path("run/unreadable.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in listed] == names
     assert inside("--resume", "run", "steps=2", "max_bad=4") == 0
+    assert read_description(Path("run") / WEIGHTS)["training"]["max_bad"] == "4"  # and it can be judged
 
 
 @pytest.mark.parametrize("workers", [0, 2])
