@@ -98,9 +98,9 @@ def _leave(status: int) -> None:
     kill_children()  # an exit would wait for them, and one may be stuck in a read
     if status == 0:
         distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-        sys.exit(0)
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            sys.exit(0)
+        distributed.destroy_process_group()  # what is left of gloo's threads may abort a normal exit all the same
     os._exit(status)
 
 

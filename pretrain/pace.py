@@ -127,7 +127,10 @@ def _choose(parts: Parts, training: float, cost: Cost) -> None:
         config.images = every_image  # fewer voters
         while config.images > LEAST and takes() > enough:
             config.images = max(LEAST, config.images // 2)
-        parts.reasons["monitor.images"] = f"of {every_image:,} held out: more, or more that vote, would take longer"
+        reason = f"of {every_image:,} held out: more, or more that vote, would take longer"
+        if 0 < len(monitors.labelled(parts.train, config)[0]) < monitors.NEIGHBORS:
+            reason += f"; no k-NN, for which {monitors.NEIGHBORS} have to vote"
+        parts.reasons["monitor.images"] = reason
     config.every = math.ceil(parts.steps / times)
     images, share = min(config.images or every_image, every_image), times * takes() / max(1e-9, training)
     limit = f"at most {SHARE:.0%}"

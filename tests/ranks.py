@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def main(file: str, name: str) -> None:
     everybody = gather_object([(process.process_index, found)])
     if process.is_main_process:
         print(json.dumps(everybody), flush=True)
-    torch.distributed.destroy_process_group()  # else gloo's thread may be met alive at exit, which aborts
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # as the scripts do: gloo's threads may abort a normal exit
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ ASKED = {
 
 @pytest.mark.parametrize("recipe", ASKED)
 def test_recipes_with_a_teacher(recipe: str, inside: Callable[..., int], images: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "views.local.size=16", f"data={images}", f"run={tmp_path / 'run'}"]
+    words = [*SMALL, "views.local.size=16", "monitor.every=4", f"data={images}", f"run={tmp_path / 'run'}"]
     words += ["views.place.size=24"] if ASKED[recipe] & {"absolute", "relative"} else []
     words += [f"objectives.{name}.{word}" for name in ASKED[recipe] & {"dino", "ibot"} for word in HEAD]
     assert inside(recipe, *words) == 0
