@@ -316,7 +316,7 @@ def begin(
 def any_splits(where: Location) -> tuple[Images, Images, str]:
     """(train, test, note): labelled where both are labelled, else without labels: for `begin`, of what needs none."""
     train, test, spec = data.open_data(where), data.find(where, "test"), where.spec
-    if _labelled(train) and (test is None or _labelled(test)):
+    if train.has_labels and (test is None or test.has_labels):
         return labelled_splits(where)
     note = f"as split in {spec}"
     if test is None:
@@ -326,11 +326,6 @@ def any_splits(where: Location) -> tuple[Images, Images, str]:
     for images in (train, test):
         images.labels = images.classes = None
     return train, test, note
-
-
-def _labelled(images: Images) -> bool:
-    """Whether any of `images` has a label."""
-    return images.classes is not None and images.labels is not None and bool((images.labels >= 0).any())
 
 
 def chosen_device(wished: str | None) -> torch.device:

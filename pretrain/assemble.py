@@ -178,15 +178,10 @@ def _settle_classes(chosen: Mapping[str, Any], images: Images, reasons: dict[str
         where = f"objectives.{name}"
         if not objectives.find(name).labelled or not options.weight > 0:
             continue
+        if not images.has_labels:
+            raise Refusal(f"{where} reads labels, and {images.where} has none: {images.why_unlabelled}")
         labels = images.labels
-        if labels is None or images.classes is None or not (labels >= 0).any():
-            raise Refusal(
-                f"{where} reads labels, and {images.where} has none: "
-                + (
-                    images.no_label
-                    or "expected one sub-folder per class (two or more, and no images beside them), or a label column"
-                )
-            )
+        assert labels is not None and images.classes is not None
         count = max(len(images.classes), int(labels.max()) + 1)
         if options.classes == "auto":
             options.classes, reasons[f"{where}.classes"] = count, f"the classes of {images.where}"

@@ -112,8 +112,7 @@ def _measured(run: Path, looking: float) -> list[str]:
 
 def _judged(parts: Parts, run: Path) -> list[str]:
     """How to judge the backbone: with its own images where they have labels, else with others'."""
-    labels = parts.images.labels
-    if labels is not None and parts.images.classes and len(parts.images.classes) > 1 and (labels >= 0).any():
+    if parts.images.has_labels and len(parts.images.classes or ()) > 1:
         return [
             f"  how good is it:  {command('knn', '--ckpt', run)}",
             f"                   {command('linear', '--ckpt', run)}",

@@ -139,11 +139,9 @@ def _never_judged(test: Images) -> str:
 
 
 def only_labelled(images: Images) -> Images:
-    if images.labels is None or images.classes is None or not (images.labels >= 0).any():
-        expected = "expected one sub-folder per class (two or more, and no images beside them), or a label column"
-        raise Refusal(
-            f"no labels in {images.where}: {images.no_label or expected}; name labelled images: --data LABELLED"
-        )
+    if not images.has_labels:
+        raise Refusal(f"no labels in {images.where}: {images.why_unlabelled}; name labelled images: --data LABELLED")
+    assert images.labels is not None
     known = images.labels >= 0
     return images if known.all() else images.subset(known)
 

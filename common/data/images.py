@@ -81,6 +81,18 @@ class Images:
         return len(self._source) if self._indices is None else len(self._indices)
 
     @property
+    def has_labels(self) -> bool:
+        """Whether there are classes, and an image with one."""
+        return self.classes is not None and self.labels is not None and bool((self.labels >= 0).any())
+
+    @property
+    def why_unlabelled(self) -> str:
+        """What keeps these images from having labels, or else what was expected of them."""
+        return self.no_label or (
+            "expected one sub-folder per class (two or more, and no images beside them), or a label column"
+        )
+
+    @property
     def in_memory(self) -> bool:
         """Whether the pixels themselves are kept, so that every image can be read."""
         return isinstance(self._source, Arrays)

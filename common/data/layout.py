@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Refusal
+from ..paths import expanded
 from ..printable import printable
 from .listing import LeftOut, is_hidden, walk
 from .location import Location
@@ -58,7 +59,7 @@ def layout_of(where: Location, endings: frozenset[str]) -> Layout:
 
 
 def _part(top: Path, name: str) -> Path:
-    return top / os.path.expanduser(name)
+    return top / expanded(name)
 
 
 def _divided(root: Path, notes: list[str], train: str | None, where: Location, endings: frozenset[str]) -> Layout:
