@@ -44,8 +44,9 @@ test-slow: install  ## the tests that need many minutes or a network; stops at t
 	$(BIN)/pytest -q -m slow -x -n auto --maxprocesses 8 --dist loadfile --durations=5
 
 # Every row of the matrix of backbones, and what else calls timm, torch, torchvision and the hub in their own ways.
-FLOOR_TESTS = tests/test_floors.py tests/common/test_backbones.py tests/common/test_published.py \
-	tests/common/test_checkpoint.py tests/common/test_subjects.py tests/common/test_schedules.py tests/common/test_swin.py
+FLOOR_TESTS = tests/test_floors.py tests/common/models/test_backbones.py tests/common/models/test_swin.py \
+	tests/common/checkpoints/test_published.py tests/common/checkpoints/test_checkpoint.py \
+	tests/evaluate/job/test_subjects.py tests/common/training/test_schedules.py
 
 floors: .venv-floors/.installed  ## the tests of backbones and checkpoints, with the oldest dependencies: .venv-floors, 7 GB
 	.venv-floors/bin/pytest -q -x -n auto --maxprocesses 8 $(FLOOR_TESTS)
@@ -60,7 +61,7 @@ floors: .venv-floors/.installed  ## the tests of backbones and checkpoints, with
 simd:  ## a second environment, .venv-simd, with pillow-simd in place of pillow: faster resizing
 	@$(MAKE) --no-print-directory install VENV=.venv-simd
 	@.venv-simd/bin/pip check
-	@.venv-simd/bin/python -c 'from PIL import features; from common.launch import active_pil; \
+	@.venv-simd/bin/python -c 'from PIL import features; from common.processes.launch import active_pil; \
 		absent = [name for name in ("webp", "libtiff", "avif") if not features.check(name)]; \
 		print("active:", active_pil()); \
 		absent and print("built without", ", ".join(absent), "(no headers): for such images install libwebp-dev, libtiff-dev", \

@@ -22,7 +22,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry, set_threads
+from common.processes.launch import entry, set_threads
 
 # isort: split
 import argparse

@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry, set_threads
+from common.processes.launch import entry, set_threads
 
 # isort: split
 import argparse
@@ -46,14 +46,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common import precision as choice
+from common.batches.sampling import Batch
+from common.batches.transforms import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.models.backbone import IMAGENET_MEAN, IMAGENET_STD, set_attention
-from common.optim import clip_gradients, parameter_groups
-from common.sampling import Batch
-from common.schedules import Schedule
-from common.transforms import View
+from common.training import precision as choice
+from common.training.optim import clip_gradients, parameter_groups
+from common.training.schedules import Schedule
 from pretrain.task import build, resolve
 
 KINDS = ("lightly", "lightly, grouped", "ours", "ours, logged")  # logged: a step whose diagnostics are computed

@@ -31,9 +31,9 @@ from PIL import Image, features
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from common.batches.transforms import View, augment
 from common.data import open_data
-from common.data.decode import fast_jpeg
-from common.transforms import View, augment
+from common.decoding.decode import fast_jpeg
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCHES = (16, 64, 256)

@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import set_threads
+from common.processes.launch import set_threads
 
 # isort: split
 import argparse
@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.batches.sampling import Batch
+from common.batches.transforms import View
 from common.models import Features, ModelConfig, create
-from common.optim import parameter_groups
-from common.plan import PlanSpec, TokenPlan
-from common.sampling import Batch
-from common.transforms import View
+from common.models.plan import PlanSpec, TokenPlan
+from common.training.optim import parameter_groups
 from pretrain import objectives
 from pretrain.task import build, resolve
 

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import set_threads
+from common.processes.launch import set_threads
 
 # isort: split
 import argparse
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from common.data import open_data
-from common.features import extract
+from common.features.extraction import extract
 from common.models import Backbone, ModelConfig, create
-from common.probing.probe import Heads, drawn
-from common.probing.protocols import PROTOCOLS, sets
-from common.probing.views import batches, view
+from evaluate.probing.probe import Heads, drawn
+from evaluate.probing.protocols import PROTOCOLS, sets
+from evaluate.probing.views import batches, view
 
 BLOCKS, CLASSES = 4, 10
 HEADS_BOUND, CACHE_BOUND = 1.3, 20.0

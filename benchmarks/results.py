@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from common import config as configuration
 from common.config import flat
-from common.neighbors import FIELD
+from common.features.neighbors import FIELD
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "RESULTS.md"

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .launch import COMMAND, ROOT, scripts
+from .processes.launch import COMMAND, ROOT, scripts
 
 
 def command(name: str, *words: object, processes: int | None = None) -> str:

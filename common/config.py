@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import Refusal, nearest
-from .launch import ROOT
 from .paths import PLACE, expanded, if_there
 from .printable import printable
+from .processes.launch import ROOT
 
 T = TypeVar("T")
 OPTIONS_OF = "options_of"  # metadata of a dict[str, Any]: name of an entry -> the dataclass of its options, or None

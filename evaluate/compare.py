@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/compare.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry, run_script, scripts  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry, run_script, scripts  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -26,10 +26,15 @@ import shlex
 from collections.abc import Sequence
 
 from common import data
-from common.checkpoint import write_atomically
+from common.checkpoints.pretrained import TIMM
+from common.checkpoints.storage import write_atomically
 from common.commands import command
-from common.comparison.page import page
-from common.comparison.reports import (
+from common.data.location import OPTIONS, changed
+from common.errors import Refusal, nearest
+from common.features.extraction import KINDS, RAW
+from common.paths import expanded
+from evaluate.comparison.page import page
+from evaluate.comparison.reports import (
     APART,
     COLUMNS,
     WHOLE_DATA,
@@ -40,17 +45,12 @@ from common.comparison.reports import (
     open_runs,
     read_reports,
 )
-from common.comparison.rows import BASELINES, title_of
-from common.comparison.spreadsheet import differences, numbers
-from common.comparison.whole import Comparison, compared
-from common.comparison.words import differences_table, notes, scores_table
-from common.data.location import OPTIONS, changed
-from common.errors import Refusal, nearest
-from common.features import KINDS, RAW
-from common.paths import expanded
-from common.protocol import BASELINES as USUAL_BASELINES
-from common.protocol import Parser, add_data, alone, chosen_device, given_data
-from common.subjects import TIMM
+from evaluate.comparison.rows import BASELINES, title_of
+from evaluate.comparison.spreadsheet import differences, numbers
+from evaluate.comparison.whole import Comparison, compared
+from evaluate.comparison.words import differences_table, notes, scores_table
+from evaluate.job.protocol import BASELINES as USUAL_BASELINES
+from evaluate.job.protocol import Parser, add_data, alone, chosen_device, given_data
 
 USUAL = ("knn", "linear", "fewshot")
 POSSIBLE = (*COLUMNS, *APART)

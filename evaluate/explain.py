@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/explain.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import textwrap
@@ -39,21 +39,30 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import attribution
-from common.attribution import SHARES, Score, attend, attributions, components, deletion, random_orders, to_patches
-from common.checkpoint import write_atomically
+from common.batches.sampling import order
+from common.batches.unreadable import NO_LIMIT
+from common.checkpoints.storage import write_atomically
 from common.data import Images, labelled_splits
 from common.errors import Refusal
-from common.feature_cache import cached
-from common.features import Part, cache_key, extract_parts, shown
-from common.metrics import accuracy
+from common.features.extraction import Part, cache_key, extract_parts, shown
+from common.features.metrics import accuracy
+from common.features.neighbors import CENTRED, TREATMENTS, centre_of, unit_vectors
+from common.features.ridge import scores
 from common.models import Backbone
-from common.neighbors import CENTRED, TREATMENTS, centre_of, unit_vectors
-from common.protocol import Evaluation, alone, any_splits, begin, parser
-from common.report import table, write
-from common.ridge import scores
-from common.sampling import order
-from common.unreadable import NO_LIMIT
+from evaluate.explaining import attribution
+from evaluate.explaining.attribution import (
+    SHARES,
+    Score,
+    attend,
+    attributions,
+    components,
+    deletion,
+    random_orders,
+    to_patches,
+)
+from evaluate.job.feature_cache import cached
+from evaluate.job.protocol import Evaluation, alone, any_splits, begin, parser
+from evaluate.job.report import table, write
 
 IMAGES, JUDGED, REFERENCES = 8, 200, 2000  # drawn; whose patches are deleted; among which neighbours are looked for
 NEIGHBORS = 8  # of an image, on the sheet and in the target

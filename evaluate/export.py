@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/export.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry, set_threads  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry, set_threads  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -39,27 +39,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import checkpoint, data, subjects, timm_files
 from common import config as configuration
-from common.checkpoint import HEAD, sha256
+from common import data
+from common.batches.transforms import evaluation
+from common.batches.unreadable import NO_LIMIT
+from common.checkpoints import public, storage
+from common.checkpoints.pretrained import RANDOM
+from common.checkpoints.storage import HEAD, sha256
 from common.data import Images, Unreadable
 from common.data.location import changed
 from common.errors import Refusal
-from common.features import shown
-from common.finite import refuse_spoiled
+from common.features.extraction import shown
+from common.features.finite import refuse_spoiled
 from common.models import Backbone, Features
+from common.models.plan import TokenPlan
 from common.paths import expanded
-from common.plan import TokenPlan
-from common.protocol import Parser, add_data, alone, given_data
-from common.report import leak_note
-from common.subjects import RANDOM, Subject
-from common.timm_files import difference, scores
-from common.transforms import evaluation
-from common.unreadable import NO_LIMIT
+from evaluate.exporting import timm_files
+from evaluate.exporting.timm_files import difference, scores
+from evaluate.job import subjects
+from evaluate.job.protocol import Parser, add_data, alone, given_data
+from evaluate.job.report import leak_note
+from evaluate.job.subjects import Subject
 
 KINDS = ("timm", "safetensors", "onnx")
-FILES = {"timm": timm_files.FILES[0], "safetensors": checkpoint.WEIGHTS, "onnx": "model.onnx"}
-BESIDE = {"timm": timm_files.FILES[1:], "safetensors": (checkpoint.DESCRIPTION,), "onnx": ()}
+FILES = {"timm": timm_files.FILES[0], "safetensors": storage.WEIGHTS, "onnx": "model.onnx"}
+BESIDE = {"timm": timm_files.FILES[1:], "safetensors": (storage.DESCRIPTION,), "onnx": ()}
 CARD = "README.md"
 TOLERANCE = 1e-4  # between features, which a final norm has brought to about 1, and logits, of the largest
 LEVELS = 0.5  # of 255, between our images and those of timm's transform, on average: Pillow and torch round differently
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> int:
     if arguments.ckpt == RANDOM:
         raise Refusal("--ckpt random: nothing was trained, so there is nothing to export; give a run folder")
     subject = subjects.find(arguments.ckpt, None, arguments.weights)
-    head = checkpoint.load_head(arguments.ckpt, subject.description) if arguments.head else None
+    head = public.load_head(arguments.ckpt, subject.description) if arguments.head else None
     kinds = list(dict.fromkeys(arguments.to))
     if "onnx" in kinds:
         need_onnx()
@@ -264,9 +268,9 @@ def write_checkpoint(file: Path, source: Source) -> tuple[Backbone, TokenPlan, d
         about["training"] = about["training"] | {"head_sha256": sha256(file.parent / HEAD)}
     elif "finetuned" in about.get("training", {}):
         about["training"] = about["training"] | {"head": False}
-    checkpoint.export(file.parent, source.backbone, about)
-    again, plan, description = checkpoint.load_backbone(file)
-    return again, plan, checkpoint.load_head(file, description)
+    public.export(file.parent, source.backbone, about)
+    again, plan, description = public.load_backbone(file)
+    return again, plan, public.load_head(file, description)
 
 
 def compared(model: Any, config: dict[str, Any], source: Source, sample: Sample) -> Shown:

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/fewshot.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import Refusal
-from common.frozen import Split, splits
-from common.probing import subsets
-from common.probing.protocols import L2
-from common.probing.regression import Logistic, predicted
-from common.protocol import LABELS, Evaluation, begin, first_process, parser, together
-from common.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
-from common.ridge import scores as ridge_scores
+from common.features.ridge import scores as ridge_scores
+from evaluate.job.frozen import Split, splits
+from evaluate.job.protocol import LABELS, Evaluation, begin, first_process, parser, together
+from evaluate.job.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
+from evaluate.probing import subsets
+from evaluate.probing.protocols import L2
+from evaluate.probing.regression import Logistic, predicted
 
 SHOTS = (1, 5, 10, 25)  # big_vision's
 SHARES = (0.01, 0.1)  # of the training images

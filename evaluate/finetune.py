@@ -18,7 +18,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/finetune.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -28,17 +28,28 @@ from typing import Any
 
 import numpy as np
 
-from common import frozen, processes, recipes
 from common.errors import Refusal
-from common.finetuning.augment import rand_augment
-from common.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
-from common.finetuning.training import at_size, bits, train
-from common.finite import refuse_spoiled
-from common.probing.probe import probe
-from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
-from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
-from common.stopping import StopSignal
-from common.tracking import check_tensorboard
+from common.features.finite import refuse_spoiled
+from common.processes import group
+from common.processes.stopping import StopSignal
+from common.training.tracking import check_tensorboard
+from evaluate.finetuning.augment import rand_augment
+from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
+from evaluate.finetuning.training import at_size, bits, train
+from evaluate.job import frozen, recipes
+from evaluate.job.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
+from evaluate.job.report import (
+    Outcomes,
+    accuracies,
+    interval,
+    kind_name,
+    ordered,
+    percent,
+    table,
+    tell,
+    write,
+)
+from evaluate.probing.probe import probe
 
 NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}
 HABIT = (
@@ -63,8 +74,8 @@ def main(argv: list[str]) -> int:
     if config.rand_augment is not None:  # tried once, before any time is spent
         rand_augment(config.rand_augment, job.size, subject.description["mean"])
     refuse_spoiled(subject.state, subject.name)
-    processes.join(cpu=device.type == "cpu")
-    accelerator = processes.accelerator(job.precision)
+    group.join(cpu=device.type == "cpu")
+    accelerator = group.accelerator(job.precision)
     job.device = accelerator.device
     config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
     notes = [line for line in (note, changed, *unwise(config, len(job.train))) if line]

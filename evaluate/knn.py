@@ -14,18 +14,28 @@ from pathlib import Path
 if not __package__:  # `python evaluate/knn.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import Refusal
-from common.frozen import splits
-from common.metrics import accuracy
-from common.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
-from common.protocol import LABELS, begin, first_process, parser, together
-from common.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
+from common.features.metrics import accuracy
+from common.features.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
+from evaluate.job.frozen import splits
+from evaluate.job.protocol import LABELS, begin, first_process, parser, together
+from evaluate.job.report import (
+    Outcomes,
+    accuracies,
+    interval,
+    kind_name,
+    ordered,
+    percent,
+    table,
+    tell,
+    write,
+)
 
 KS = (10, 20, 100, 200)  # DINO's
 HEADLINE = 20

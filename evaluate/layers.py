@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/layers.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import dataclasses
@@ -31,18 +31,19 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from common import frozen, layerwise
-from common.checkpoint import write_atomically
+from common.batches.sampling import order
+from common.checkpoints.storage import write_atomically
 from common.data import Images
 from common.errors import Refusal
-from common.layerwise import Layer, groups, independent, patches, read_position, sample
-from common.metrics import accuracy
+from common.features.metrics import accuracy
+from common.features.neighbors import CENTRED, TREATMENTS, knn
 from common.models import Backbone, Features
-from common.neighbors import CENTRED, TREATMENTS, knn
-from common.precision import DTYPES
-from common.protocol import LABELS, Evaluation, alone, any_splits, begin, parser
-from common.report import accuracies, interval, leak_note, percent, table, write
-from common.sampling import order
+from common.training.precision import DTYPES
+from evaluate.explaining import layerwise
+from evaluate.explaining.layerwise import Layer, groups, independent, patches, read_position, sample
+from evaluate.job import frozen
+from evaluate.job.protocol import LABELS, Evaluation, alone, any_splits, begin, parser
+from evaluate.job.report import accuracies, interval, leak_note, percent, table, write
 
 IMAGES, LEAST = 10_000, 10  # training images; a fifth as many are judged
 K, TEMPERATURE = 20, 0.07

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/linear.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -29,15 +29,26 @@ import torch
 from torch import Tensor
 
 from common.errors import Refusal
-from common.features import RAW, depth
-from common.frozen import Split, splits
-from common.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
-from common.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
-from common.probing.regression import solved
-from common.probing.views import batches, view
-from common.protocol import LABELS, Evaluation, begin, first_process, parser, together
-from common.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
-from common.tracking import clock
+from common.features.extraction import RAW, depth
+from common.training.tracking import clock
+from evaluate.job.frozen import Split, splits
+from evaluate.job.protocol import LABELS, Evaluation, begin, first_process, parser, together
+from evaluate.job.report import (
+    CHOSEN,
+    Outcomes,
+    accuracies,
+    interval,
+    kind_name,
+    ordered,
+    percent,
+    table,
+    tell,
+    write,
+)
+from evaluate.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
+from evaluate.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
+from evaluate.probing.regression import solved
+from evaluate.probing.views import batches, view
 
 
 def main(argv: list[str]) -> int:

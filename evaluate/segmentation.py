@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/segmentation.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -33,18 +33,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common import processes, recipes
-from common.checkpoint import write_atomically
+from common.checkpoints.storage import write_atomically
 from common.errors import Refusal
-from common.finetuning.training import at_size
-from common.finite import refuse_spoiled
-from common.neighbors import CENTRED, TREATMENTS
-from common.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
-from common.report import Outcomes, interval, percent, table, tell, write
-from common.segmentation import heads
-from common.segmentation.data import CANVAS, Scenes, open_scenes
-from common.segmentation.inference import MULTI, SINGLE, stride_of
-from common.segmentation.options import (
+from common.features.finite import refuse_spoiled
+from common.features.neighbors import CENTRED, TREATMENTS
+from common.processes import group
+from common.processes.stopping import StopSignal
+from common.training.tracking import check_tensorboard
+from evaluate.finetuning.training import at_size
+from evaluate.job import recipes
+from evaluate.job.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
+from evaluate.job.report import Outcomes, interval, percent, table, tell, write
+from evaluate.job.subjects import Subject
+from evaluate.segmenting import heads
+from evaluate.segmenting.data import CANVAS, Scenes, open_scenes
+from evaluate.segmenting.inference import MULTI, SINGLE, stride_of
+from evaluate.segmenting.options import (
     SegmentationConfig,
     check,
     fit_batch,
@@ -54,12 +58,9 @@ from common.segmentation.options import (
     refuse_single,
     refuse_unused,
 )
-from common.segmentation.pictures import sheet
-from common.segmentation.scores import constant, majority, summary
-from common.segmentation.training import Found, answer
-from common.stopping import StopSignal
-from common.subjects import Subject
-from common.tracking import check_tensorboard
+from evaluate.segmenting.pictures import sheet
+from evaluate.segmenting.scores import constant, majority, summary
+from evaluate.segmenting.training import Found, answer
 
 NAMES = LABELS | {"majority": "majority class"}
 WHAT = "95 %, bootstrap over test images; it covers neither seeds nor training"
@@ -82,8 +83,8 @@ def main(argv: list[str]) -> int:
             job.train, job.test, job.note = open_scenes(job.where, config.reduce_zero_label)
     subject, note = resized(job, config)
     refuse_spoiled(subject.state, subject.name)
-    processes.join(cpu=device.type == "cpu")
-    accelerator = processes.accelerator(job.precision)
+    group.join(cpu=device.type == "cpu")
+    accelerator = group.accelerator(job.precision)
     job.device = accelerator.device
     config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
     refuse_single(config, accelerator.num_processes)

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/selftest.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import entry, run_script  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry, run_script  # first: it sets what torch reads when it is imported
 
 # isort: split
 import argparse
@@ -24,13 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common import report, subjects
 from common.commands import command
 from common.data import Images, Location, labelled_splits
 from common.errors import Refusal
-from common.neighbors import FIELD
+from common.features.neighbors import FIELD
 from common.paths import expanded
-from common.protocol import Parser, alone
+from evaluate.job import report, subjects
+from evaluate.job.protocol import Parser, alone
 
 MODEL = "timm:vit_small_patch16_224.dino"
 PARAMETERS = 21_665_664

@@ -14,22 +14,24 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from common import collectives, precision, schedules, subjects
+from common.batches.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from common.batches.unreadable import LISTED, Limit, Look, look_at
+from common.checkpoints import pretrained
 from common.data import Images, open_data
 from common.data.location import location_of
 from common.errors import Refusal
-from common.finite import refuse_spoiled
-from common.launch import ROOT, set_threads, usable_cores
+from common.features.finite import refuse_spoiled
 from common.models import create
-from common.optim import parameter_groups
-from common.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
-from common.stopping import Stopped, StopSignal, at_once
-from common.tracking import patient
-from common.unreadable import LISTED, Limit, Look, look_at
+from common.processes import collectives
+from common.processes.launch import ROOT, set_threads, usable_cores
+from common.processes.stopping import Stopped, StopSignal, at_once
+from common.training import precision, schedules
+from common.training.optim import parameter_groups
+from common.training.tracking import patient
 from pretrain import objectives
 from pretrain.audit import Verdict, cached_audit
+from pretrain.automatic import settle
 from pretrain.config import PretrainConfig, num_steps
-from pretrain.sizes import settle
 from pretrain.task import Pretraining, build, resolve
 
 PATIENCE = 3.0  # seconds after which what is being done is told
@@ -135,7 +137,7 @@ def assemble(
     say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
-        init = subjects.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
+        init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")

@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # `python pretrain/audit.py` puts pretrain/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import ROOT, entry, set_threads  # first: it sets what torch reads when it is imported
+from common.processes.launch import ROOT, entry, set_threads  # first: it sets what torch reads when it is imported
 
 # isort: split
 import copy
@@ -40,20 +40,21 @@ import torch
 from torch import Tensor, nn
 
 from common import config as configuration
-from common import controls
-from common.checkpoint import find, load_backbone, load_exactly, write_atomically
+from common.checkpoints.public import find, load_backbone, load_exactly
+from common.checkpoints.run_folder import CONFIG
+from common.checkpoints.storage import write_atomically
 from common.commands import command
 from common.errors import Refusal
 from common.models import Backbone, Features, create
 from common.paths import expanded, expanded_path
-from common.run_folder import CONFIG
-from pretrain import input_cues, objectives
+from pretrain import objectives
 from pretrain.command import Parser
 from pretrain.config import PretrainConfig, load
+from pretrain.leaks import controls, input_cues
+from pretrain.leaks.symmetry import copies, draw, draws, run, symmetry
 from pretrain.objectives import Answers, Positional
 from pretrain.objectives.absolute import Absolute, AbsoluteOptions
 from pretrain.objectives.relative import Relative
-from pretrain.structure import copies, draw, draws, run, symmetry
 from pretrain.task import Pretraining, build, resolve
 
 VERDICTS = ("clean", "asymmetric", "leak")  # from best to worst
@@ -83,8 +84,8 @@ CONSTANT = 0.1  # of what is added to parameters that start constant
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 # What decides a verdict: the cache forgets when one of these files changes.
-SOURCES = ("common/models/*.py", "common/plan.py", "common/heads.py", "common/positions.py", "common/controls.py")
-OWN = ("pretrain/objectives/*.py", "pretrain/structure.py", "pretrain/audit.py")
+SOURCES = ("common/models/*.py", "pretrain/heads.py", "common/positions.py", "pretrain/leaks/controls.py")
+OWN = ("pretrain/objectives/*.py", "pretrain/leaks/symmetry.py", "pretrain/audit.py")
 
 
 class Leak(Refusal):

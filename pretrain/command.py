@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config as configuration
+from common.checkpoints.run_folder import CONFIG
 from common.data.location import OPTIONS
 from common.errors import Refusal, nearest
 from common.paths import expanded_path
-from common.run_folder import CONFIG
 from pretrain import flight, identity, objectives
 from pretrain.config import PretrainConfig, check, load, resumed
 

@@ -10,16 +10,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
-from common import schedules
-from common.checkpoint import sweep, write_atomically
+from common.batches.transforms import View, presets
+from common.batches.unreadable import Limit
+from common.checkpoints.run_folder import CONFIG
+from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place
 from common.errors import Refusal, nearest
 from common.models import ModelConfig
-from common.optim import CLIP_BY
 from common.paths import expanded, if_there, path_option
-from common.run_folder import CONFIG
-from common.transforms import View, presets
-from common.unreadable import Limit
+from common.training import schedules
+from common.training.optim import CLIP_BY
 from pretrain import objectives
 from pretrain.task import resolve
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import processes
-from common.launch import active_pil
+from common.batches.sampling import HELD_OUT_EPOCH, loader
+from common.batches.unreadable import LISTED
 from common.models.backbone import count_parameters, set_attention
-from common.optim import clip_gradients
-from common.precision import DTYPES
-from common.sampling import HELD_OUT_EPOCH, loader
-from common.tracking import clock, patient
-from common.unreadable import LISTED
+from common.processes import group
+from common.processes.launch import active_pil
+from common.training.optim import clip_gradients
+from common.training.precision import DTYPES
+from common.training.tracking import clock, patient
 from pretrain.assemble import Parts, optimizer_for, schedule_for
 from pretrain.command import written
-from pretrain.pace import advice, step_seconds
+from pretrain.monitoring.pace import advice, step_seconds
 
 CALIBRATION, FEWEST = 20, 3  # steps, of which the first quarter warms up; at least so many
 BUDGET = 30.0  # seconds that they take, about
@@ -31,7 +31,7 @@ def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
     `heed` is called between steps and parts, and may raise.
     """
     config, process, images = parts.config, parts.process, parts.images
-    accelerator = processes.accelerator(config.precision)
+    accelerator = group.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
     accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
     said = [f"{what}: {words}" for what, words in (("splits", images.note), ("not read", images.left_out)) if words]
@@ -118,8 +118,8 @@ def _calibrate(parts: Parts, accelerator: Any, heed: Callable[[], None]) -> tupl
         batch = min(batch, config.batch)
     task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
     schedule = schedule_for(config, parts.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(0) * group["lr_scale"]
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = schedule(0) * parameters["lr_scale"]
     timed = dataclasses.replace(parts, config=dataclasses.replace(config, batch=batch), steps=CALIBRATION)
     batches = iter(
         loader(parts.samples, timed.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")

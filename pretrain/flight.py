@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from common import commands
 from common import config as configuration
-from common.checkpoint import STATE, sha256, write_atomically
+from common.checkpoints.run_folder import CONFIG
+from common.checkpoints.storage import STATE, sha256, write_atomically
+from common.checkpoints.stored_state import read_state
 from common.errors import Refusal
-from common.random_state import random_state
-from common.run_folder import CONFIG
-from common.stored_state import read_state
+from common.training.random_state import random_state
 
 if TYPE_CHECKING:  # the command line knows records, the audit knows the command line, and a run's parts the audit
-    from pretrain.resume import Checkpoints
+    from pretrain.checkpoints import Checkpoints
 
 FLIGHT, RECORD = "flight", "record.json"
 FORMAT = 1

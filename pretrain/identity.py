@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from common import checkpoint
 from common import config as configuration
+from common.checkpoints import storage
+from common.checkpoints.run_folder import CONFIG
 from common.errors import Refusal
-from common.run_folder import CONFIG
 from pretrain.config import MAY_GROW, PretrainConfig, may_change
 
 LINE = re.compile(r"^# run ([0-9a-f]{16})$", re.MULTILINE)  # in config.yaml: it stays with a folder that is moved
@@ -51,7 +51,7 @@ def refuse_other(folder: Path, state: Mapping[str, Any], run: Path, config: Pret
     about = state.get("identity")
     try:
         if about is None:
-            training = json.loads((folder / checkpoint.DESCRIPTION).read_text(encoding="utf-8"))["training"]
+            training = json.loads((folder / storage.DESCRIPTION).read_text(encoding="utf-8"))["training"]
             theirs = {name: training[name] for name in ("seed", "batch", "objectives") if name in training}
             name = None
         else:

@@ -14,16 +14,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common import changes, processes
+from common.batches.sampling import Batch, StepPart
+from common.checkpoints import changes
 from common.errors import Refusal
-from common.loop import fit
-from common.sampling import Batch, StepPart
-from common.stopping import Stopped, StopSignal, fetch
-from common.tracking import Progress
+from common.processes import group
+from common.processes.stopping import Stopped, StopSignal, fetch
+from common.training.loop import fit
+from common.training.tracking import Progress
 from pretrain import flight
 from pretrain.assemble import Parts, assemble, fit_options, optimizer_for, schedule_for
+from pretrain.checkpoints import Checkpoints, changed
 from pretrain.config import PretrainConfig
-from pretrain.resume import Checkpoints, changed
 from pretrain.task import Pretraining
 
 NAMED = 10  # names of a list that are told
@@ -118,7 +119,7 @@ class _Witness:
 def _again(folder: Path, record: flight.Record, parts: Parts, state: dict[str, Any]) -> _Witness:
     """Take the recorded step in the one training loop, up to where it would change something."""
     config, process = parts.config, parts.process
-    accelerator = processes.accelerator(config.precision)
+    accelerator = group.accelerator(config.precision)
     if config.model.compile:
         parts.task.compile_backbones()
     task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))

@@ -12,26 +12,26 @@ from pathlib import Path
 if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.launch import active_pil, entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import active_pil, entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 from contextlib import closing
 
-from common import processes
-from common.loop import fit
+from common.batches.sampling import loader
+from common.batches.unreadable import watch
+from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
 from common.printable import printable_lines
-from common.run_folder import WAIT, RunLock, create, refuse_existing
-from common.sampling import loader
-from common.stopping import StopSignal
-from common.tracking import Progress, Tracker, check_tensorboard
-from common.unreadable import watch
-from pretrain import monitors, pace
+from common.processes import group
+from common.processes.stopping import StopSignal
+from common.training.loop import fit
+from common.training.tracking import Progress, Tracker, check_tensorboard
 from pretrain.assemble import assemble, fit_options, optimizer_for, schedule_for
+from pretrain.checkpoints import Checkpoints, seed_process
 from pretrain.command import parse, read, written
 from pretrain.dry_run import dry_run
 from pretrain.flight import FlightRecorder
+from pretrain.monitoring import monitors, pace
 from pretrain.replay import replay
-from pretrain.resume import Checkpoints, seed_process
 from pretrain.summary import begun, ended
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     stop = StopSignal()
     arguments = parse(argv, __doc__ or "")
     config, run = read(arguments)
-    process = processes.join()
+    process = group.join()
     if arguments.replay is not None:
         return replay(arguments.replay, config, process)
     lock = None  # keeps other processes from writing this run, for as long as it is referred to
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         run = parts.agree_on(run)
     assert run is not None and (lock is not None or not process.is_main_process)
 
-    accelerator = processes.accelerator(config.precision)
+    accelerator = group.accelerator(config.precision)
     seed_process(config.seed, process.process_index)
     if config.model.compile:
         parts.task.compile_backbones()

@@ -7,15 +7,15 @@ from typing import Any
 import timm
 import torch
 
-from common import schedules
+from common.batches.unreadable import UNREADABLE
 from common.commands import command
-from common.ema import half_life
 from common.models.backbone import count_parameters
-from common.tracking import held_out_summary, last_held_out
-from common.unreadable import UNREADABLE
+from common.training import schedules
+from common.training.ema import half_life
+from common.training.tracking import held_out_summary, last_held_out
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
-from pretrain.pace import expected
+from pretrain.monitoring.pace import expected
 
 
 def begun(parts: Parts, run: Path, start: int, pil: str) -> str:

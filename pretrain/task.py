@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import ema
+from common.batches.sampling import Batch, Collate, Draw
+from common.batches.transforms import View, height_width
 from common.errors import Refusal
 from common.models import Backbone, Features
-from common.sampling import Batch, Collate, Draw
-from common.schedules import Schedule
-from common.transforms import View, height_width
+from common.training import ema
+from common.training.schedules import Schedule
 from pretrain import objectives
 from pretrain.objectives import Objective, Pass, Positional
 

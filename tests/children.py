@@ -197,7 +197,7 @@ def training_here() -> Iterator[Callable[..., int]]:
     from accelerate.state import AcceleratorState, GradientState
     from tensorboard.summary.writer import event_file_writer
 
-    from common.stopping import HEEDED
+    from common.processes.stopping import HEEDED
     from pretrain import run
 
     # TensorBoard reads files of one second and one process in the order of their names, where 9 comes after 10.

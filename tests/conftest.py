@@ -71,7 +71,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """`at_step(n, do)`: `do()` once step n was recorded, in a run of this process."""
-    from common.tracking import Tracker
+    from common.training.tracking import Tracker
 
     def plan(number: int, do: Callable[[], object], write: Callable = Tracker.write) -> None:
         def written(self: Tracker, step: int, record: dict) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import collectives
+from common.batches.transforms import View
 from common.models import Features
-from common.transforms import View
+from common.processes import collectives
+from pretrain.distillation.prototypes import sinkhorn
 from pretrain.objectives.dino import Dino, DinoOptions
-from pretrain.prototypes import sinkhorn
 
 IMAGES, WIDTH, CROPS = 6, 8, {"student": 2, "teacher": 2, "local": 3}
 SMALL = {"prototypes": 20, "hidden": 12, "bottleneck": 6, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from small import backbone
 
-from common import collectives
+from common.batches.transforms import View
 from common.models import Features
-from common.transforms import View
+from common.processes import collectives
 from pretrain.objectives import ibot, koleo
 
 B, V, N, D, K = 8, 2, 9, 32, 10  # images of all processes, crops, patches, width, prototypes

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from small import backbone
 
+from common.batches.transforms import View
 from common.data import Images
 from common.data.images import Unreadable
-from common.transforms import View
 from pretrain.config import MonitorConfig
-from pretrain.monitors import _extracted, frozen
+from pretrain.monitoring.monitors import _extracted, frozen
 from pretrain.task import Pretraining, build, resolve
 
 DINO = {"prototypes": 8, "hidden": 16, "bottleneck": 8, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}

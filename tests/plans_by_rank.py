@@ -3,9 +3,9 @@
 import torch
 from small import Noise, task
 
+from common.batches.sampling import Samples, StepSampler
+from common.batches.transforms import View
 from common.data import Images
-from common.sampling import Samples, StepSampler
-from common.transforms import View
 
 OBJECTIVES = {
     "absolute": {"keep": 0.5, "position": "partial", "position_keep": 0.3, "context": 0.5},

@@ -28,15 +28,15 @@ def ranks(function: Found, processes: int = 2) -> list[Any]:
 def main(file: str, name: str) -> None:
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), str(here), *(path for path in sys.path if Path(path).resolve() != here)]
-    import common.launch  # noqa: F401  (before torch)
+    import common.processes.launch  # noqa: F401  (before torch)
 
     # isort: split
     import torch.distributed
     from accelerate.utils import gather_object
 
-    from common import processes
+    from common.processes import group
 
-    process = processes.join(cpu=True)
+    process = group.join(cpu=True)
     found = runpy.run_path(file)[name](process.process_index, process.num_processes)
     everybody = gather_object([(process.process_index, found)])
     if process.is_main_process:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from common.checkpoint import sha256
+from common.checkpoints.storage import sha256
 
 K = 200  # test images
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}

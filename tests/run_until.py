@@ -16,12 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import launch  # noqa: E402, F401  (first: it sets what torch reads when it is imported)
+from common.processes import launch  # noqa: E402, F401  (first: it sets what torch reads when it is imported)
 
 # isort: split
 import torch  # noqa: E402
 
-from common import stopping, tracking  # noqa: E402
+from common.processes import stopping  # noqa: E402
+from common.training import tracking  # noqa: E402
 
 DEADLINE = 120.0  # seconds to wait for the signal
 

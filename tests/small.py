@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
+from common.batches.sampling import Samples
+from common.batches.transforms import View
 from common.data import Images
 from common.models import Backbone, ModelConfig, create
-from common.plan import TokenPlan
-from common.sampling import Samples
-from common.transforms import View
+from common.models.plan import TokenPlan
 from pretrain.task import Pretraining, build, resolve
 
 NONE = TokenPlan("none")

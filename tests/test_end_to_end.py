@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.checkpoint import find, load_backbone
+from common.checkpoints.public import find, load_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 Main = Callable[..., int]

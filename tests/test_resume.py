@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from children import TINY, Ended, Run, Train, alive
 
-from common import checkpoint
-from common.stored_state import read_checkpoint
+from common.checkpoints import private, public
+from common.checkpoints.stored_state import read_checkpoint
 
 STEPS, EVERY = 30, 4  # as in tiny.yaml
 SOON = 15.0  # seconds from SIGTERM to the end; a step takes hundredths of one
@@ -52,7 +52,7 @@ def strike(train: Train, run: Path, *words: str, at: int, by: signal.Signals, **
 def after(run: Path, ended: Ended, at: int, seconds: float = 0.0) -> Accident:
     left = Run(run)
     try:
-        exported = checkpoint.load_backbone(run)[2]["training"]["step"]
+        exported = public.load_backbone(run)[2]["training"]["step"]
     except Exception as error:
         exported = error  # type: ignore[assignment]
     files = sorted(path.name for path in (run / "state").iterdir())
@@ -279,7 +279,7 @@ def test_two_processes_are_two(stories):
     assert told.peaceful_ended.status == 0, told.peaceful_ended.stderr
     assert "2 x CPU" in told.peaceful_ended.stdout
     assert told.peaceful_ended.stdout.count("step 15/15  loss") == 1  # the second one is quiet
-    folder = checkpoint.newest_whole(told.peaceful.path, print)
+    folder = private.newest_whole(told.peaceful.path, print)
     assert folder is not None
     state = read_checkpoint(folder)
     assert len(state["random"]) == 2
@@ -343,7 +343,7 @@ def test_killed_at_twelve_random_moments(train, images, tmp_path, processes, see
         if (run.path / "config.yaml").exists():
             words = ["--resume", run.path]
             if run.checkpoints:
-                assert checkpoint.load_backbone(run.path)[2]["training"]["step"] in run.checkpoints
+                assert public.load_backbone(run.path)[2]["training"]["step"] in run.checkpoints
     ended = train(*words, processes=processes)
     assert ended.status == 0, ended.stderr
     assert kills >= 6

@@ -16,11 +16,11 @@ import pytest
 import torch
 from children import TINY, Run, training_here
 
-import pretrain.resume
-from common import changes, checkpoint
+import pretrain.checkpoints
+from common.batches.sampling import Samples
+from common.checkpoints import changes, storage
 from common.data import open_data
 from common.errors import Refusal
-from common.sampling import Samples
 
 STEPS, EVERY = 30, 4  # as in tiny.yaml
 
@@ -92,7 +92,7 @@ def test_means_of_an_interval_that_was_cut_are_those_of_one_that_was_not(inside,
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patched:
-            patched.setattr("common.tracking.Progress.step", stepped)
+            patched.setattr("common.training.tracking.Progress.step", stepped)
             assert inside(*(("--resume", "cut") if at > 4 else (*words, "run=cut", "log_every=5"))) == 0
     assert inside("--resume", "cut") == 0
     each, whole, cut = (Run(Path(name)) for name in ("each", "whole", "cut"))
@@ -193,7 +193,7 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
         del state["identity"]
         torch.save(state, folder / "state.pt")
         manifest = json.loads((folder / "manifest.json").read_text())
-        size, digest = (folder / "state.pt").stat().st_size, checkpoint.sha256(folder / "state.pt")
+        size, digest = (folder / "state.pt").stat().st_size, storage.sha256(folder / "state.pt")
         manifest["files"]["state.pt"] = {"sha256": digest, "bytes": size}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Refusal, match=r"is of another run, with seed=0, here 1"):
@@ -208,9 +208,11 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
 def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied, images, monkeypatch, capsys, ages):
     """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them. What is
     learned otherwise than then is said, and stays with the run."""
-    load = pretrain.resume.read_checkpoint
+    load = pretrain.checkpoints.read_checkpoint
     with monkeypatch.context() as patched, pytest.raises(Refusal, match=r"an earlier version.*data_train=\. reads all"):
-        patched.setattr(pretrain.resume, "read_checkpoint", lambda folder: load(folder) | {"fingerprint": "9213ea0b"})
+        patched.setattr(
+            pretrain.checkpoints, "read_checkpoint", lambda folder: load(folder) | {"fingerprint": "9213ea0b"}
+        )
         inside("--resume", copied.path)
 
     def earlier(folder):
@@ -221,7 +223,7 @@ def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied,
             assert state.pop("version") == changes.VERSION
         return state | {"fingerprint": open_data(str(images))._digest(first=True)} | known
 
-    monkeypatch.setattr(pretrain.resume, "read_checkpoint", earlier)
+    monkeypatch.setattr(pretrain.checkpoints, "read_checkpoint", earlier)
     assert inside("--resume", copied.path) == 0  # it is done: nothing more is learned
     said = capsys.readouterr().out
     assert "earlier version" not in said and ("were written or exchanged since" in said) == (ages is not None)

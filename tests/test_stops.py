@@ -10,7 +10,7 @@ import time
 import pytest
 from children import TINY, Run, alive, descendants
 
-from common.stopping import GRACE
+from common.processes.stopping import GRACE
 
 pytestmark = pytest.mark.slow
 

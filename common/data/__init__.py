@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..decoding.depth import parse_range
 from ..errors import Refusal, nearest
 from . import arrays, folder, huggingface
-from .depth import parse_range
 from .images import UNLABELLED, Images, Unreadable
 from .location import NAMED, Location
 

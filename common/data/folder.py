@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from ..decoding.decode import decode, endings, formats
+from ..decoding.depth import Range
 from ..errors import Refusal
 from ..printable import printable
-from .decode import decode, endings, formats
-from .depth import Range
 from .images import Images
 from .layout import Layout, folders, inside, layout_of
 from .listing import LeftOut, images_of, real_folder, sample_of, stamps

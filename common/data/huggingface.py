@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..decoding.decode import decode
+from ..decoding.depth import Range
 from ..errors import Refusal
 from ..printable import printable
-from .decode import decode
-from .depth import Range
 from .images import UNLABELLED, Images
 from .listing import is_hidden, stamps
 from .location import Location

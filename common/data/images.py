@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decoding.depth import Range
 from ..errors import Refusal
 from ..printable import printable
-from .depth import Range
 
 UNLABELLED = -1
 KIND = "2-"  # before a fingerprint: what it is made of, see `Images.has_fingerprint`

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..errors import Refusal, nearest
 from ..paths import if_there, path_option
-from ..plan import PlanSpec, TokenPlan
-from . import plain
+from . import token_plans
 from .embeddings import resize_without_antialiasing
 from .irpe import RelativeAttention, add_irpe
 from .lv_vit import LvVit
+from .plan import PlanSpec, TokenPlan
 from .sp_vit import SpVit
 from .swin import alter
 
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         images: Tensor,
         plan: TokenPlan | None = None,
         hidden: Tensor | None = None,
-        masked: plain.Masked | None = None,
+        masked: token_plans.Masked | None = None,
     ) -> Features:
         """Final-norm features. `plan=None`: every patch, with position encoding unless `prepare` removed it.
 
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
         last: int | Sequence[int],
         plan: TokenPlan | None = None,
         hidden: Tensor | None = None,
-        masked: plain.Masked | None = None,
+        masked: token_plans.Masked | None = None,
         norm: bool = True,
     ) -> list[Features]:
         """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
@@ -177,7 +177,7 @@ class Backbone(nn.Module):
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, P, grid in deep]
         if isinstance(self.model, VisionTransformer):
             P = self.model.num_prefix_tokens
-            outputs = plain.run(self.model, images, wanted, plan, hidden, masked, norm)
+            outputs = token_plans.run(self.model, images, wanted, plan, hidden, masked, norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
         if (plan.position == "none") != self.without_position and not self.indifferent:
             raise ValueError(
@@ -282,7 +282,7 @@ class Backbone(nn.Module):
             )
         if plan.position == "partial" and self.model.pos_embed is None:
             raise Refusal(f"{kind} has no position embedding of which position=partial could show a part")
-        if plan.context < 1 and (reason := plain.without_context(self.model)):
+        if plan.context < 1 and (reason := token_plans.without_context(self.model)):
             raise Refusal(f"{kind} cannot run with {what}: {reason}; use a plain ViT or DeiT, or context=1")
 
 
@@ -292,12 +292,10 @@ def _from_map(plan: TokenPlan, features: Tensor, prefix: Tensor | None = None) -
     return Features(tokens, tokens.new_empty(B, 0, D) if prefix is None else prefix, (h, w), plan)
 
 
-def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
+def create(config: ModelConfig, size: Any) -> Backbone:
     """The backbone of `config` for images of `size` (pixels: one number, or height and width), freshly initialised.
 
-    With `init` (a run folder, a backbone's file or timm:NAME) it has those weights instead, resized to its grid where
-    that differs, and what was done is printed; pretraining gives it model.init, and only when a run begins.
-    Raises Refusal for weights of another model, an unknown name, an argument timm does not take, or a size the
+    Raises Refusal for an unknown name, an argument timm does not take, or a size the
     architecture cannot be built for.
     """
     h, w = (size, size) if isinstance(size, int) else size
@@ -364,10 +362,6 @@ def create(config: ModelConfig, size: Any, init: str | None = None) -> Backbone:
             "change views.global.size, model.kwargs (patch_size, window_size, ...) or model.name"
         ) from error
     set_attention(backbone, config.attention)
-    if init is not None:
-        from ..subjects import begin_from  # here: it opens checkpoints, and so creates backbones itself
-
-        print(begin_from(backbone, init, config.weights))
     return backbone
 
 
@@ -458,7 +452,7 @@ def _fix_sincos(model: Any, name: str) -> None:
             f"that is a multiple of 4, and {name!r} is none"
         )
     grid = model.patch_embed.grid_size
-    patches = plain.sincos(grid, embedding.shape[-1])  # type: ignore[arg-type]
+    patches = token_plans.sincos(grid, embedding.shape[-1])  # type: ignore[arg-type]
     with torch.no_grad():
         embedding.zero_()
         embedding[0, embedding.shape[1] - len(patches) :] = patches

@@ -17,12 +17,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from common.batches.sampling import Batch
+from common.batches.transforms import View
 from common.config import merge, to_object
 from common.errors import Refusal, nearest
 from common.models import Backbone, Features
-from common.plan import PlanSpec
-from common.sampling import Batch
-from common.transforms import View
+from common.models.plan import PlanSpec
 
 
 @dataclass(frozen=True)

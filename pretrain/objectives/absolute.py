@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import collectives, positions
+from common import positions
 from common.errors import Refusal, nearest
-from common.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
 from common.models import Backbone, Features
-from common.plan import PlanSpec
+from common.models.plan import PlanSpec
+from common.processes import collectives
+from pretrain.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
 from pretrain.objectives import Answers, Pass, Positional
 
 HEADS = {"linear": LinearHead, "mlp": MlpHead, "half": HalfHead}

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import Refusal, nearest
-from common.heads import LinearHead, wide
 from common.models import Backbone, Features
-from common.plan import PlanSpec
+from common.models.plan import PlanSpec
+from pretrain.heads import LinearHead, wide
 from pretrain.objectives import Objective, Pass
 
 POOLS = ("auto", "class", "mean")

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import collectives, ema
+from common.batches.transforms import View
 from common.errors import Refusal, nearest
-from common.heads import ProjectionHead, wide
-from common.metrics import rankme
+from common.features.metrics import rankme
 from common.models import Backbone, Features
-from common.schedules import parse
-from common.transforms import View
-from pretrain import collapse
+from common.processes import collectives
+from common.training import ema
+from common.training.schedules import parse
+from pretrain.distillation import collapse
+from pretrain.distillation.prototypes import Centre, crops_cross_entropy, entropy, marginal_entropy, sinkhorn
+from pretrain.heads import ProjectionHead, wide
 from pretrain.objectives import Objective, Pass, Verdict
-from pretrain.prototypes import Centre, crops_cross_entropy, entropy, marginal_entropy, sinkhorn
 
 CENTERING = ("centre", "sinkhorn")
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
@@ -214,7 +215,7 @@ def _refuse_impossible(options: DinoOptions) -> None:
 
     for name in ("prototypes", "teacher_temperature", "freeze_last_layer"):
         if getattr(options, name) == "auto":
-            refuse(name, "a number; `auto` stands for one that depends on the number of images (pretrain/sizes.py)")
+            refuse(name, "a number; `auto` stands for one that depends on the number of images (pretrain/automatic.py)")
     if isinstance(options.prototypes, bool) or not isinstance(options.prototypes, int) or options.prototypes < 2:
         refuse("prototypes", "a whole number, 2 or more, or auto")
     temperature = parse(options.teacher_temperature, "objectives.dino.teacher_temperature")

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import collectives, ema
+from common.batches.transforms import View, height_width
 from common.errors import Refusal, nearest
-from common.heads import ProjectionHead
-from common.masks import draw_masks
 from common.models import Backbone, Features
-from common.schedules import parse
-from common.transforms import View, height_width
-from pretrain import collapse, prototypes
+from common.processes import collectives
+from common.training import ema
+from common.training.schedules import parse
+from pretrain.distillation import collapse, prototypes
+from pretrain.distillation.masks import draw_masks
+from pretrain.heads import ProjectionHead
 from pretrain.objectives import Objective, Pass, Verdict
 
 CENTERINGS = ("sinkhorn", "centre")

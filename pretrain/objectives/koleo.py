@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import collectives
+from common.batches.transforms import View
 from common.errors import Refusal
-from common.heads import wide
 from common.models import Backbone, Features
-from common.transforms import View
+from common.processes import collectives
+from pretrain.heads import wide
 from pretrain.objectives import Objective, Pass
 
 EPSILON = 1e-8  # what is added to a distance, and the smallest length that a token is divided by (DINOv2)

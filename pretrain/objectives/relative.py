@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal, nearest
-from common.heads import PairHead, pair_outputs, wide
 from common.models import Backbone, Features
-from common.plan import PlanSpec
+from common.models.plan import PlanSpec
+from pretrain.heads import PairHead, pair_outputs, wide
 from pretrain.objectives import Answers, Pass, Positional
 
 # Bytes of the pairs that are worked on at a time. On a CPU few enough for its caches, and for memory that is used again

@@ -9,7 +9,7 @@ import pytest
 
 from common import commands
 from common.commands import command
-from common.launch import COMMAND
+from common.processes.launch import COMMAND
 
 BESIDE = Path(sys.executable).parent
 

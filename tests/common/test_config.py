@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from common import config
+from common.batches.transforms import View, presets
 from common.errors import Refusal, nearest
-from common.transforms import View, presets
 
 
 @dataclass

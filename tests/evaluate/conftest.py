@@ -12,10 +12,10 @@ import pytest
 import torch
 from pictures import write_images
 
-from common import checkpoint
+from common.checkpoints import public
 from common.models import ModelConfig, create
-from common.plan import PlanSpec
-from common.stopping import HEEDED
+from common.models.plan import PlanSpec
+from common.processes.stopping import HEEDED
 
 ROOT = Path(__file__).resolve().parents[2]
 CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
@@ -42,7 +42,7 @@ def make_run(tmp_path, data):
         training = {"data": str(data), "data_root": None, "step": 12, "recipe": "tiny", "precision": "fp32"}
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
-        checkpoint.export(run, backbone, checkpoint.describe(backbone, position, "mean", training))
+        public.export(run, backbone, public.describe(backbone, position, "mean", training))
         return run
 
     return make

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pictures import write_images
 from PIL import Image
 
-from common import checkpoint
+from common.checkpoints import public
 from common.errors import Refusal
 from common.models import ModelConfig, create
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_attributed_is_left_out_with_the_reason(make_run, script,
     run = make_run(depth=2)
     bare = create(ModelConfig("vit_tiny_patch16_224", dict(TINY), irpe={"on": "k", "method": "product"}, crop=1.0), 8)
     training = json.loads((run / "backbone.json").read_text())["training"]
-    checkpoint.export(run, bare, checkpoint.describe(bare, "full", "mean", training))
+    public.export(run, bare, public.describe(bare, "full", "mean", training))
     assert script("explain").main(["--ckpt", str(run), "--images", "2", *CALM]) == 0
     told, report = capsys.readouterr().out, report_of(run, "explain")
     assert report["values"]["subject"]["deletion"].keys() == {*METHODS[:3], "random"}

@@ -12,13 +12,14 @@ from backbones import ROWS, Row
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import checkpoint, timm_files
-from common.checkpoint import HEAD
+from common.batches.transforms import evaluation
+from common.checkpoints import public, storage
+from common.checkpoints.storage import HEAD
 from common.errors import Refusal
-from common.finetuning.classifier import Classifier
 from common.models import ModelConfig, create
-from common.plan import PlanSpec, TokenPlan
-from common.transforms import evaluation
+from common.models.plan import PlanSpec, TokenPlan
+from evaluate.exporting import timm_files
+from evaluate.finetuning.classifier import Classifier
 
 NAMES = [name for name, row in ROWS.items() if row.irpe is None and name != "swin, altered"]
 TO_TIMM = [*((name, "full") for name in NAMES), *((name, "none") for name in NAMES if name != "nest")]  # 3 s, as Swin
@@ -48,8 +49,8 @@ def run_of(tmp_path, data):
             save_file({key: torch.randn_like(tensor) for key, tensor in head.items()}, run / HEAD)
             names = [f"kind {k}" for k in range(classes)]
             training |= {"finetuned": {"classes": classes}, "label_names": names}
-            training |= {"head_sha256": checkpoint.sha256(run / HEAD)}
-        checkpoint.export(run, backbone, checkpoint.describe(backbone, position, pooling, training))
+            training |= {"head_sha256": storage.sha256(run / HEAD)}
+        public.export(run, backbone, public.describe(backbone, position, pooling, training))
         return run
 
     return make
@@ -88,7 +89,7 @@ def test_timm_gives_the_same_features_by_the_lines_on_the_card(name, position, r
         return
     assert export.main(["--ckpt", str(run), *CALM]) == 0
     names = typed(block((run / "export" / "README.md").read_text()), run / "export", monkeypatch)
-    backbone, plan, _ = checkpoint.load_backbone(run)
+    backbone, plan, _ = public.load_backbone(run)
     torch.manual_seed(5)
     images = torch.randn(2, 3, *backbone.size)  # others than those the export was tried on
     with torch.no_grad():
@@ -127,7 +128,7 @@ def test_timm_is_told_how_images_are_put_in(options, size, run_of, script, monke
         assert list(config[name]) == options[name]
     assert tuple(config["input_size"]) == (len(options["mean"]), *size) and config["crop_pct"] == options["crop"]
     assert config["interpolation"] == "bicubic" and config["crop_mode"] == "center"
-    backbone, plan, _ = checkpoint.load_backbone(run)
+    backbone, plan, _ = public.load_backbone(run)
     with torch.no_grad():
         expected = backbone(ours(run, grey=len(options["mean"]) == 1), plan)
     torch.testing.assert_close(names["tokens"][:, 1:], expected.tokens, rtol=0, atol=0.03)
@@ -165,12 +166,12 @@ def test_a_classifier_keeps_its_head(name, pooling, pools, run_of, script, monke
             export.main(["--ckpt", str(run), *CALM])
     kinds = ["timm", "safetensors"] if pools else ["safetensors"]
     assert export.main(["--ckpt", str(run), "--to", *kinds, *CALM]) == 0
-    again = checkpoint.load_head(run / "export", json.loads((run / "export" / "backbone.json").read_text()))
+    again = public.load_head(run / "export", json.loads((run / "export" / "backbone.json").read_text()))
     assert all(torch.equal(again[key], tensor) for key, tensor in load_file(run / HEAD).items())
     if not pools:
         return
     names = typed(block((run / "export" / "README.md").read_text()), run / "export", monkeypatch)
-    backbone, _, _ = checkpoint.load_backbone(run)
+    backbone, _, _ = public.load_backbone(run)
     classifier = Classifier(backbone, pooling, 3).eval()
     classifier.head.load_state_dict(load_file(run / HEAD))
     torch.manual_seed(5)
@@ -192,7 +193,7 @@ def test_class_tokens_that_come_in_above_the_patches(name, status, run_of, scrip
         assert "model.safetensors: features differ by more than 0.0001" in capsys.readouterr().err
         return
     tokens = typed(block((run / "export" / "README.md").read_text()), run / "export", monkeypatch)["tokens"]
-    backbone, plan, _ = checkpoint.load_backbone(run)
+    backbone, plan, _ = public.load_backbone(run)
     with torch.no_grad():
         torch.testing.assert_close(tokens[:, 1:], backbone(ours(run), plan).tokens, rtol=0, atol=0.03)
 
@@ -234,7 +235,7 @@ def test_safetensors_is_a_checkpoint_again(make_run, script):
     assert {file.name for file in out.iterdir()} == {"backbone.safetensors", "backbone.json", "README.md"}
     original, again = (json.loads((folder / "backbone.json").read_text()) for folder in (run, out))
     assert original == again
-    assert checkpoint.load_backbone(out)[1].position == "none"
+    assert public.load_backbone(out)[1].position == "none"
 
 
 def test_card_says_what_is_known(make_run, script, data):
@@ -244,7 +245,7 @@ def test_card_says_what_is_known(make_run, script, data):
     (run / "backbone.json").write_text(json.dumps(about))
     assert export.main(["--ckpt", str(run), "--to", "timm", *CALM]) == 0
     card = (run / "export" / "README.md").read_text()
-    digest = checkpoint.sha256(run / "export" / "model.safetensors")
+    digest = storage.sha256(run / "export" / "model.safetensors")
     for words in (
         "vit_tiny_patch16_224", "'embed_dim': 32", "| Recipe | tiny |", f"| Data | {data} |", "leaks the answer",
         digest, about["weights_sha256"], "| Position | off", "told \\| at once", "| Pooling | mean",
@@ -277,7 +278,7 @@ def test_features_that_differ_are_not_left_behind(make_run, script, monkeypatch,
     monkeypatch.setattr(
         timm_files, "state_for_timm", lambda backbone, _, made=timm_files.state_for_timm: made(backbone, "none")
     )
-    backbone, _, _ = checkpoint.load_backbone(run)
+    backbone, _, _ = public.load_backbone(run)
     assert backbone.model.pos_embed.abs().max() > 0
     assert export.main(["--ckpt", str(run), *CALM]) == 1
     assert "model.safetensors: features differ by more than 0.0001" in capsys.readouterr().err
@@ -327,7 +328,7 @@ def test_onnx_gives_a_classifiers_logits(name, pooling, run_of, script):
 
     session = onnxruntime.InferenceSession(str(run / "export" / "model.onnx"))
     assert [output.name for output in session.get_outputs()][-1] == "logits"
-    backbone, _, _ = checkpoint.load_backbone(run)
+    backbone, _, _ = public.load_backbone(run)
     images = torch.randint(0, 256, (2, 3, *backbone.size), dtype=torch.uint8)
     classifier = Classifier(backbone, pooling, 3).eval()
     classifier.head.load_state_dict(load_file(run / HEAD))

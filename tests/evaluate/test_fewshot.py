@@ -5,7 +5,7 @@ import pytest
 from pictures import write_images
 
 from common.errors import Refusal
-from common.probing import subsets
+from evaluate.probing import subsets
 
 CALM = ["--threads", "1", "--device", "cpu"]
 LABELS = np.array([0] * 40 + [2] * 30 + [5] * 7)

@@ -17,18 +17,19 @@ import torch
 from pictures import write_images
 from PIL import Image
 
-from common import checkpoint, tracking
+from common.batches.sampling import Samples, StepSampler, generator
+from common.batches.transforms import View
+from common.checkpoints import public, storage
 from common.data.images import Arrays, Images
 from common.errors import Refusal
-from common.features import digest
-from common.finetuning import mixing
-from common.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
-from common.finetuning.options import FinetuneConfig
-from common.finetuning.training import HEAD, Classifier, Finetuning, at_size
-from common.optim import parameter_groups
-from common.sampling import Samples, StepSampler, generator
-from common.subjects import find
-from common.transforms import View
+from common.features.extraction import digest
+from common.training import tracking
+from common.training.optim import parameter_groups
+from evaluate.finetuning import mixing
+from evaluate.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
+from evaluate.finetuning.options import FinetuneConfig
+from evaluate.finetuning.training import HEAD, Classifier, Finetuning, at_size
+from evaluate.job.subjects import find
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "evaluate").glob("finetune_*.yaml"))
@@ -69,9 +70,9 @@ def test_a_backbone_trained_without_positions_gets_fresh_ones(make_run):
 
 
 def test_tables_inside_the_blocks_become_trainable_again():
-    from common.checkpoint import build, describe
+    from common.checkpoints.public import build, describe
     from common.models import ModelConfig, create
-    from common.subjects import Subject
+    from evaluate.job.subjects import Subject
 
     shape = {"patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 2}
     model = create(ModelConfig("swin_tiny_patch4_window7_224", shape), 8)
@@ -318,7 +319,7 @@ def test_another_size_resizes_the_position_embedding_and_timm_judges_the_same(ma
     assert "8x8 px before, 16x16 now: position embedding resized from 2x2 to 4x4 patches" in report["protocol"]["notes"]
     assert report["weights_digest"] == digest(find(str(run)).state)  # of the checkpoint, not of what was made of it
     (folder,) = (run / "evaluate" / "finetune").glob("*-seed0")
-    backbone, _, description = checkpoint.load_backbone(folder)
+    backbone, _, description = public.load_backbone(folder)
     assert backbone.model.pos_embed.shape == (1, 17, 32) and description["size"] == [16, 16]
     # exported, timm alone names the same classes: head, names, normalisation, size and crop are in its two files
     assert script("export").main(["--ckpt", str(folder), "--to", "timm", "--out", str(run / "timm")]) == 0
@@ -388,7 +389,7 @@ def test_interrupted_it_goes_on_to_the_last_bit(make_run, script, report_of, mon
     for name in ("trained-seed0", "random-seed0"):
         mine, theirs = losses(folder / name), losses(tmp_path / "peaceful" / "finetune" / name)
         assert mine == theirs and [step for step, *_ in mine] == list(range(1, 11))
-        for file in (checkpoint.WEIGHTS, HEAD):
+        for file in (storage.WEIGHTS, HEAD):
             assert (folder / name / file).read_bytes() == (tmp_path / "peaceful/finetune" / name / file).read_bytes()
     theirs = json.loads((tmp_path / "peaceful" / "finetune.json").read_text())
     assert report_of(run, "finetune")["values"] == theirs["values"]

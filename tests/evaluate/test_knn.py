@@ -9,11 +9,11 @@ import torch
 from pictures import COLOURS, write_images
 from torch.nn import functional as F
 
-from common import checkpoint
+from common.checkpoints import storage
 from common.data import open_data
 from common.errors import Refusal
-from common.features import extract, pixels
-from common.subjects import find
+from common.features.extraction import extract, pixels
+from evaluate.job.subjects import find
 
 
 def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, data):
@@ -27,7 +27,7 @@ def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, dat
     found = report["values"]["subject"]["mean"]
     assert found["accuracy"] == found["k"]["20"]["accuracy"] and found["k"].keys() == {"5", "20"}
     assert found["interval"][0] < found["accuracy"] <= found["interval"][1]
-    assert report["weights_sha256"] == checkpoint.sha256(run / "backbone.safetensors")
+    assert report["weights_sha256"] == storage.sha256(run / "backbone.safetensors")
     assert report["step"] == 12 and report["seeds"] == [0] and report["data"]["spec"] == str(data)
     assert report["data"]["train"]["images"] == 36 and report["data"]["test"]["judged"] == 21
     protocol = report["protocol"]
@@ -143,7 +143,7 @@ def test_local_weights_for_a_timm_name(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     subject = find("timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.safetensors"))
-    assert subject.weights_sha256 == checkpoint.sha256(tmp_path / "weights.safetensors")
+    assert subject.weights_sha256 == storage.sha256(tmp_path / "weights.safetensors")
     assert (subject.backbone().model.cls_token == model.cls_token).all()
     assert subject.description["pooling"] == "class" and subject.plan.position == "full"
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
@@ -198,7 +198,7 @@ def test_each_mistake_is_one_refusal_and_nothing_is_written(make_run, script, tm
 
 def test_a_class_without_training_images_is_refused(data):
     from common.data import open_data
-    from common.protocol import refuse_gaps
+    from evaluate.job.protocol import refuse_gaps
 
     train, test = open_data(str(data), "train"), open_data(str(data), "test")
     refuse_gaps(train, test, "colours")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.errors import Refusal
-from common.probing.probe import MOMENTUM, hold_out, num_steps, probe, sweep
+from evaluate.probing.probe import MOMENTUM, hold_out, num_steps, probe, sweep
 
 
 def blobs(count, seed, classes=3, width=6):
@@ -206,7 +206,7 @@ def test_wrong_protocols_are_refused(make_run, script, tmp_path):
 
 
 def test_published_numbers():
-    from common.probing.protocols import PROTOCOLS, altered, sets
+    from evaluate.probing.protocols import PROTOCOLS, altered, sets
 
     sweeps = PROTOCOLS["dinov2"], PROTOCOLS["dinov3"]
     assert all(len(each.training.rates) == 13 and each.training.steps == 12_500 for each in sweeps)

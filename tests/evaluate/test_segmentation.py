@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import report
 from common.errors import Refusal
-from common.segmentation.scores import mean_iou, pixel_accuracy
+from evaluate.job import report
+from evaluate.segmenting.scores import mean_iou, pixel_accuracy
 
 CALM = ["--threads", "1", "--device", "cpu"]
 QUICK = ["--steps", "6", "--batch", "4", "--scale", "[1.0,1.0]", "--lr", "0.02"]
@@ -139,7 +139,7 @@ def test_an_interrupted_training_goes_on(run, make_run, scenes, script, monkeypa
         return step % 2 == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.segmentation.training.SegmentationRun.due", due)
+        patch.setattr("evaluate.segmenting.training.SegmentationRun.due", due)
         with pytest.raises(Killed):
             script("segmentation").main(command)
     with pytest.raises(Refusal, match="was interrupted: go on with --resume"):

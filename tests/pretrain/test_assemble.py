@@ -7,10 +7,10 @@ import pytest
 from children import TINY
 
 from common import config as configuration
-from common import processes
+from common.batches.transforms import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from common.transforms import View
+from common.processes import group
 from pretrain.assemble import assemble
 from pretrain.config import PretrainConfig
 from pretrain.task import build, resolve
@@ -19,7 +19,7 @@ from pretrain.task import build, resolve
 def test_measuring_the_speed_leaves_no_gradient(images: Path) -> None:
     """The first step would add them to its own."""
     words = [f"data={images}", "precision=auto", "model.attention=auto", "loader.workers=0"]
-    parts = assemble(configuration.load(PretrainConfig, TINY, words), processes.join())
+    parts = assemble(configuration.load(PretrainConfig, TINY, words), group.join())
     assert parts.config.precision != "auto" and "precision" in parts.reasons
     assert all(parameter.grad is None for parameter in parts.task.parameters())
 

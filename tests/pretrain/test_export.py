@@ -11,10 +11,11 @@ from children import Run
 from monitors_by_rank import DINO
 from safetensors.torch import load_file
 
-from common import checkpoint, subjects
-from common.checkpoint import load_backbone
+from common.checkpoints import private
+from common.checkpoints.public import load_backbone
 from common.errors import Refusal
-from pretrain.resume import Checkpoints
+from evaluate.job import subjects
+from pretrain.checkpoints import Checkpoints
 
 Main = Callable[..., int]
 WITH_DINO = ["views.global.count=2", *(f"objectives.dino.{name}={value}" for name, value in DINO.items())]
@@ -62,7 +63,7 @@ def test_both_and_then_only_one(inside: Main, tiny: list[str]) -> None:
     )
     with (newest / "student.safetensors").open("ab") as file:
         file.write(b"x")
-    (damage,) = checkpoint._damage(newest)
+    (damage,) = private._damage(newest)
     assert damage.startswith("student.safetensors has ")
 
 

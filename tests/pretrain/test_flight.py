@@ -14,9 +14,9 @@ import torch
 from children import Run, Train
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.averages import Averages
+from common.checkpoints import public, storage
 from common.errors import Refusal
+from common.training.averages import Averages
 from pretrain import command, flight
 from pretrain.objectives.absolute import Absolute
 
@@ -46,7 +46,7 @@ def content(run: Path) -> dict[str, int]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / checkpoint.STATE, weights_only=True)
+    return torch.load(folder / storage.STATE, weights_only=True)
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_a_run_that_breaks_stops_with_its_last_good_checkpoint(
     assert sorted(path.name for path in (run / "flight").iterdir()) == [f"step_{n:08d}" for n in (2, 3, 4)]
 
     good = run / "state" / "step_00000001"
-    checkpoint.load_backbone(good)
+    public.load_backbone(good)
     assert all(bool(torch.isfinite(value).all()) for value in state(good)["task"].values())
     # what the step began with is the checkpoint before it, but for the learning rate of the step that is tried
     assert {name.rpartition("/")[2] for name in differences(state(good), state(record))} <= {"lr", "weight_decay"}
@@ -166,7 +166,7 @@ def test_two_processes_record_together_and_repeat_together(train: Train, tiny: l
         "error: the loss or its gradient was not finite in 4 steps in a row up to step 5: lower the learning rate, "
         "clip gradients, or use precision=bf16 or fp32; none of them was taken, and the last checkpoint is intact"
     ]
-    checkpoint.load_backbone(run / "state" / "step_00000001")
+    public.load_backbone(run / "state" / "step_00000001")
     folder = run / "flight" / "step_00000002"
     record = flight.read(folder)
     assert (record.processes, record.step) == (2, 2)

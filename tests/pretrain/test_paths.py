@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common import subjects
 from common.config import find_recipe, load
 from common.data.location import OPTIONS
 from common.errors import Refusal
-from common.segmentation.options import SegmentationConfig
+from evaluate.job import subjects
+from evaluate.segmenting.options import SegmentationConfig
 from pretrain import config
 from pretrain.command import parse, read, written
 

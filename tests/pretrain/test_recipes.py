@@ -10,16 +10,16 @@ import pytest
 import yaml
 from children import ROOT, Run
 
+from common.batches.sampling import held_out
+from common.batches.transforms import View, height_width
 from common.data import labelled_splits, open_data
-from common.heads import HalfHead
 from common.models import ModelConfig, create
-from common.optim import parameter_groups
-from common.plan import PlanSpec
-from common.sampling import held_out
-from common.subjects import find
-from common.transforms import View, height_width
+from common.models.plan import PlanSpec
+from common.training.optim import parameter_groups
+from evaluate.job.subjects import find
+from pretrain.automatic import momentum_for, prototypes_for, temperature_for
 from pretrain.config import load
-from pretrain.sizes import momentum_for, prototypes_for, temperature_for
+from pretrain.heads import HalfHead
 from pretrain.task import build, resolve
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("[ps]*/*.yaml"))}

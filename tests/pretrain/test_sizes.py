@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import Refusal
-from common.schedules import parse
+from common.training.schedules import parse
+from pretrain.automatic import half_life, momentum_for, prototypes_for, settle, temperature_for
 from pretrain.config import OptimizerConfig, PretrainConfig, TeacherConfig
-from pretrain.sizes import half_life, momentum_for, prototypes_for, settle, temperature_for
 
 
 @dataclass

@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from small import Noise
 
 from common import positions
+from common.batches.sampling import Samples
+from common.batches.transforms import View
 from common.config import find_recipe
 from common.data import Images
 from common.models import ModelConfig, create
-from common.sampling import Samples
-from common.subjects import find
-from common.transforms import View
+from evaluate.job.subjects import find
 from pretrain.config import load
 from pretrain.objectives.absolute import Absolute
 from pretrain.task import build, resolve

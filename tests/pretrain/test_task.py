@@ -7,13 +7,13 @@ import pytest
 import torch
 from small import Noise, backbone
 
-from common import ema
+from common.batches.sampling import Samples
+from common.batches.transforms import View
 from common.data import Images
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from common.sampling import Samples
-from common.schedules import Schedule
-from common.transforms import View
+from common.training import ema
+from common.training.schedules import Schedule
 from pretrain.objectives import Pass
 from pretrain.task import Pretraining, build, resolve
 

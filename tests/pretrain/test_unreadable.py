@@ -9,9 +9,10 @@ import pytest
 from children import TINY, Run
 from PIL import Image
 
-from common.checkpoint import WEIGHTS, read_description
+from common.batches.sampling import held_out
+from common.checkpoints.public import read_description
+from common.checkpoints.storage import WEIGHTS
 from common.errors import Refusal
-from common.sampling import held_out
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def test_a_few_unreadable_images_are_named_once_and_replaced_alike(
     for workers in (0, 2):
         run = Run(tmp_path / f"run{workers}")
         words = (TINY, f"data={tmp_path / 'photos'}", f"run={run.path}", "steps=24", f"loader.workers={workers}")
-        monkeypatch.setattr("common.unreadable.LOOKED", [2000, 0][workers > 0])  # seen before they are met, or not
+        monkeypatch.setattr(
+            "common.batches.unreadable.LOOKED", [2000, 0][workers > 0]
+        )  # seen before they are met, or not
         assert inside(*words) == 0  # two epochs
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         if workers:
@@ -117,7 +120,7 @@ def test_unreadable_images_are_told_all_at_once_before_anything_is_written(insid
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_than_is_allowed_is_an_error(inside, many, trained_on, tmp_path, workers, monkeypatch):
     """Of a large data set a sample is looked at: the others are met in training."""
-    monkeypatch.setattr("common.unreadable.LOOKED", 0)
+    monkeypatch.setattr("common.batches.unreadable.LOOKED", 0)
     names = broken(many, tmp_path / "photos", *trained_on[:3])
     with pytest.raises(Refusal) as refusal:
         words = ("steps=24", f"loader.workers={workers}", "max_bad=0.01")

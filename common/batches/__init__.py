@@ -1,0 +1,1 @@
+"""Which images make up a step, and what they look like."""

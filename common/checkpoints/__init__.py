@@ -1,0 +1,1 @@
+"""What is written to disk while something trains, and read back."""

@@ -1,0 +1,1 @@
+"""Frozen features, and what can be asked of them without training."""

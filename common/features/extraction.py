@@ -1,0 +1,335 @@
+"""Frozen features: a backbone run once over a data set, so that every probe answers from the same numbers.
+
+Letters: n images, of which K <= n could be read, D width. What is extracted is kept by feature_cache.py.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ..batches.loading import Loader
+from ..batches.transforms import evaluation
+from ..batches.unreadable import USUAL, Limit
+from ..data import Images, Unreadable
+from ..models import Backbone
+from ..models.plan import TokenPlan
+from ..training.precision import DTYPES
+
+KINDS = ("class", "mean", "both")
+RAW = ("pixels", "patches")  # features without a network: each is a row, a --ckpt and its row's only kind
+PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an image would fill any memory
+FORMAT = 3  # of the cache: another number is extracted anew
+
+
+class _Shown(Dataset):
+    """Images under the evaluation transform; one that cannot be read is its error message."""
+
+    def __init__(self, images: Images, size: tuple[int, int], crop: float, channels: int) -> None:
+        self.images, self.size, self.crop, self.channels = images, size, crop, channels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
+        try:
+            return i, evaluation(self.images.read(i, self.channels, contiguous=False), self.size, self.crop)
+        except Unreadable as error:
+            return i, str(error)
+
+
+def _batches(
+    shown: _Shown, batches: Sequence[Sequence[int]], workers: int, limit: Limit
+) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
+    """(images, their indices, messages about those that cannot be read) of each of `batches`.
+
+    Raises Refusal as soon as more than `limit` allows of the whole data set cannot be read.
+    """
+    unreadable: list[str] = []
+    loaded = 0
+    for items in Loader(shown, batches, workers):
+        messages = [item for _, item in items if isinstance(item, str)]
+        unreadable, loaded = unreadable + messages, loaded + len(items)
+        refuse_unreadable(unreadable, loaded, shown.images, limit)
+        kept = [(item, i) for i, item in items if isinstance(item, Tensor)]
+        yield [image for image, _ in kept], [i for _, i in kept], messages
+
+
+def refuse_unreadable(unreadable: Sequence[str], loaded: int, images: Images, limit: Limit) -> None:
+    """Raises Refusal if more of `images` than `limit` allows are among the `unreadable` of those `loaded`."""
+    if len(unreadable) > limit.allowed(len(images)):  # not before: those loaded first are no sample
+        limit.refuse(len(unreadable), loaded, len(images), images.where, unreadable)
+
+
+def tell_unreadable(unreadable: Sequence[str], images: Images, warn: Callable[[str], None]) -> None:
+    """Count and name to `warn` those of `images` that are left out, if there are any."""
+    if unreadable:
+        warn(f"{len(unreadable)} of {len(images)} images in {images.where} cannot be read and are left out: "
+             f"{'; '.join(unreadable[:3])}{'; ...' if len(unreadable) > 3 else ''}")  # fmt: skip
+
+
+def shown(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    channels: int,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    warn: Callable[[str], None] = print,
+    limit: Limit = USUAL,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(uint8 (b, C, h, w), their indices (b,)) over all of `images` in order, under the evaluation transform.
+
+    Images that cannot be read are left out and, at the end, counted and named to `warn`. Raises Refusal as soon as
+    they are more than `limit` allows.
+    """
+    unreadable: list[str] = []
+    batches = _cut(range(len(images)), batch_size)
+    for kept, index, messages in _batches(_Shown(images, size, crop, channels), batches, workers, limit):
+        unreadable += messages
+        if kept:
+            yield torch.stack(kept), torch.tensor(index)
+    tell_unreadable(unreadable, images, warn)
+
+
+def _cut(rows: range, most: int) -> list[range]:
+    return [rows[at : at + most] for at in range(0, len(rows), most)]
+
+
+@dataclass
+class Part:
+    """What `extract` returns, of some of the images."""
+
+    rows: range  # which images were to be read
+    features: dict[str, Tensor]
+    unreadable: list[str]  # messages
+
+
+def extract(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    images: Images,
+    *,
+    blocks: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    warn: Callable[[str], None] = print,
+    limit: Limit = USUAL,
+) -> dict[str, Tensor]:
+    """{"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, on the CPU.
+
+    Rows are in image order; `index` says which image each row is, 0 ... n-1 unless some could not be read (`warn` is
+    told which). Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and
+    "class4", (K, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where
+    there are fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where
+    one of the blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it
+    was in. Raises Refusal if more of `images` cannot be read than `limit` allows.
+    """
+    (part,) = extract_parts(
+        backbone,
+        plan,
+        images,
+        [range(len(images))],
+        blocks=blocks,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        limit=limit,
+    )
+    tell_unreadable(part.unreadable, images, warn)
+    return part.features
+
+
+@torch.no_grad()
+def extract_parts(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    images: Images,
+    parts: Sequence[range],
+    *,
+    blocks: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    limit: Limit = USUAL,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    """`extract`, of one part of the images after another; `seen` is told how many images each batch had.
+
+    No batch spans two parts, so that a part is the same numbers whichever other parts are asked for.
+    """
+    shown = _Shown(images, backbone.size, backbone.config.crop, backbone.channels)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        yield from _parts(
+            shown,
+            parts,
+            lambda batch: _features(backbone, plan, batch, blocks, device, precision),
+            batch_size=batch_size,
+            workers=workers,
+            limit=limit,
+            seen=seen,
+        )
+    finally:
+        backbone.train(was_training)
+
+
+def _parts(
+    shown: _Shown,
+    parts: Sequence[range],
+    features_of: Callable[[Tensor], dict[str, Tensor]],
+    *,
+    batch_size: int = 256,
+    workers: int,
+    limit: Limit = USUAL,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, limit)
+    for rows in parts:
+        found: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
+        unreadable = []
+        for batch in _cut(rows, batch_size):
+            kept, index, messages = next(loader)
+            unreadable += messages
+            if kept:
+                for name, tensor in features_of(torch.stack(kept)).items():
+                    found.setdefault(name, []).append(tensor)
+                found["index"].append(torch.tensor(index))
+            seen(len(batch))
+        yield Part(rows, {name: torch.cat(tensors) for name, tensors in found.items()}, unreadable)
+
+
+def _features(
+    backbone: Backbone, plan: TokenPlan | None, batch: Tensor, blocks: int, device: torch.device | str, precision: str
+) -> dict[str, Tensor]:
+    dtype, kind = DTYPES[precision], torch.device(device).type
+    with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+        deep = backbone.layers(batch.to(device), min(blocks, depth(backbone)), plan)
+    found = {}
+    for name, layers in {"": deep[-1:], str(blocks): deep if blocks > 1 else []}.items():
+        if layers:
+            found[f"mean{name}"] = torch.cat([layer.tokens.float().mean(1) for layer in layers], 1).cpu()
+        if layers and all(layer.prefix.shape[1] for layer in layers):
+            found[f"class{name}"] = torch.cat([layer.prefix[:, 0].float() for layer in layers], 1).cpu()
+    return found
+
+
+def depth(backbone: Backbone) -> int:
+    """How many blocks there are; of a hierarchical model: stages."""
+    model = backbone.model
+    return len(model.blocks if hasattr(model, "blocks") else model.feature_info)
+
+
+def pixels(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    *,
+    channels: int = 3,
+    workers: int = 0,
+    warn: Callable[[str], None] = print,
+    limit: Limit = USUAL,
+) -> dict[str, Tensor]:
+    """{"pixels": raw pixels in [0, 1] (K, C * h * w), "index": (K,)} under the same evaluation transform.
+
+    A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
+    """
+    (part,) = pixel_parts(images, size, crop, [range(len(images))], channels=channels, workers=workers, limit=limit)
+    tell_unreadable(part.unreadable, images, warn)
+    return part.features
+
+
+def pixel_parts(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    parts: Sequence[range],
+    *,
+    channels: int = 3,
+    workers: int = 0,
+    limit: Limit = USUAL,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    """`pixels`, of one part of the images after another; see `extract_parts`."""
+    small = (min(size[0], PIXELS), min(size[1], PIXELS))
+
+    def features_of(batch: Tensor) -> dict[str, Tensor]:
+        pixels = batch.float().div_(255)
+        return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
+
+    return parts_of_images(images, size, crop, channels, parts, features_of, workers=workers, limit=limit, seen=seen)
+
+
+def parts_of_images(
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    channels: int,
+    parts: Sequence[range],
+    features_of: Callable[[Tensor], dict[str, Tensor]],
+    **options: Any,
+) -> Iterator[Part]:
+    """What `features_of` makes of batches uint8 (b, C, h, w) of `images`, of one part of them after another; `options`:
+    workers, limit and seen, see `extract_parts`."""
+    return _parts(_Shown(images, size, crop, channels), parts, features_of, **options)
+
+
+def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The kinds of features that probes report: class, mean and both side by side (K, 2 D), as far as there are any.
+
+    A class token that no loss has trained is noise to a probe: report all three, always.
+    """
+    kinds = {kind: features[kind] for kind in ("class", "mean", *RAW) if kind in features}
+    if "class" in kinds and "mean" in kinds:
+        kinds["both"] = torch.cat([kinds["class"], kinds["mean"]], 1)
+    return kinds
+
+
+# ------------------------------------------------------------------------------------------- what decides about them
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 of weights as they are in memory: random ones have no file."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(name.encode())
+        total.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def cache_key(
+    backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str, blocks: int = 1
+) -> dict[str, Any]:
+    """All that decides what `extract` returns."""
+    config = backbone.config
+    return {
+        "weights": digest(backbone.model.state_dict()),
+        "model": [config.name, dict(config.kwargs), list(config.mean), list(config.std), config.attention],
+        "position": plan.position,
+        "precision": [precision, torch.device(device).type],
+        "blocks": blocks,
+        "timm": timm.__version__,
+    } | shown_key(images, backbone.size, config.crop, backbone.channels)
+
+
+def pixel_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+    """All that decides what `pixels` returns."""
+    return {"pixels": PIXELS} | shown_key(images, size, crop, channels)
+
+
+def shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+    """What decides about the images that are shown, as part of a cache's key."""
+    transform = ["evaluation", list(size), crop, channels]
+    return {"format": FORMAT, "data": images.fingerprint(), "transform": transform}

@@ -1,0 +1,121 @@
+"""Token plans: which patches a pass of the backbone sees, where it is told they are, and which of them are keys.
+
+    APL, RPL (arXiv 2206.04981)  keep 1,    position none (the released ViT: full)
+    Jigsaw-ViT (2207.11971)      keep 0.5,  position none
+    MP3 (2207.07611)             context,   position none
+    DropPos (2309.03576)         keep 0.25, position partial, position_keep 0.25
+
+A `PlanSpec` is what a recipe says: declarative and hashable, so that equal passes of different objectives are run once.
+A `TokenPlan` is what was drawn from it for one batch. Letters: B images, N patches, K kept, V of them told their
+place, C keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import Refusal, nearest
+
+POSITIONS = ("none", "full", "partial")
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """How a pass of the backbone is run.
+
+    keep: share of the patches that enter the encoder at all. position: "full" adds whatever position encoding the
+    backbone has, "none" runs it without, "partial" shows the position embeddings of `position_keep` of the kept patches
+    and hides the others'. context: share of the kept patches that serve as keys and values, in every layer.
+    Raises Refusal for values that mean nothing.
+    """
+
+    keep: float = 1.0
+    position: str = "full"
+    position_keep: float = 0.0
+    context: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise Refusal(
+                f"position={self.position!r} is not a way to run a backbone: expected one of {', '.join(POSITIONS)}"
+                f"{nearest(str(self.position), POSITIONS)}"
+            )
+        for name in ("keep", "context"):
+            if not 0 < getattr(self, name) <= 1:
+                raise Refusal(f"{name}={getattr(self, name)}: expected a share of the patches, above 0 and up to 1")
+        if not 0 <= self.position_keep < 1:
+            raise Refusal(
+                f"position_keep={self.position_keep}: expected a share of the kept patches, 0 or more, below 1"
+            )
+        if self.position_keep and self.position != "partial":
+            raise Refusal(
+                f"position_keep={self.position_keep:g} goes with position=partial, and position={self.position}: "
+                "set position=partial, or leave position_keep out"
+            )
+
+    def __str__(self) -> str:
+        told = f" ({self.position_keep:g} of them)" if self.position == "partial" else ""
+        words = [f"keep {self.keep:g}"] * (self.keep < 1) + [f"position {self.position}{told}"]
+        return ", ".join(words + [f"context {self.context:g}"] * (self.context < 1))
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is drawn: every patch is there, is a key, and is treated like every other."""
+        return self.keep == 1 and self.context == 1 and self.position != "partial"
+
+    def counts(self, num_patches: int) -> tuple[int, int, int]:
+        """(K, V, C) on a grid of `num_patches`. Raises Refusal where too few are left to ask anything."""
+        kept = _share(self.keep, num_patches)
+        if kept < 2:
+            raise Refusal(
+                f"keep={self.keep:g} of {num_patches} patches leaves {kept}: at least 2 are needed; raise keep, or use "
+                "larger images or smaller patches"
+            )
+        keys = _share(self.context, kept)
+        if keys < 1:
+            raise Refusal(f"context={self.context:g} of {kept} patches leaves no key: raise context")
+        return kept, _share(self.position_keep, kept), keys
+
+    def draw(self, rng: Any, num_patches: int) -> dict[str, Any]:
+        """One sample's plan: "kept" (K,) patches, rising; "visible" (K,) bool, told their place; "context" (C,) rising,
+        which of the K are keys. Only what this spec needs. `rng`: a numpy Generator."""
+        kept, visible, keys = self.counts(num_patches)
+        drawn = {}
+        if self.keep < 1:
+            drawn["kept"] = _choose(rng, num_patches, kept)
+        if self.position == "partial":
+            drawn["visible"] = rng.permutation(kept) < visible
+        if self.context < 1:
+            drawn["context"] = _choose(rng, kept, keys)
+        return drawn
+
+    def plan(self, draws: Mapping[str, Tensor] | None = None) -> "TokenPlan":
+        """The plan of a batch, from its stacked draws."""
+        return TokenPlan(self.position, **(draws or {}))
+
+
+def _share(share: float, count: int) -> int:
+    return int(count * share + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
+def _choose(rng: Any, count: int, some: int) -> Any:
+    chosen = rng.permutation(count)[:some]
+    chosen.sort()
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """A plan as it was drawn for a batch; what is None concerns every patch."""
+
+    position: str = "full"
+    kept: Tensor | None = None  # (B, K) row-major indices of the patches that enter the encoder
+    visible: Tensor | None = None  # (B, K) bool; with position "partial": which keep their position embedding
+    context: Tensor | None = None  # (B, C) which of the K patches are keys and values
+
+    @property
+    def whole(self) -> bool:
+        """Whether every patch is there, is a key, and is treated like every other."""
+        return self.kept is None and self.visible is None and self.context is None

@@ -1,0 +1,1 @@
+"""The loop that trains a backbone, and what it needs."""

@@ -1,0 +1,1 @@
+"""A trained backbone in the form that other programs read."""

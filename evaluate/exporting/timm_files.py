@@ -1,0 +1,257 @@
+"""What timm needs to rebuild a trained backbone by itself: model.safetensors, and config.json with its architecture,
+its normalisation, size and crop, and, of a finetuned classifier, the names of its classes.
+
+Letters: B images, N patches, P prefix tokens, D width, K classes.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+
+from common.batches.transforms import evaluation
+from common.checkpoints import public
+from common.errors import Refusal
+from common.models import Backbone, Features
+from common.models.backbone import timm_arguments
+from common.models.irpe import PUBLISHED
+from evaluate.finetuning.classifier import pool
+
+FILES = ("model.safetensors", "config.json")
+SWIN_AS_IN_TIMM = {"swin_conv": False, "swin_bias": True, "swin_merge_last": True}
+GLOBAL_POOL = {"class": "token", "mean": "avg"}  # by our names for it
+SAME = 1e-4  # between pooled features and logits, of the largest: timm pools as the training did
+INTERPOLATION, CROP_MODE = "bicubic", "center"  # of the one evaluation transform
+
+
+@dataclass
+class Recipe:
+    """How timm builds a backbone: timm.create_model(name, **kwargs)."""
+
+    name: str
+    kwargs: dict[str, Any]
+    pools: bool = False  # whether model(images) is the feature, or with a head the logits, that were trained
+    head: dict[str, Tensor] | None = None  # of a finetuned classifier: weight (K, D), bias (K,)
+    label_names: list[str] = field(default_factory=list)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the architecture is registered by importing `common.models`, not by timm."""
+        return not timm.model_entrypoint(self.name).__module__.startswith("timm.")
+
+
+def recipe(about: Mapping[str, Any]) -> Recipe:
+    """How timm builds what the backbone of the description `about` has inside. Raises Refusal where it cannot."""
+    elsewhere = "use --to safetensors or onnx"
+    if about.get("irpe") is not None:
+        raise Refusal(
+            f"--to timm: iRPE was added to {about['name']} after timm had built it, which no timm.create_model repeats "
+            f"(the published {next(iter(PUBLISHED))} and others can be exported); {elsewhere}"
+        )
+    altered = {name: about["kwargs"].get(name, usual) for name, usual in SWIN_AS_IN_TIMM.items()}
+    if altered != SWIN_AS_IN_TIMM:
+        raise Refusal(f"--to timm: its Swin was altered ({altered}), which no timm.create_model repeats; {elsewhere}")
+    backbone = public.build(dict(about))
+    if about["position"] == "none" and getattr(backbone.model, "rope", None) is not None:
+        raise Refusal(
+            f"--to timm: {about['name']} was trained without its rotary embedding, which timm would add; {elsewhere}"
+        )
+    return Recipe(about["name"].split(".")[0], timm_arguments(backbone.config, backbone.size))
+
+
+def state_for_timm(backbone: Backbone, position: str) -> dict[str, Tensor]:
+    """The backbone's weights, under which timm's own forward does what the backbone does in that `position` mode.
+
+    Without position: a position embedding of zeros adds nothing, iRPE's tables of zeros neither; SP-ViT's prior is 1
+    and its convolutions are zero. What Swin, NesT and BEiT carry is zero already.
+    """
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    if position == "none":
+        for name, tensor in state.items():
+            if name.endswith(("pos_embed", ".attn.w2")) or ".rpe_" in name or ".pos_block." in name:
+                tensor.zero_()
+            elif name.endswith(".attn.b2"):
+                tensor.fill_(1)
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------- to be written
+
+
+def data_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are put into the backbone, in the words of timm's pretrained_cfg."""
+    return {
+        "input_size": [len(about["mean"]), *about["size"]],
+        "mean": list(about["mean"]),
+        "std": list(about["std"]),
+        "crop_pct": about.get("crop", 0.875),
+        "crop_mode": CROP_MODE,
+        "interpolation": INTERPOLATION,
+    }
+
+
+def write(
+    folder: Path, made: Recipe, backbone: Backbone, about: Mapping[str, Any], head: dict[str, Tensor] | None
+) -> Recipe:
+    """Write the two files of FILES into `folder`; returns the recipe as it was written: with a pooling by which timm's
+    model(images) is what was trained, and with `head`, {"weight": (K, D), "bias": (K,)}, if there is one.
+
+    Raises Refusal where there is a head and no pooling of timm is the one that it was trained on.
+    """
+    state = state_for_timm(backbone, about["position"])
+    names = about.get("training", {}).get("label_names") or []
+    chosen = Recipe(made.name, made.kwargs)
+    for kwargs in _poolings(made, about, 0 if head is None else len(head["bias"])):
+        try:
+            model = _built(Recipe(made.name, kwargs), about, state, head)
+            if _pools(model, backbone, about, head):
+                chosen = Recipe(made.name, kwargs, True, head, list(names) if head is not None else [])
+                break
+        except (
+            AssertionError,
+            AttributeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # timm's words for "no such pooling"
+            continue
+    else:
+        if head is not None:
+            raise Refusal(
+                f"--to timm: its classifier was trained on pooling={about['pooling']}, by which no head of timm's "
+                f"{made.name} pools; use --to safetensors or onnx, or leave the classifier out with --no-head"
+            )
+        model = _built(chosen, about, state, None)
+    labels = {"label_names": chosen.label_names} if chosen.label_names else {}
+    save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
+    return chosen
+
+
+def _poolings(made: Recipe, about: Mapping[str, Any], num_classes: int) -> list[dict[str, Any]]:
+    """Arguments of the architecture by which it may pool as the training did, to be tried in this order."""
+    if about["pooling"] not in GLOBAL_POOL:
+        return []
+    usual = made.kwargs | {"num_classes": num_classes, "global_pool": GLOBAL_POOL[about["pooling"]]}
+    return [usual, usual | {"use_fc_norm": False}]  # BEiT's and EVA's mean of patches: normalised before, not after
+
+
+def _built(made: Recipe, about: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None) -> Any:
+    """timm's model with these weights, in eval mode; what it says of itself is true of them, not of published ones."""
+    known = timm.get_pretrained_cfg(made.name)
+    config = data_config(about) | {"architecture": made.name, "num_classes": made.kwargs.get("num_classes", 0)}
+    for name in ("first_conv", "classifier", "fixed_input_size"):
+        config[name] = getattr(known, name, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = timm.create_model(made.name, pretrained_cfg=config, **made.kwargs).eval()
+    whole = state | (_head_for_timm(model, config["classifier"], head) if head is not None else {})
+    model.load_state_dict(whole)
+    return model
+
+
+def _head_for_timm(model: nn.Module, classifiers: Any, head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The linear layer under timm's names. Further heads, of distillation or of patches, are zero: where timm averages
+    two of them, the first is doubled."""
+    names = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+    own = model.state_dict()
+    state = {name: torch.zeros_like(own[name]) for name in own if name.rpartition(".")[0] in names}
+    factor = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    return state | {f"{names[0]}.{which}": factor * tensor.float() for which, tensor in head.items()}
+
+
+@torch.no_grad()
+def _pools(model: Any, backbone: Backbone, about: Mapping[str, Any], head: dict[str, Tensor] | None) -> bool:
+    """Whether model(images) is the pooled feature (B, D), or the logits (B, K), that were trained."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, backbone.channels, *backbone.size, generator=generator)
+    expected = scores(backbone(images, public.TokenPlan(about["position"])), about["pooling"], head)
+    found = model(images)
+    return found.shape == expected.shape and difference(found, expected) <= SAME
+
+
+def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
+    """The pooled features (B, D), or with a `head` its logits (B, K)."""
+    pooled = pool(features, pooling)
+    return pooled if head is None else F.linear(pooled, head["weight"].float(), head["bias"].float())
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, of logits as a share of the largest if that is beyond 1."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+# ------------------------------------------------------------------------------------------------ as a user reads them
+
+
+def read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(timm's model of the two files in `folder`, in eval mode; how timm would put images into it)."""
+    level = logging.getLogger("timm").level
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    finally:
+        logging.getLogger("timm").setLevel(level)
+    return model, resolve_model_data_config(model)
+
+
+def normalised(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """uint8 (B, C, H, W) to floats, by the mean and std of timm's `config`."""
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images / 255 - mean) / std
+
+
+def through_timm(pictures: list[Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Whole pictures, uint8 (C, h, w) of any size, through timm's evaluation transform of `config`: (B, C, H, W)."""
+    transform: Any = create_transform(**config, is_training=False)
+    return torch.stack([transform(to_pil_image(picture)) for picture in pictures])
+
+
+def shaped(picture: Tensor, size: tuple[int, int], crop: float) -> Tensor:
+    """A picture of the very shape that is resized to before the crop, twice as large: timm rounds the longer side of
+    any other shape up where the training rounds it down, unless the size is square."""
+    if size[0] == size[1]:
+        return picture
+    return evaluation(picture, [2 * int(side / crop) for side in size], 1.0)
+
+
+def import_line(made: Recipe) -> str | None:
+    """What has to be imported before timm knows the architecture; None if timm has it."""
+    if not made.ours:
+        return None
+    module = Backbone.__module__.rpartition(".")[0]
+    other = "poslabel.common.models" if module == "common.models" else "common.models"
+    where = "with poslabel installed" if module == "common.models" else "in the repository"
+    return f"import {module}  # registers {made.name}; {where}: import {other}"
+
+
+def usage(made: Recipe, folder: str | Path, channels: int) -> list[str]:
+    """Lines of Python that build the model with timm and show it an image, exactly as one types them."""
+    mode = "L" if channels == 1 else "RGB"
+    source = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
+    lines = ["import timm", "from PIL import Image, ImageOps"]
+    lines += [line] if (line := import_line(made)) else []
+    lines += [
+        f"model = timm.create_model({source}, pretrained=True).eval()",
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        f'image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("{mode}")',
+        "images = transform(image)[None]",
+        "tokens = model.forward_features(images)",
+    ]
+    if made.head is not None:
+        lines += ["logits = model(images)"]
+        lines += ['label = model.pretrained_cfg["label_names"][logits.argmax()]'] if made.label_names else []
+    elif made.pools:
+        lines += ["feature = model(images)"]
+    return lines

@@ -1,0 +1,138 @@
+"""A baseline that has learned nothing: whitened random patches of the training images as filters, after Coates and Ng
+(The importance of encoding versus training with sparse coding and vector quantization, ICML 2011).
+
+Letters: B images, C channels, h x w pixels, F filters, P positions of a patch, D = C * side * side numbers of a patch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.batches.sampling import generator, order
+from common.batches.unreadable import NO_LIMIT, USUAL, Limit
+from common.data import Images
+from common.features.extraction import PIXELS, Part, parts_of_images, shown, shown_key
+
+FILTERS, SIDE = 400, 6  # patches that are filters, and their pixels a side
+THRESHOLD = 0.25  # of the soft threshold
+CONTRAST, WHITENING = 10.0, 0.1  # added to a patch's variance (of pixels to 255), and to that along every direction
+IMAGES, DRAWN = 10_000, 100_000  # training images that are read, at most, and patches that are drawn from them
+AT_ONCE = 32  # images whose answers are in memory: 2.3 MB each
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What patches are compared with, of images of `size` pixels."""
+
+    weights: Tensor  # (F, C, side, side): whitening and filter in one
+    offsets: Tensor  # (F,): what the mean patch answers
+    size: tuple[int, int]
+
+    @torch.no_grad()
+    def answers(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> (B, 2 * F * 4): how much of each filter, and of its negative, is in each quarter."""
+        return torch.cat([self._answers(some) for some in images.split(AT_ONCE)])
+
+    def _answers(self, images: Tensor) -> Tensor:
+        pixels = smaller(images.to(self.weights.device), self.size)
+        _, _, side, other = self.weights.shape
+        rows, columns = self.size[0] - side + 1, self.size[1] - other + 1
+        patches_BPD = F.unfold(pixels, (side, other)).mT.contiguous()
+        patches_BPD -= patches_BPD.mean(2, keepdim=True)
+        variance = patches_BPD.square().sum(2, keepdim=True) / (patches_BPD.shape[2] - 1)
+        patches_BPD *= (variance + CONTRAST).rsqrt()
+        found_BPF = patches_BPD @ self.weights.flatten(1).T - self.offsets
+        halves = []
+        for signed in ((found_BPF - THRESHOLD).relu_(), found_BPF.neg_().sub_(THRESHOLD).relu_()):
+            grid = signed.unflatten(1, (rows, columns))  # (B, rows, columns, F): sums over F-vectors are quick
+            quarters = [grid[:, i, j].mean((1, 2)) for i in halved(rows) for j in halved(columns)]
+            halves.append(torch.cat(quarters, 1))
+        return torch.cat(halves, 1)
+
+
+def halved(length: int) -> tuple[slice, slice]:
+    """Both halves of so many positions; of an odd number both have the one in the middle."""
+    return slice(0, -(-length // 2)), slice(length // 2, length)
+
+
+def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 (B, C, h, w) from -128 to 127, averaged down where `size` is smaller."""
+    pixels = images.float().sub_(128)
+    return pixels if pixels.shape[-2:] == size else F.adaptive_avg_pool2d(pixels, size)
+
+
+def working_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The pixels that are looked at: a side longer than 32 is averaged down to 32, as that of raw pixels."""
+    return min(size[0], PIXELS), min(size[1], PIXELS)
+
+
+@torch.no_grad()
+def learned(images: Images, size: tuple[int, int], crop: float, channels: int, seed: int, workers: int = 0) -> Filters:
+    """The filters of training `images` under the evaluation transform; what is drawn is drawn from `seed`."""
+    small = working_size(size)
+    side, other = min(SIDE, small[0]), min(SIDE, small[1])
+    some = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
+    each = -(-DRAWN // len(some))
+    drawn: list[Tensor] = []
+    for batch, index in shown(some, size, crop, channels, workers=workers, warn=lambda line: None, limit=NO_LIMIT):
+        for pixels, i in zip(smaller(batch, small), index.tolist(), strict=True):
+            rng = generator(seed, 0, i, "patches")
+            tops = rng.integers(0, small[0] - side + 1, each)
+            lefts = rng.integers(0, small[1] - other + 1, each)
+            windows = pixels.unfold(1, side, 1).unfold(2, other, 1)  # a view: (C, rows, columns, side, other)
+            drawn.append(windows[:, tops, lefts].transpose(0, 1).flatten(1))
+    patches = torch.cat(drawn).double()  # (M, D)
+    patches -= patches.mean(1, keepdim=True)
+    patches *= (patches.square().sum(1, keepdim=True) / (patches.shape[1] - 1) + CONTRAST).rsqrt()
+    mean = patches.mean(0)
+    patches -= mean
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    whiten = directions * (variances.clamp_min(0) + WHITENING).rsqrt() @ directions.T  # ZCA
+    chosen = generator(seed, 0, 0, "filters").permutation(len(patches))[:FILTERS]
+    filters = F.normalize(patches[torch.from_numpy(chosen)] @ whiten, dim=1) @ whiten
+    return Filters(filters.float().view(-1, channels, side, other), (filters @ mean).float(), small)
+
+
+def patch_parts(
+    train: Images,
+    images: Images,
+    size: tuple[int, int],
+    crop: float,
+    parts: Sequence[range],
+    *,
+    channels: int = 3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    limit: Limit = USUAL,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Iterator[Part]:
+    """{"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`; see
+    `features.extract_parts`."""
+    filters = learned(train, size, crop, channels, seed, workers)
+    filters = Filters(filters.weights.to(device), filters.offsets.to(device), filters.size)
+
+    def features_of(batch: Tensor) -> dict[str, Tensor]:
+        return {"patches": filters.answers(batch).cpu()}
+
+    how: dict[str, Any] = {"workers": workers, "limit": limit, "seen": seen}
+    return parts_of_images(images, size, crop, channels, parts, features_of, **how)
+
+
+def patch_key(train: Images, images: Images, size: tuple[int, int], crop: float, channels: int, seed: int) -> Any:
+    """All that decides what `patch_parts` returns."""
+    numbers = [FILTERS, SIDE, THRESHOLD, CONTRAST, WHITENING, IMAGES, DRAWN, PIXELS]
+    return {"patches": numbers, "of": train.fingerprint(), "seed": seed} | shown_key(images, size, crop, channels)
+
+
+def described() -> str:
+    """What a report says of them."""
+    return (
+        f"{FILTERS} random {SIDE}x{SIDE} patches of the training images, contrast-normalised (variance + "
+        f"{CONTRAST:g}), ZCA-whitened (+ {WHITENING:g}), of unit length; soft threshold {THRESHOLD:g}, "
+        f"positive and negative halves, averaged over the quarters of at most {PIXELS}x{PIXELS} pixels"
+    )

@@ -1,0 +1,181 @@
+"""What an evaluation judges: a checkpoint, weights that timm publishes, an untrained backbone, or raw pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from common import config as configuration
+from common.batches.transforms import PRESETS, View
+from common.checkpoints import public, storage
+from common.checkpoints.pretrained import POSITION_TENSORS, RANDOM, TIMM, _timm, _without_pooling
+from common.checkpoints.public import build, describe, load_exactly
+from common.data.location import location_of
+from common.errors import Refusal
+from common.features.extraction import RAW
+from common.models import Backbone, ModelConfig, create
+from common.models.backbone import no_architecture
+from common.models.plan import TokenPlan
+from common.models.swin import form
+from common.paths import expanded
+
+POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
+OF_CLASS_TOKENS = (
+    "dino",
+    "koleo",
+    "classification",
+)  # objectives that train a class token, where there is one, to stand for an image
+
+
+@dataclass
+class Subject:
+    """Something to judge: how it is built, and its weights unless it has none."""
+
+    name: str
+    description: dict[str, Any]  # as in backbone.json
+    state: dict[str, Tensor] | None  # weights by name; None: untrained
+    folder: Path  # where its reports go
+
+    @property
+    def plan(self) -> TokenPlan:
+        """How its frozen features are computed: as they were trained."""
+        return TokenPlan(self.description["position"])
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Of the weights' file; None if there is none."""
+        return self.description.get("weights_sha256") if self.state is not None else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of published weights, or resized, when they were loaded."""
+        return self.description.get("loaded", [])
+
+    def backbone(self, seed: int = 0) -> Backbone:
+        """The frozen backbone, in eval mode; an untrained one is drawn from `seed`."""
+        torch.manual_seed(seed)
+        backbone = build(self.description)
+        if self.state is not None:
+            load_exactly(backbone.model, self.state, self.name)
+        return backbone.eval()
+
+    def untrained(self) -> "Subject":
+        """The baseline: the same architecture under the same position mode, never trained."""
+        return Subject(RANDOM, self.description, None, self.folder)
+
+    def for_finetuning(self, seed: int = 0, **kwargs: Any) -> tuple[Backbone, str]:
+        """(a backbone to train further, with position encoding; what was added to it, or nothing).
+
+        A backbone trained without position embedding gets a fresh one, as the architecture initialises it: labels may
+        depend on where things are. `kwargs`: further arguments of the architecture, such as drop_path_rate.
+        """
+        torch.manual_seed(seed)
+        backbone = build(self.description | {"position": "full", "kwargs": self.description["kwargs"] | kwargs})
+        if self.state is None:
+            return backbone, ""
+        fresh = {}
+        if self.description["position"] == "none":
+            own = backbone.model.state_dict()
+            fresh = {name: tensor for name, tensor in own.items() if name.endswith(POSITION_TENSORS)}
+        load_exactly(backbone.model, self.state | fresh, self.name)
+        note = f"trained without position embedding; finetuned with a fresh one ({', '.join(fresh)})" if fresh else ""
+        return backbone, note
+
+
+def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bool = False) -> Subject:
+    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
+    `raw`, `pixels` or `patches` (in the size of `like`).
+
+    `like`: a run, or a pretraining recipe, for `random`, `pixels`, `patches`. `weights`: a local file with the weights
+    of `timm:NAME`, or FILE::PART where it holds several models. Raises Refusal.
+    """
+    if like is not None and ckpt not in (RANDOM, *RAW):
+        raise Refusal(
+            f"--like {like} names the architecture of --ckpt random, or the size of pixels and patches, and --ckpt is "
+            f"{ckpt}: leave it out"
+        )
+    if weights is not None and not ckpt.startswith(TIMM):
+        raise Refusal(f"--weights {weights} goes with --ckpt timm:NAME; give a checkpoint of poslabel as --ckpt FILE")
+    if ckpt == RANDOM:
+        description = _like(like or "quickstart")
+        return Subject(RANDOM, description, None, Path("runs", f"random-{description['name']}", "evaluate"))
+    if ckpt in RAW:
+        if not raw:
+            what = {"pixels": "raw pixels"}.get(ckpt, ckpt)
+            raise Refusal(f"--ckpt {ckpt}: {what} have no backbone, which is needed here; use knn, linear or fewshot")
+        description = _like(like or "quickstart")
+        size = "x".join(map(str, description["size"]))
+        return Subject(ckpt, description, None, Path("runs", f"{ckpt}-{size}", "evaluate"))
+    if ckpt.startswith(TIMM):
+        return _published(ckpt.removeprefix(TIMM), weights)
+    backbone, _, description = public.load_backbone(ckpt)
+    file = Path(ckpt) / storage.WEIGHTS if Path(ckpt).is_dir() else Path(ckpt)
+    run, folder = file.parent.resolve().name, file.parent / "evaluate"
+    name = run if file.name == storage.WEIGHTS else file.stem
+    if file.name == storage.STUDENT:  # what is found of the teacher stays
+        name, folder = f"{run} student", folder / "student"
+    return Subject(name, description, backbone.model.state_dict(), folder)
+
+
+@dataclass
+class _Recipe:
+    """Of a pretraining recipe, the texts that are read here."""
+
+    data: str
+    data_root: str | None
+    data_train: str | None
+    data_validation: str | None
+    data_image: str | None
+    data_label: str | None
+    data_range: str | None
+    model: ModelConfig
+    views: dict[str, View]
+
+
+def _like(word: str) -> dict[str, Any]:
+    """The description of an untrained backbone, from a checkpoint's own or from a pretraining recipe."""
+    path = Path(expanded(word))
+    recipe_file = configuration.find_recipe(word, "pretrain")
+    if path.suffix == ".safetensors" or (path.is_dir() and not recipe_file.is_file()):
+        return public.load_backbone(path)[2]
+    path = recipe_file
+    recipe: Any = OmegaConf.to_container(configuration.read_yaml(path, _Recipe))
+    model = configuration.merge(
+        OmegaConf.structured(ModelConfig), recipe.get("model") or {}, f"{path} (model)", ModelConfig
+    )
+    try:
+        view = (recipe.get("views") or {}).get("global", {})
+        preset = PRESETS.get(view.get("preset"), {}).get("global", {})
+        size = view.get("size", preset.get("size", View().size))
+        given = {name: options or {} for name, options in (recipe.get("objectives") or {}).items()}
+        trained = {name: options for name, options in given.items() if options.get("weight", 1.0) > 0}
+        positions = {
+            options.get("position", "none" if name in POSITIONAL else "full") for name, options in trained.items()
+        }
+    except (AttributeError, TypeError):
+        raise Refusal(f"{path} is no pretraining recipe: expected mappings under views, global, objectives") from None
+    # as pretraining has it: evaluated with position encoding if any objective was trained with it, were it in part
+    position = "none" if positions == {"none"} else "full"
+    backbone = create(configuration.to_object(model, ModelConfig), size)
+    pooling = "class" if backbone.num_prefix_tokens and trained.keys() & set(OF_CLASS_TOKENS) else "mean"
+    training = location_of(recipe).options()
+    return describe(backbone, position, pooling, training)
+
+
+def _published(name: str, weights: str | None) -> Subject:
+    """timm's own weights: from the file `weights`, timm's cache, or the hub."""
+    if reason := no_architecture(name):
+        raise Refusal(f"--ckpt {TIMM}{name}: {reason}")
+    model, notes, file = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
+    config: dict[str, Any] = model.pretrained_cfg
+    crop = config.get("crop_pct") or 0.875
+    options = ModelConfig(name, form(model), mean=list(config["mean"]), std=list(config["std"]), crop=crop)
+    backbone = create(options, list(config["input_size"][1:]))
+    state, left_out = _without_pooling(model.state_dict(), backbone)
+    load_exactly(backbone.model, state, f"timm:{name}")
+    description = describe(backbone, "full", "class" if backbone.num_prefix_tokens else "mean", {})
+    description |= {"loaded": notes + left_out, "weights_sha256": storage.sha256(file)}
+    return Subject(f"timm:{name}", description, state, Path("runs", f"timm-{name}", "evaluate"))

@@ -1,0 +1,75 @@
+"""Training views for probes: random crops of the images through a frozen backbone, one pass for all heads.
+
+Letters: B images, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from common.batches.sampling import Samples, StepSampler, loader
+from common.batches.transforms import View
+from common.data import Images
+from common.errors import Refusal
+from common.features.extraction import depth
+from common.features.finite import IN_FP32, not_finite
+from common.models import Backbone
+from common.models.plan import TokenPlan
+from common.training.precision import DTYPES
+
+SCALE = [0.08, 1.0]  # RandomResizedCrop's own, which every protocol leaves as it is
+
+
+def view(size: Sequence[int], interpolation: str) -> View:
+    """RandomResizedCrop and horizontal flip, and nothing else."""
+    return View(
+        list(size), scale=list(SCALE), flip=0.5, jitter=0.0, grayscale=0.0, interpolation=interpolation
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def parts_of(backbone: Backbone, plan: TokenPlan | None, images: Tensor, blocks: int) -> dict[str, Tensor]:
+    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), as `features.extract`'s, on
+    the device of the images."""
+    deep = backbone.layers(images, min(blocks, depth(backbone)), plan)
+    found = {}
+    for name, layers in {"": deep[-1:], str(blocks): deep if blocks > 1 else []}.items():
+        if layers:
+            found[f"mean{name}"] = torch.cat([layer.tokens.float().mean(1) for layer in layers], 1)
+        if layers and all(layer.prefix.shape[1] for layer in layers):
+            found[f"class{name}"] = torch.cat([layer.prefix[:, 0].float() for layer in layers], 1)
+    return found
+
+
+def batches(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    images: Images,
+    *,
+    batch: int,
+    steps: int,
+    seed: int,
+    blocks: int,
+    crop: View,
+    device: torch.device,
+    precision: str = "fp32",
+    workers: int = 0,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """`steps` batches of (features by name, labels (B,)) of random crops of labelled `images`.
+
+    `backbone` is frozen, on `device`, in eval mode. An image that cannot be read is replaced by another, label and all.
+    """
+    samples = Samples(images, {"global": crop}, seed, backbone.channels, labelled=("probe",))
+    sampler = StepSampler(len(images), batch, seed, steps)
+    dtype = DTYPES[precision]
+    for each in loader(samples, sampler, workers, pin=device.type == "cuda"):
+        there = each.to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            parts = parts_of(backbone, plan, there.views["global"], blocks)
+        if (bad := not_finite(parts)).any():
+            raise Refusal(
+                f"the features of {int(bad.sum()):,} of {len(bad):,} crops of {images.where} are not finite: numbers "
+                f"overflow; {IN_FP32}"
+            )
+        yield parts, there.draws["probe/label"]

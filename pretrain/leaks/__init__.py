@@ -1,0 +1,1 @@
+"""Is the answer in the question? The parts of the audit."""

@@ -1,0 +1,1 @@
+"""What is watched while a run trains; never part of the loss."""

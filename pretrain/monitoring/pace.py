@@ -1,0 +1,191 @@
+"""How long a run will take, said before it begins; and how often it may be measured on held-out images."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from common.processes import collectives
+from common.processes.stopping import Stopped, at_once
+from common.training.tracking import clock, patient
+from pretrain.assemble import UNWRITTEN, Parts
+from pretrain.monitoring import monitors
+
+SHARE = 0.1  # of the run's time that measurements may take
+TIMES = (10, 5, 3, 2, 1)  # measurements in a run
+LEAST = 4  # held-out images of a measurement, at least
+SMALL, LARGE = 2, 8  # images that a measurement is timed with
+LONG = 10.0  # seconds that this may take, about
+DEAR, TIMES_AS_LONG = 1.0, 3.0  # seconds of training on an image, from which on looking at one is taken to be thrice it
+SLOW = 60.0  # seconds of a step, from which on there is advice
+COMFORT = 30.0  # seconds that a step, or a part of one, is advised to take
+
+
+def step_seconds(parts: Parts) -> float | None:
+    """Seconds that a step will take, by what was measured; None if nothing was."""
+    return None if parts.pace is None else parts.pace * parts.config.batch / parts.process.num_processes
+
+
+def expected(parts: Parts) -> list[str]:
+    """Lines that say how long a step and the run will take, and what to set if a step takes more than a minute."""
+    seconds = step_seconds(parts)
+    if seconds is None:
+        return []
+    step = clock(seconds) if seconds >= 10 else f"{seconds:.3g} s"
+    lines = [f"pace       about {step} a step, {clock(seconds * parts.steps)} the whole run, by what was measured"]
+    return lines + [f"advice     {line}" for line in advice(parts, seconds)]
+
+
+def advice(parts: Parts, seconds: float) -> list[str]:
+    """What to set if a step of so many seconds is too long to wait for."""
+    if seconds <= SLOW:
+        return []
+    config, processes = parts.config, parts.process.num_processes
+    an_image = seconds / config.batch
+    batch = 2 ** max(1, int(math.log2(max(2.0, COMFORT / an_image))))
+    batch = min(config.batch, math.ceil(batch / processes) * processes)
+    pieces = math.ceil(seconds / COMFORT)
+    whole = config.batch // processes
+    pieces = next((n for n in range(pieces, whole + 1) if whole % n == 0), whole)
+    lines = [
+        f"a step of {config.batch} images takes {clock(seconds)} on this machine: batch={batch} makes it "
+        f"{clock(an_image * batch)}"
+    ]
+    if pieces > config.accumulate and not {"dino", "ibot", "koleo"} & parts.task.objectives.keys():
+        lines[0] += f"; accumulate={pieces} keeps it, in parts of {clock(seconds / pieces)} that are told one by one"
+    elif pieces > config.accumulate:
+        lines[0] += (
+            f"; accumulate={pieces} has parts of {clock(seconds / pieces)} that are told one by one, each compared "
+            "within itself"
+        )
+    return [lines[0] + "; or train on a GPU, or a smaller model"]
+
+
+# ------------------------------------------------------------------------------------------ monitors
+
+
+def settle(parts: Parts, heed: Callable[[], None]) -> None:
+    """Replace monitor.every=null by an interval at which measuring takes about a tenth of the run's time at most, and
+    monitor.images=null by all images or, where one measurement would take more, by fewer. Raises Stopped."""
+    config = parts.config.monitor = dataclasses.replace(parts.config.monitor)
+    if config.every is not None:
+        return
+    step = step_seconds(parts)
+    if step is None or not len(parts.held_out):
+        config.every, parts.reasons["monitor.every"] = math.ceil(parts.steps / TIMES[0]), "ten times in the run"
+        return
+    if parts.pace is not None and parts.pace > DEAR:  # trying it would keep one waiting
+        return _choose(parts, step * parts.steps, Cost(0.0, TIMES_AS_LONG * parts.pace, parts.pace))
+    found: list[Cost | int | None] = [None]
+    if parts.process.is_main_process:
+        try:
+            say = functools.partial(print, flush=True)
+            with (
+                patient("measuring  what a look at held-out images costs", say, first=2.0),
+                at_once(lost=UNWRITTEN),
+            ):
+                found = [_costs(parts, heed)]
+        except Stopped as stopped:
+            found = [stopped.number]
+    if parts.process.num_processes > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], int):
+        raise Stopped(found[0])
+    assert found[0] is not None
+    _choose(parts, step * parts.steps, found[0])
+
+
+@dataclasses.dataclass
+class Cost:
+    """Seconds that measuring once takes: `fixed`, whatever the images, for drawing; for each held-out image; and for
+    each labelled training image that votes."""
+
+    fixed: float
+    an_image: float
+    a_voter: float = 0.0
+
+    def of(self, images: int, voters: int = 0) -> float:
+        """Seconds for so many."""
+        return self.fixed + self.an_image * images + self.a_voter * voters
+
+
+def _choose(parts: Parts, training: float, cost: Cost) -> None:
+    """Set the interval and the number of images, for a run that trains for so many seconds."""
+    config, every_image = parts.config.monitor, len(parts.held_out)
+
+    def takes() -> float:
+        return cost.of(min(config.images or every_image, every_image), len(monitors.labelled(parts.train, config)[0]))
+
+    times = next((times for times in TIMES if times * takes() <= SHARE * training), 1)
+    if config.images is None and takes() > SHARE * training:
+        enough = max(SHARE * training, 1.5 * cost.fixed)  # fewer images make no picture cheaper
+        config.images = every_image  # fewer voters
+        while config.images > LEAST and takes() > enough:
+            config.images = max(LEAST, config.images // 2)
+        reason = f"of {every_image:,} held out: more, or more that vote, would take longer"
+        if 0 < len(monitors.labelled(parts.train, config)[0]) < monitors.NEIGHBORS:
+            reason += f"; no k-NN, for which {monitors.NEIGHBORS} have to vote"
+        parts.reasons["monitor.images"] = reason
+    config.every = math.ceil(parts.steps / times)
+    images, share = min(config.images or every_image, every_image), times * takes() / max(1e-9, training)
+    limit = f"at most {SHARE:.0%}"
+    if share > SHARE:
+        limit = f"more than {SHARE:.0%}, as the run is so short"
+        limit += f": drawing alone takes {_short(cost.fixed)}" if cost.fixed > SHARE * training else ""
+    parts.reasons["monitor.every"] = (
+        f"{'once, at the end' if times == 1 else f'{times} times in the run'}: looking at {images:,} held-out images "
+        f"takes about {_short(takes())}, {share:.1%} of the training's time ({limit})"
+    )
+
+
+def _short(seconds: float) -> str:
+    return clock(seconds) if seconds >= 60 else f"{seconds:.2g} s"
+
+
+def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
+    """What the monitors take, timed as they will run; where already two images take long, on those alone."""
+    task, device, seconds = parts.task, parts.process.device, list[tuple[int, int, float, float]]()
+    import matplotlib.figure  # noqa: F401  (else the first measurement would pay for it)
+
+    task.to(device)
+    started = time.perf_counter()
+    with torch.random.fork_rng(), collectives.alone():
+        for size in (SMALL, SMALL, LARGE):  # the first warms up
+            few = _with(parts, min(size, len(parts.held_out)))
+            times, nowhere = list[float](), _Nowhere()
+            for _, measure in monitors.reports(few, task, nowhere, lambda line: None):  # type: ignore[arg-type]
+                begun = time.perf_counter()
+                measure(0)
+                heed()
+                times.append(time.perf_counter() - begun)
+            images, voters = few.config.monitor.images or 0, len(monitors.labelled(few.train, few.config.monitor)[0])
+            seconds.append((images, voters, times[0], sum(times[1:])))  # frozen features; all else
+            if time.perf_counter() - started + sum(times) > LONG:
+                break
+    task.train().begin_step(0.0, True)
+    task.to("cpu")
+    images, voters, extracting, other = seconds[-1]
+    feature = extracting / (images + voters)  # a voter costs as much as a held-out image
+    slope, fixed = other / images, 0.0
+    if len(seconds) == 3 and images > seconds[1][0]:
+        slope = max(0.0, (other - seconds[1][3]) / (images - seconds[1][0]))
+        fixed = max(0.0, other - slope * images)
+    return Cost(fixed, slope + feature, feature)
+
+
+def _with(parts: Parts, images: int) -> Parts:
+    """The same, measured on so many held-out images."""
+    few = dataclasses.replace(parts.config.monitor, images=images, every=1)
+    return dataclasses.replace(parts, config=dataclasses.replace(parts.config, monitor=few))
+
+
+class _Nowhere:
+    """A tracker that keeps no picture."""
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """Nothing."""
