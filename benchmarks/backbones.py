@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.models  # noqa: F401  # registers iRPE, LV-ViT and SP-ViT with timm
-from common.models.backbone import ATTENTIONS, set_attention
+from common.models.create import ATTENTIONS, set_attention
 
 
 class Side(NamedTuple):

@@ -50,7 +50,8 @@ from common.batches.sampling import Batch
 from common.batches.transforms import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from common.models.backbone import IMAGENET_MEAN, IMAGENET_STD, set_attention
+from common.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from common.models.create import set_attention
 from common.training import precision as choice
 from common.training.optim import clip_gradients, parameter_groups
 from common.training.schedules import Schedule

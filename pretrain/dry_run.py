@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.batches.sampling import HELD_OUT_EPOCH, loader
 from common.batches.unreadable import LISTED
-from common.models.backbone import count_parameters, set_attention
+from common.models.backbone import count_parameters
+from common.models.create import set_attention
 from common.processes import group
 from common.processes.launch import active_pil
 from common.training.optim import clip_gradients

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import Refusal
 from ..models import Backbone
-from ..models.backbone import no_architecture
+from ..models.create import no_architecture
 from ..models.embeddings import resize_embedding
 from ..models.swin import alter, form
 from . import public, published, storage

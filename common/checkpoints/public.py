@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import Refusal
 from ..models import Backbone, ModelConfig, create
-from ..models.backbone import no_architecture, refuse_arguments, shapes
+from ..models.create import no_architecture, refuse_arguments, shapes
 from ..models.plan import PlanSpec, TokenPlan
 from .published import differences
 from .storage import DESCRIPTION, FORMAT, HEAD, WEIGHTS, checkpoints_of, sha256, write_atomically, write_json

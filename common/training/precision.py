@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Refusal
-from ..models.backbone import set_attention
+from ..models.create import set_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORTH = 1.05  # a lower precision must be this much faster to be chosen

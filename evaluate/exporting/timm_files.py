@@ -25,7 +25,7 @@ from common.batches.transforms import evaluation
 from common.checkpoints import public
 from common.errors import Refusal
 from common.models import Backbone, Features
-from common.models.backbone import timm_arguments
+from common.models.create import timm_arguments
 from common.models.irpe import PUBLISHED
 from evaluate.finetuning.classifier import pool
 

@@ -17,7 +17,7 @@ from common.data.location import location_of
 from common.errors import Refusal
 from common.features.extraction import RAW
 from common.models import Backbone, ModelConfig, create
-from common.models.backbone import no_architecture
+from common.models.create import no_architecture
 from common.models.plan import TokenPlan
 from common.models.swin import form
 from common.paths import expanded

@@ -13,7 +13,7 @@ from common.checkpoints import published
 from common.checkpoints.public import describe, export, load_backbone
 from common.errors import Refusal
 from common.models import Backbone, ModelConfig, create, swin
-from common.models.backbone import set_attention
+from common.models.create import set_attention
 from common.models.swin import alter
 from common.training.optim import layer_ids
 from pretrain.audit import audit

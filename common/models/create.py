@@ -1,0 +1,206 @@
+"""Build a backbone from its options: check them, let timm create the network, and alter it as they say."""
+
+import importlib
+import inspect
+import math
+import re
+import warnings
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..errors import Refusal, nearest
+from . import token_plans
+from .backbone import Backbone, ModelConfig
+from .embeddings import resize_without_antialiasing
+from .irpe import add_irpe
+from .swin import alter
+
+ATTENTIONS = ("auto", "fused", "explicit")
+EMBEDDINGS = ("learned", "sincos")
+CHANNELS = (1, 3)  # of an image: grey, RGB
+SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
+NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, vit_small_patch16_224.dino
+OF_THE_FACTORY = {  # what timm.create_model takes for itself: files, the network, and how a model is compiled or placed
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
+    "scriptable", "exportable", "no_jit", "features_only", "device", "dtype",
+}  # fmt: skip
+
+
+def create(config: ModelConfig, size: Any) -> Backbone:
+    """The backbone of `config` for images of `size` (pixels: one number, or height and width), freshly initialised.
+
+    Raises Refusal for an unknown name, an argument timm does not take, or a size the
+    architecture cannot be built for.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    if config.attention not in ATTENTIONS:
+        raise Refusal(
+            f"model.attention={config.attention!r}: expected one of "
+            f"{', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
+        )
+    if config.position_embedding not in EMBEDDINGS:
+        raise Refusal(
+            f"model.position_embedding={config.position_embedding!r}: expected one of "
+            f"{', '.join(EMBEDDINGS)}{nearest(config.position_embedding, EMBEDDINGS)}"
+        )
+    if reason := no_architecture(config.name):
+        raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
+    in_chans = config.kwargs.get("in_chans", len(config.mean))
+    if type(in_chans) is not int or in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
+        where = f"model.mean={list(config.mean)}"
+        where = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else where
+        raise Refusal(
+            f"{where}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
+            "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
+        )
+    finite = all(map(math.isfinite, (*config.mean, *config.std)))
+    if len(config.mean) != len(config.std) or min(config.std) <= 0 or not finite:
+        raise Refusal(
+            f"model.mean={list(config.mean)} and model.std={list(config.std)}: expected as many finite numbers each, "
+            "and every std above 0"
+        )
+    known = list(inspect.signature(add_irpe).parameters)[1:]
+    if unknown := sorted(set(config.irpe or {}) - set(known)):
+        raise Refusal(
+            f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
+        )
+    kwargs = timm_arguments(config, (h, w))
+    swin = {key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
+            model = timm.create_model(config.name, **kwargs)
+        if swin:
+            alter(model, **swin)
+        if config.irpe is not None:
+            add_irpe(model, **config.irpe)
+        if config.position_embedding == "sincos":
+            _fix_sincos(model, config.name)
+        resize_without_antialiasing(model)
+        if config.checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        stem = getattr(model, "patch_embed", None)  # Twins has several, and none of this name
+        patch = getattr(stem, "patch_size", (1, 1))
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        if h % patch[0] or w % patch[1]:  # timm would silently ignore the remainder
+            raise ValueError(f"{h}x{w} is not divisible by its patch of {patch[0]}x{patch[1]}")
+        if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+            raise Refusal("model.kwargs.patch_drop_rate: which patches were dropped would be lost; set `keep` instead")
+        backbone = Backbone(model, config, (h, w))
+    except Refusal:
+        raise
+    except Exception as error:  # timm asserts, raises TypeError or RuntimeError, each in its own words
+        raise Refusal(
+            f"timm cannot build model {config.name!r} for {h}x{w} pixels: "
+            f"{' '.join(str(error).split()) or type(error).__name__}; "
+            "change views.global.size, model.kwargs (patch_size, window_size, ...) or model.name"
+        ) from error
+    set_attention(backbone, config.attention)
+    return backbone
+
+
+def no_architecture(name: Any) -> str | None:
+    """Why `name` is not the name of an architecture, with or without a tag; None if it is."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return "expected a plain name, such as vit_small_patch16_224.dino: neither hf-hub: nor local-dir: nor a path"
+    if not timm.is_model(name):
+        return f"no architecture of timm {timm.__version__}{nearest(name, timm.list_models())}"
+    return None
+
+
+def refuse_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Raises Refusal unless all of `kwargs` are arguments of architectures like `name`, and plain values: numbers,
+    words, true, false, null, and lists of them. Nothing else may reach timm from somebody's config or backbone.json."""
+    module = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
+    models = [each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "forward_features")]
+    bases = {base for each in models for base in each.__mro__ if issubclass(base, nn.Module) and base is not nn.Module}
+    known = {word for base in bases for word in inspect.signature(base.__init__).parameters}
+    known = (known | set(SWIN)) - OF_THE_FACTORY - {"self", "args", "kwargs"}
+    for word, value in kwargs.items():
+        where = f"model.kwargs.{word}"
+        if word in OF_THE_FACTORY:
+            raise Refusal(
+                f"{where} is no argument of an architecture and is not passed on to timm: leave it out (weights come "
+                "from model.init and model.weights)"
+            )
+        if word not in known:
+            raise Refusal(f"{where} is no argument of {name}{nearest(str(word), known)}")
+        if not _plain(value):
+            raise Refusal(f"{where}={value!r:.60}: expected a number, a word, true, false, null or a list of them")
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[str, torch.Tensor] | None:
+    """The tensors of what `create` would build, without memory for their numbers; None where that cannot be had.
+    Raises Refusal as `create` does for names and arguments."""
+    if reason := no_architecture(config.name):
+        raise Refusal(f"model.name={config.name!r}: {reason}")
+    kwargs = timm_arguments(config, size)
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = timm.create_model(config.name, **kwargs)
+            alter(model, **{key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs})
+            if config.irpe is not None:
+                add_irpe(model, **config.irpe)
+    except Exception:  # `create` says what is wrong, if anything is
+        return None
+    return model.state_dict()
+
+
+def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """The keywords with which timm.create_model makes what `create` builds upon. Raises Refusal if they disagree, or
+    are not for it."""
+    refuse_arguments(config.name, config.kwargs)
+    kwargs = {"num_classes": 0, "img_size": size, **config.kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in SWIN}
+    if len(config.mean) != 3 or "in_chans" in kwargs:
+        kwargs.setdefault("in_chans", len(config.mean))
+        if kwargs["in_chans"] != len(config.mean):
+            raise Refusal(
+                f"model.kwargs.in_chans={kwargs['in_chans']} but model.mean has {len(config.mean)} values: "
+                "give one mean and one std per input channel"
+            )
+    module = timm.model_entrypoint(config.name.split(".")[0]).__module__.rsplit(".", 1)[-1]
+    if module == "vision_transformer":
+        # nothing here pools inside the model, and without a class token timm could not
+        kwargs.setdefault("global_pool", "")
+    if module in ("beit", "eva"):
+        kwargs.setdefault("global_pool", "token")  # else, pooled, they normalise after pooling: no final norm on tokens
+    if module in ("vision_transformer", "deit", "irpe"):
+        kwargs.setdefault("fc_norm", False)  # else "the final norm" of average-pooled ViTs is an Identity
+    return kwargs
+
+
+def _fix_sincos(model: Any, name: str) -> None:
+    """Replace the position embedding by fixed sines and cosines; prefix tokens get zeros, as in MAE."""
+    embedding = getattr(model, "pos_embed", None)
+    if not isinstance(model, VisionTransformer) or embedding is None or embedding.shape[-1] % 4:
+        raise Refusal(
+            f"model.position_embedding=sincos goes with a plain ViT or DeiT that has a position embedding and a width "
+            f"that is a multiple of 4, and {name!r} is none"
+        )
+    grid = model.patch_embed.grid_size
+    patches = token_plans.sincos(grid, embedding.shape[-1])  # type: ignore[arg-type]
+    with torch.no_grad():
+        embedding.zero_()
+        embedding[0, embedding.shape[1] - len(patches) :] = patches
+    embedding.requires_grad_(False)
+
+
+def set_attention(model: nn.Module, attention: str) -> None:
+    """Choose how attention is computed in every block: "fused", "explicit", or "auto" for timm's own choice."""
+    if attention == "auto":
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention == "fused"  # type: ignore[assignment]
