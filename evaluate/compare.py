@@ -49,8 +49,9 @@ from evaluate.comparison.rows import BASELINES, title_of
 from evaluate.comparison.spreadsheet import differences, numbers
 from evaluate.comparison.whole import Comparison, compared
 from evaluate.comparison.words import differences_table, notes, scores_table
-from evaluate.job.protocol import BASELINES as USUAL_BASELINES
-from evaluate.job.protocol import Parser, add_data, alone, chosen_device, given_data
+from evaluate.job.arguments import BASELINES as USUAL_BASELINES
+from evaluate.job.arguments import Parser, add_data, chosen_device, data_options
+from evaluate.job.evaluation import only_first
 
 USUAL = ("knn", "linear", "fewshot")
 POSSIBLE = (*COLUMNS, *APART)
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be what a terminal cannot show
     arguments = options().parse_args(argv)
     words, baselines = check(arguments)
-    if not alone("compare"):
+    if not only_first("compare"):
         return 0
     out = folder(arguments.out)
     runs = open_runs(words)
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         read_reports(run)
         if arguments.no_run and run.damaged:
             raise next(iter(run.damaged.values()))
-    check_data(runs, given_data(arguments))
+    check_data(runs, data_options(arguments))
     found = compared(runs, baselines, arguments.against, arguments.features)
     found.notes = failed + found.notes
     if all(one.stale for run in runs for one in run.reports.values()):
@@ -166,7 +167,7 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         if arguments.device is not None:
             chosen_device(arguments.device)
         if arguments.data is not None:
-            data.open_data(changed({}, given_data(arguments)))
+            data.open_data(changed({}, data_options(arguments)))
     return words, baselines
 
 
@@ -188,10 +189,10 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequ
     """Make the evaluations that are missing, damaged or stale, each by its own script; what failed, in words."""
     for run in runs:
         read_reports(run)
-    check_data(runs, given_data(arguments))
+    check_data(runs, data_options(arguments))
     failed = []
     for run in runs:
-        where = changed(run.training, given_data(arguments))
+        where = changed(run.training, data_options(arguments))
         for name in arguments.make or wanted(run):
             one = run.reports.get(name)
             lacks = [row for row in baselines if row in RAW and one is not None and row not in one.content["values"]]

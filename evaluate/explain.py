@@ -60,8 +60,9 @@ from evaluate.explaining.attribution import (
     random_orders,
     to_patches,
 )
+from evaluate.job.arguments import parser
+from evaluate.job.evaluation import Evaluation, any_splits, begin, only_first
 from evaluate.job.feature_cache import cached
-from evaluate.job.protocol import Evaluation, alone, any_splits, begin, parser
 from evaluate.job.report import table, write
 
 IMAGES, JUDGED, REFERENCES = 8, 200, 2000  # drawn; whose patches are deleted; among which neighbours are looked for
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     arguments = options.parse_args(argv)
     if arguments.images < 1 or arguments.judged < 2:
         raise Refusal(f"--images {arguments.images} --judged {arguments.judged}: expected at least 1 and 2")
-    if not alone("explain"):
+    if not only_first("explain"):
         return 0
     job = begin("explain", arguments, splits=labelled_splits if arguments.target == "class" else any_splits)
     seed = job.seeds[0]

@@ -57,7 +57,8 @@ from common.paths import expanded
 from evaluate.exporting import timm_files
 from evaluate.exporting.timm_files import difference, scores
 from evaluate.job import subjects
-from evaluate.job.protocol import Parser, add_data, alone, given_data
+from evaluate.job.arguments import Parser, add_data, data_options
+from evaluate.job.evaluation import only_first
 from evaluate.job.report import leak_note
 from evaluate.job.subjects import Subject
 
@@ -74,7 +75,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 def main(argv: list[str]) -> int:
     """Arguments -> files -> the same images through each -> model card. Returns the exit status."""
     arguments = options().parse_args(argv)
-    if not alone("export"):
+    if not only_first("export"):
         return 0
     set_threads(arguments.threads)
     if arguments.images < 1:
@@ -157,7 +158,7 @@ class Sample:
 def real_images(subject: Subject, arguments: argparse.Namespace) -> Sample:
     """The first images that can be read."""
     about, training = subject.description, subject.description.get("training", {})
-    where = changed(training, given_data(arguments))
+    where = changed(training, data_options(arguments))
     spec, whole = where.spec, data.open_data(where)
     some = whole.subset(range(min(len(whole), arguments.images)))
     batches = shown(some, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from common.errors import Refusal
 from common.features.ridge import scores as ridge_scores
+from evaluate.job.arguments import LABELS, parser
+from evaluate.job.evaluation import Evaluation, begin, first_process, join_processes
 from evaluate.job.frozen import Split, splits
-from evaluate.job.protocol import LABELS, Evaluation, begin, first_process, parser, together
 from evaluate.job.report import Outcomes, accuracies, kind_name, ordered, percent, table, tell, write
 from evaluate.probing import subsets
 from evaluate.probing.protocols import L2
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     check(arguments)
     job = begin("fewshot", arguments, raw=True)
     draws, skipped = possible(job, arguments)
-    together("low-shot evaluation")
+    join_processes("low-shot evaluation")
     headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
     found: Found = {}
     outcomes, index = Outcomes(), None

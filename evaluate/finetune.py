@@ -37,7 +37,8 @@ from evaluate.finetuning.augment import rand_augment
 from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
 from evaluate.finetuning.training import at_size, bits, train
 from evaluate.job import frozen, recipes
-from evaluate.job.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
+from evaluate.job.arguments import LABELS, Parser, chosen_device, parser
+from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import (
     Outcomes,
     accuracies,

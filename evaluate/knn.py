@@ -23,8 +23,9 @@ from typing import Any
 from common.errors import Refusal
 from common.features.metrics import accuracy
 from common.features.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
+from evaluate.job.arguments import LABELS, parser
+from evaluate.job.evaluation import begin, first_process, join_processes
 from evaluate.job.frozen import splits
-from evaluate.job.protocol import LABELS, begin, first_process, parser, together
 from evaluate.job.report import (
     Outcomes,
     accuracies,
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     arguments = options.parse_args(argv)
     job = begin("knn", arguments, raw=True)
     ks = possible(arguments.k, job.training_images)  # those that will be there
-    together("k-NN")
+    join_processes("k-NN")
     found: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)
     outcomes, index = Outcomes(), None

@@ -42,7 +42,8 @@ from common.training.precision import DTYPES
 from evaluate.explaining import layerwise
 from evaluate.explaining.layerwise import Layer, groups, independent, patches, read_position, sample
 from evaluate.job import frozen
-from evaluate.job.protocol import LABELS, Evaluation, alone, any_splits, begin, parser
+from evaluate.job.arguments import LABELS, parser
+from evaluate.job.evaluation import Evaluation, any_splits, begin, only_first
 from evaluate.job.report import accuracies, interval, leak_note, percent, table, write
 
 IMAGES, LEAST = 10_000, 10  # training images; a fifth as many are judged
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
     arguments = options.parse_args(argv)
     if arguments.images < LEAST:
         raise Refusal(f"--images {arguments.images}: expected at least {LEAST}")
-    if not alone("layers"):
+    if not only_first("layers"):
         return 0
     job = begin("layers", arguments, splits=any_splits)
     job.train, job.test = some(job.train, arguments.images), some(job.test, arguments.images // 5)

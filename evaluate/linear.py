@@ -31,8 +31,9 @@ from torch import Tensor
 from common.errors import Refusal
 from common.features.extraction import RAW, depth
 from common.training.tracking import clock
+from evaluate.job.arguments import LABELS, parser
+from evaluate.job.evaluation import Evaluation, begin, first_process, join_processes
 from evaluate.job.frozen import Split, splits
-from evaluate.job.protocol import LABELS, Evaluation, begin, first_process, parser, together
 from evaluate.job.report import (
     CHOSEN,
     Outcomes,
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         )
     changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "rates", "optimizer")}
     protocol, modified = altered(protocol, changes, depth(job.subject.backbone()) if protocol.name == "mae" else 0)
-    together("the linear probe")
+    join_processes("the linear probe")
     found: dict[str, dict[str, list[Probe]]] = {}
     outcomes, index = Outcomes(), None
     notes, fit = list(protocol.notes), 0

@@ -42,7 +42,8 @@ from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
 from evaluate.finetuning.training import at_size
 from evaluate.job import recipes
-from evaluate.job.protocol import LABELS, Evaluation, Parser, begin, chosen_device, first_process, parser
+from evaluate.job.arguments import LABELS, Parser, chosen_device, parser
+from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import Outcomes, interval, percent, table, tell, write
 from evaluate.job.subjects import Subject
 from evaluate.segmenting import heads
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         asked = config.reduce_zero_label
         recipe, config = recipes.resumed(job, SegmentationConfig, recipe, config)
         if config.reduce_zero_label != asked:  # as it was begun
-            job.train, job.test, job.note = open_scenes(job.where, config.reduce_zero_label)
+            job.train, job.test, job.note = open_scenes(job.location, config.reduce_zero_label)
     subject, note = resized(job, config)
     refuse_spoiled(subject.state, subject.name)
     group.join(cpu=device.type == "cpu")

@@ -30,7 +30,8 @@ from common.errors import Refusal
 from common.features.neighbors import FIELD
 from common.paths import expanded
 from evaluate.job import report, subjects
-from evaluate.job.protocol import Parser, alone
+from evaluate.job.arguments import Parser
+from evaluate.job.evaluation import only_first
 
 MODEL = "timm:vit_small_patch16_224.dino"
 PARAMETERS = 21_665_664
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> int:
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     given = options.parse_args(argv)
-    if not alone("the self-test"):
+    if not only_first("the self-test"):
         return 0
     checks = [check for name, check in CHECKS.items() if given.only in (None, name)]
     if given.weights is None:

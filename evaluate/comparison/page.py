@@ -40,7 +40,7 @@ from evaluate.comparison.words import (
     notes,
     score,
 )
-from evaluate.job.protocol import LABELS
+from evaluate.job.arguments import LABELS
 
 CURVES = re.compile(r"loss$|knn/|ridge/|rankme/|val/.*(loss|accuracy)$|control/.*/noise$")
 SHARES = re.compile(r"knn/|ridge/|accuracy$|/noise$")  # of those, what is a share

@@ -8,7 +8,7 @@ from typing import Any
 from common.features.extraction import RAW
 from evaluate.comparison.reports import APART, Run
 from evaluate.comparison.settings import listed
-from evaluate.job.protocol import LABELS
+from evaluate.job.arguments import LABELS
 
 TITLES = {"knn": "k-NN", "linear": "linear probe", "fewshot": "low-shot", "finetune": "finetuning"}
 BASELINES = ("random", *RAW)

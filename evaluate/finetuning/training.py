@@ -44,7 +44,7 @@ from evaluate.finetuning.augment import RepeatedSampler, StrongSamples
 from evaluate.finetuning.classifier import Classifier
 from evaluate.finetuning.options import FinetuneConfig, num_steps, rate_of
 from evaluate.job import recipes
-from evaluate.job.protocol import Evaluation
+from evaluate.job.evaluation import Evaluation
 from evaluate.job.subjects import Subject
 
 LABELS = "classifier"  # the purpose under which a batch holds its labels

@@ -17,9 +17,10 @@ from common.features.extraction import PIXELS, Part, cache_key, extract_parts, p
 from common.features.extraction import pixels as raw_pixels
 from common.features.finite import is_constant
 from common.processes import collectives
+from evaluate.job.arguments import LABELS
+from evaluate.job.evaluation import Evaluation, first_process
 from evaluate.job.feature_cache import cached
 from evaluate.job.patches import patch_key, patch_parts
-from evaluate.job.protocol import LABELS, Evaluation, first_process
 from evaluate.job.subjects import Subject
 
 BLOCKS = 4  # the most that a protocol asks for
@@ -47,7 +48,7 @@ class Split:
 def splits(job: Evaluation, blocks: int = 1) -> Iterator[Split]:
     """Frozen features of every row: the subject's, and those of the baselines asked for, of each seed that they have.
 
-    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `extract` says. After `protocol.together`,
+    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `extract` says. After `join_processes`,
     all processes have to call this to the end, and only the first one is given anything. What was extracted with
     `blocks=4` answers for one block too.
     """

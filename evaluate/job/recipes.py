@@ -19,7 +19,8 @@ from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.run_folder import CONFIG, WAIT, RunLock
 from common.checkpoints.storage import write_atomically
 from common.errors import Refusal
-from evaluate.job.protocol import Evaluation, Parser
+from evaluate.job.arguments import Parser
+from evaluate.job.evaluation import Evaluation
 
 FREE = (
     "log_every",

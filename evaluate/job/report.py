@@ -24,8 +24,9 @@ from common.errors import Refusal
 from common.features.extraction import KINDS, PIXELS, RAW, digest
 from common.features.metrics import wilson
 from common.processes.launch import active_pil
+from evaluate.job.arguments import LABELS
+from evaluate.job.evaluation import Evaluation
 from evaluate.job.patches import FILTERS, SIDE, described
-from evaluate.job.protocol import LABELS, Evaluation
 
 FORMAT = 1  # of reports; those written before there was a number read as 1
 CHOSEN = "chosen"  # the kind of features of a protocol in which several compete for one number
@@ -80,7 +81,7 @@ def write(
         "step": training.get("step"),
         "data": {
             "spec": job.spec,
-            "location": {name: value for name, value in job.where.options().items() if value and name != "data"},
+            "location": {name: value for name, value in job.location.options().items() if value and name != "data"},
             "note": job.note,
             "classes": list(job.classes),
             "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},

@@ -29,7 +29,7 @@ from common.training.optim import parameter_groups
 from common.training.tracking import Progress, Tracker
 from evaluate.finetuning.training import Training
 from evaluate.job import recipes
-from evaluate.job.protocol import Evaluation
+from evaluate.job.evaluation import Evaluation
 from evaluate.job.subjects import Subject
 from evaluate.segmenting import heads
 from evaluate.segmenting.data import IGNORED, Scenes

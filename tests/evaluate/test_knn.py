@@ -198,7 +198,7 @@ def test_each_mistake_is_one_refusal_and_nothing_is_written(make_run, script, tm
 
 def test_a_class_without_training_images_is_refused(data):
     from common.data import open_data
-    from evaluate.job.protocol import refuse_gaps
+    from evaluate.job.evaluation import refuse_gaps
 
     train, test = open_data(str(data), "train"), open_data(str(data), "test")
     refuse_gaps(train, test, "colours")

@@ -7,7 +7,7 @@ import pytest
 from common.errors import Refusal
 from common.processes.launch import set_threads
 from evaluate.finetuning.options import FinetuneConfig, fit_batch
-from evaluate.job.protocol import parser
+from evaluate.job.arguments import parser
 from evaluate.segmenting.options import SegmentationConfig
 from evaluate.segmenting.options import fit_batch as segmentation_batch
 
