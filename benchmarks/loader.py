@@ -9,10 +9,15 @@ The methods take turns in every round, so that a busy machine slows all of them;
 table has medians over the rounds and the range of the ratio.
 
 The files are cut from scikit-learn's two sample photographs at random places, zooms and shapes around 500x375.
+
+`--decoders [FOLDER]` times the JPEG decoders alone, side by side: those that `common.decoding.decode` knows and Pillow,
+whose `draft` decodes to an eighth, a quarter or half of a side. FOLDER: JPEGs to time them on beside small ones.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import statistics
 import sys
 import tempfile
@@ -33,7 +38,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common.batches.transforms import View, augment
 from common.data import open_data
-from common.decoding.decode import fast_jpeg
+from common.decoding.decode import JPEG_DECODERS, decode_with_pil, jpeg_decoder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCHES = (16, 64, 256)
@@ -129,6 +134,48 @@ def decoding_methods(folder: Path, count: int) -> dict[str, Callable[[], None]]:
     }
 
 
+def draft(data: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (h, w, 3) of a JPEG, decoded by Pillow to the smallest of its scales that covers size x size."""
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (size, size))
+    return np.asarray(image)
+
+
+def decoder_methods(files: list[np.ndarray], channels: int) -> dict[str, Callable[[], None]]:
+    """Every JPEG decoder that is installed, on encoded `files`; prints how many pictures they decode alike."""
+    decoders: dict[str, Callable[[np.ndarray, int], Tensor]] = {}
+    for name, load in JPEG_DECODERS.items():
+        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
+            decoders[name] = load()
+    decoders["Pillow"] = lambda data, channels: decode_with_pil(data, channels, None)[0]
+    first = next(iter(decoders.values()))
+    for name, decoder in decoders.items():
+        alike = sum(torch.equal(decoder(data, channels), first(data, channels)) for data in files)
+        print(f"  {name}: {alike} of {len(files)} pictures have the pixels of the first, {channels} channels")
+    methods = {
+        name: each(len(files), lambda i, decoder=decoder: decoder(files[i], channels))  # type: ignore[misc]
+        for name, decoder in decoders.items()
+    }
+    if channels == 3:
+        methods["Pillow, draft to 224 (other pixels)"] = each(len(files), lambda i: draft(files[i], 224))
+    return methods
+
+
+def compare_decoders(folder: Path, count: int, rounds: int) -> None:
+    """Print the JPEG decoders' speeds on up to `count` files in `folder`, and on as many of 32x32 made from them."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
+    files = [np.fromfile(path, np.uint8) for path in paths]
+    small = []
+    for data in files:
+        packed = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32)).save(packed, "JPEG", quality=95)
+        small.append(np.frombuffer(packed.getvalue(), np.uint8).copy())
+    for title, group in (("files as they are", files), ("32x32", small)):
+        for channels in (3, 1):
+            name = f"decoding, {title}, {channels} channel{'s' if channels > 1 else ''}"
+            measure(name, len(group), rounds, decoder_methods(group, channels))
+
+
 def small_methods(count: int) -> dict[str, Callable[[], None]]:
     ours = open_data("builtin")
     pixels = np.stack([ours.read(i, channels=1)[0].numpy() for i in range(count)])
@@ -175,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decoders", nargs="?", const="", metavar="FOLDER", help="time the JPEG decoders instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -183,13 +231,19 @@ def main() -> None:
     except importlib.metadata.PackageNotFoundError:
         simd = "no"
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, PIL {PIL.__version__}, simd: {simd}")
-    turbo, fast = features.check("libjpeg_turbo"), fast_jpeg is not None
-    print(f"libjpeg-turbo in PIL: {turbo}; torchvision's JPEG decoder: {fast}; one thread")
+    turbo, fast = features.check("libjpeg_turbo"), jpeg_decoder() is not None
+    print(f"libjpeg-turbo in PIL: {turbo}; a fast JPEG decoder: {fast}; one thread")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         count, rounds = options.images, options.rounds
+        if options.decoders:
+            compare_decoders(Path(options.decoders), count, rounds)
+            return
         size = write_photographs(folder, count)
         print(f"{count} JPEGs of about 500x375 and {size:.0f} kB, medians of {rounds} rounds")
+        if options.decoders is not None:
+            compare_decoders(folder, count, rounds)
+            return
         ratios = {
             batch: measure(f"crop to 224, batches of {batch}", count, rounds, photograph_methods(folder, count, batch))
             for batch in BATCHES

@@ -213,7 +213,10 @@ def test_every_folder_and_every_dependency_is_in_pyproject() -> None:
     assert listed - {"configs"} == folders
     dependencies = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
     declared = {name.lower() for name in re.findall(r'"([\w-]+)>=', dependencies)} | {"pil", "yaml"}
-    extra = {name.replace("-", "_") for name in re.findall(r'^segmentation = \["([\w-]+)>=', text, re.MULTILINE)}
+    extra = {
+        name.replace("-", "_")
+        for name in re.findall(r'^(?:segmentation|torchcodec) = \["([\w-]+)>=', text, re.MULTILINE)
+    }
     used = set().union(*(reached(path) for path in sources(*STAGES))) - set(sys.stdlib_module_names) - set(STAGES)
     assert {name.lower() for name in used} - extra <= declared and extra <= used
     assert declared - {"pillow", "pyyaml", "tensorboard"} <= {name.lower() for name in used}  # torch imports it for us

@@ -9,8 +9,7 @@ import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,17 +19,6 @@ from torch import Tensor
 
 from .depth import Range, check_deep_colours, deep_to_8_bit, is_deep, strips
 from .headers import ORIENTATION, Header, read_header
-
-try:
-    # The operator itself: torchvision 0.29 deprecates the function around it, which then warns at every image, and will
-    # remove both. Builds without libjpeg have neither. PIL then reads JPEGs too, at two thirds of the speed.
-    import torchvision.io  # noqa: F401  (registers it)
-
-    fast_jpeg: Any = torch.ops.image.decode_jpeg
-except (ImportError, AttributeError):
-    fast_jpeg = None
-
-RGB, GRAY = 3, 1  # torchvision.io.ImageReadMode
 
 # What is opened, by Pillow's names: pictures that are whole in themselves. Left out are those for which Pillow starts a
 # program (EPS: Ghostscript; WMF and EMF), asks other software (BUFR, GRIB, HDF5), unpacks without a bound (FITS), or
@@ -59,6 +47,43 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, name in known.items() if name in formats())
 
 
+JpegDecoder = Callable[[np.ndarray, int], Tensor]  # (encoded bytes, channels 1 or 3) -> uint8 (channels, H, W)
+
+
+def jpeg_by_torchvision() -> JpegDecoder:
+    """torchvision's operator itself: the function around it warns at every image since 0.29, which deprecates both.
+    Raises AttributeError in a build without libjpeg."""
+    import torchvision.io  # noqa: F401  (registers it)
+
+    operator = torch.ops.image.decode_jpeg
+    return lambda data, channels: operator(torch.from_numpy(data), channels, False)  # its modes: 1 is grey, 3 is RGB
+
+
+def jpeg_by_torchcodec() -> JpegDecoder:
+    """TorchCodec's decoder, from its version 0.16, without FFmpeg. Raises ImportError where there is none."""
+    from torchcodec.decoders import decode_jpeg
+
+    modes = {1: "GRAY", 3: "RGB"}
+    return lambda data, channels: decode_jpeg(torch.from_numpy(data), mode=modes[channels])
+
+
+# In the order in which they are taken: torchvision's as long as it is there, so that an update of poslabel changes
+# nothing; then TorchCodec's; Pillow without either. All three are libjpeg-turbo: on 400 photographs and 3,000 JPEGs of
+# 32x32 their pixels were equal, in colour and in grey (torchvision 0.29, TorchCodec 0.16 and 0.17, Pillow 13), so which
+# one is used is no part of what a run is. Images per second, as a share of the first: 1, 1.02 and 0.76 at 500x375, 1,
+# 0.87 and 0.21 at 32x32 (`python benchmarks/loader.py --decoders FOLDER`). Pillow's scaled `draft` has other pixels.
+JPEG_DECODERS = {"torchvision": jpeg_by_torchvision, "torchcodec": jpeg_by_torchcodec}
+
+
+@functools.cache
+def jpeg_decoder() -> JpegDecoder | None:
+    """The fastest JPEG decoder of this installation; None where only Pillow can read them."""
+    for load in JPEG_DECODERS.values():
+        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):  # not there, or of another torch
+            return load()
+    return None
+
+
 def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Tensor:
     """Encoded uint8 (bytes,) -> uint8 (channels, H, W), upright (EXIF applied), transparency over white, first frame.
 
@@ -69,9 +94,9 @@ def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Te
     header, _ = read_header(data.data, bare=False)
     check_size(header.height, header.width)
     pixels = None
-    if header.components in (1, 3) and fast_jpeg is not None:
+    if header.components in (1, 3) and (decode_jpeg := jpeg_decoder()) is not None:
         with contextlib.suppress(RuntimeError):  # PIL reads some JPEGs that this decoder does not
-            pixels = fast_jpeg(torch.from_numpy(data), RGB if channels == 3 else GRAY, False)
+            pixels = decode_jpeg(data, channels)
     if pixels is None:
         pixels, header = decode_with_pil(data, channels, span)
     return upright(pixels, header.orientation)
@@ -80,6 +105,8 @@ def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Te
 def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tuple[Tensor, Header]:
     """uint8 (channels, H, W) of any picture that is opened, as it is stored, and its header."""
     with open_picture(data) as (image, header):
+        if channels == 1:
+            image.draft("L", image.size)  # a JPEG's stored luma, as the fast decoders take it; 1.3 times as fast
         pixels = torch.from_numpy(to_8_bit(image, channels, header, span))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1), header
 

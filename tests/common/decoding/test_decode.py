@@ -1,11 +1,15 @@
 """Decoding: images of every kind become three channels, and a broken one is named."""
 
+import contextlib
 import io
 import os
 import pickle
 import struct
+import sys
+import warnings
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from PIL import Image, features
 
 from common.data import Unreadable, open_data
 from common.data.images import with_channels
+from common.decoding import decode
 
 WEBP = ["webp"] if features.check("webp") else []  # a pillow-simd may be built without
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -46,11 +51,40 @@ def test_jpeg_is_what_pil_makes_of_it(tmp_path):
     assert np.abs(read_one(tmp_path, channels=1)[0].numpy() - luma).max() <= 2
 
 
-def test_jpeg_without_torchvisions_decoder(tmp_path, monkeypatch):
-    save(tmp_path / "a.jpg")
-    expected = read_one(tmp_path)
-    monkeypatch.setattr("common.decoding.decode.fast_jpeg", None)
-    assert (read_one(tmp_path).int() - expected.int()).abs().max() <= 2
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pillow_reads_jpegs_as_the_fast_decoder_does(tmp_path, monkeypatch, channels):
+    save(tmp_path / "a.jpg")  # colourful: the luma of Pillow's colours is up to 26 levels from the stored one
+    expected = read_one(tmp_path, channels)
+    monkeypatch.setattr(decode, "jpeg_decoder", lambda: None)
+    assert (read_one(tmp_path, channels).int() - expected.int()).abs().max() <= 2
+
+
+def test_torchcodec_decodes_where_torchvision_has_no_operator(tmp_path, monkeypatch):
+    torchcodec = ModuleType("torchcodec.decoders")
+    torchcodec.decode_jpeg = lambda data, mode: torch.full((3 if mode == "RGB" else 1, 2, 2), len(data)).byte()
+    monkeypatch.setattr(decode, "jpeg_decoder", decode.jpeg_decoder.__wrapped__)
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", torchcodec)
+    path = save(tmp_path / "a.jpg")
+    before = read_one(tmp_path)
+    assert before.shape[1:] != (2, 2)  # torchvision's goes before
+    monkeypatch.setattr(torch.ops, "image", None)
+    assert (read_one(tmp_path) == path.stat().st_size % 256).all() and read_one(tmp_path, 1).shape == (1, 2, 2)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    assert (read_one(tmp_path).int() - before.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fast_jpeg_decoders_have_the_same_pixels_and_warn_of_nothing(tmp_path, channels):
+    data = np.fromfile(save(tmp_path / "a.jpg"), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoders = {}
+        for name, load in decode.JPEG_DECODERS.items():
+            with contextlib.suppress(ImportError, AttributeError):
+                decoders[name] = load()
+        pixels = [decoder(data, channels) for decoder in decoders.values()]
+    assert all(torch.equal(pixels[0], each) and each.shape[0] == channels for each in pixels)
 
 
 def test_loose_layout_has_the_same_pixels(tmp_path):
