@@ -29,9 +29,9 @@ from common.training import precision, schedules
 from common.training.optim import parameter_groups
 from common.training.tracking import patient
 from pretrain import objectives
-from pretrain.audit import Verdict, cached_audit
 from pretrain.automatic import settle
 from pretrain.config import PretrainConfig, num_steps
+from pretrain.leaks.verdict import Verdict, cached_audit
 from pretrain.task import Pretraining, build, resolve
 
 PATIENCE = 3.0  # seconds after which what is being done is told

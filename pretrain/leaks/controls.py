@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise of the shape of uint8 images (B, C, H, W): whoever finds a patch's place in it was told."""
+    """Uniform noise of the shape of uint8 images (B, C, H, W), in which nothing shows where a patch is."""
     return torch.randint(0, 256, like.shape, dtype=torch.uint8, generator=generator).to(like.device)
 
 
 def limit(chance: float) -> float:
-    """Accuracy on noise above which somebody is told: twice chance or, on two or three patches, half-way to 1."""
+    """Accuracy on noise above which we say that position leaks: twice chance or, with 2 or 3 patches, half-way to 1."""
     return min(2 * chance, (1 + chance) / 2)
 
 

@@ -25,7 +25,7 @@ DEVIATIONS = 3.29  # standard errors of a 99.9 % interval
 
 
 def open_images(config: PretrainConfig, data: str | None) -> Images:
-    """The images to look at: those of `data`, or of the recipe. Raises Refusal if they are too few."""
+    """Open the images of `data`, or of the recipe. Raises Refusal if they are too few."""
     images = open_data(changed(vars(config), {"data": data}))
     if len(images) < 4:
         raise Refusal(f"--input needs at least 4 images, found {len(images)} in {data or config.data}")
@@ -33,8 +33,9 @@ def open_images(config: PretrainConfig, data: str | None) -> Images:
 
 
 def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[str, Any]:
-    """How well linear probes find places of patches of real images, cropped as the recipe says, from what they get to
-    see: {"chance": ..., "images": ..., "pixels": [accuracy, half-width of its 99.9 % interval], ...}."""
+    """Train linear probes to find the places of patches of real images, cropped as the recipe says.
+
+    Returns {"chance": ..., "images": ..., cue: [accuracy, half-width of its 99.9 % interval], ...}."""
     count = min(IMAGES, len(images)) // 2
     view = next(objective.passes["tokens"].view for objective in task.positional.values())
     samples = Samples(images, {view: config.views[view]}, config.seed, task.backbone.channels)
@@ -42,19 +43,19 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
     crops = samples.__getitems__([(HELD_OUT_EPOCH, index) for index in chosen]).views[view]
     pixels = crops[: 2 * count].float() / 255  # the first crop of each image
     grid = task.backbone.grid
-    found: dict[str, Any] = {"chance": 1 / math.prod(grid), "images": count}
+    accuracies: dict[str, Any] = {"chance": 1 / math.prod(grid), "images": count}
     for name, cue in cues(pixels).items():
-        found[name] = probe(patches(cue, grid))
-    return found
+        accuracies[name] = probe(patches(cue, grid))
+    return accuracies
 
 
 def cues(pixels: Tensor) -> dict[str, Tensor]:
-    """What probes get to see of images (B, C, H, W), each of that size."""
+    """Cues in images (B, C, H, W), by name: the pixels, and two images of the same size made of them."""
     smooth = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    shown = {"pixels": pixels, "high-pass residue": (pixels - smooth).abs()}
+    by_name = {"pixels": pixels, "high-pass residue": (pixels - smooth).abs()}
     if pixels.shape[1] == 3:
-        shown["colour differences"] = pixels[:, :2] - pixels[:, 1:]
-    return shown
+        by_name["colour differences"] = pixels[:, :2] - pixels[:, 1:]
+    return by_name
 
 
 def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -66,33 +67,33 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def probe(rows: Tensor) -> list[float]:
-    """[accuracy, half-width of its interval] on the second half of the images, of a linear probe trained on the
-    first."""
+    """Train a linear probe on the first half of the images, judge it on the second: [accuracy, half-width of its
+    interval]."""
     B, N, E = rows.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        seen, fresh = rows[: B // 2], rows[B // 2 :]
-        mean, deviation = seen.mean((0, 1)), seen.std((0, 1)).clamp(min=1e-6)
-        seen, fresh = (seen - mean) / deviation, (fresh - mean) / deviation
+        train, test = rows[: B // 2], rows[B // 2 :]
+        mean, deviation = train.mean((0, 1)), train.std((0, 1)).clamp(min=1e-6)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
         head = torch.nn.Linear(E, N)
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.1)
         for _ in range(STEPS):
-            chosen = torch.randint(len(seen), (16,))
-            loss = F.cross_entropy(head(seen[chosen]).flatten(0, 1), torch.arange(N).repeat(16))
+            chosen = torch.randint(len(train), (16,))
+            loss = F.cross_entropy(head(train[chosen]).flatten(0, 1), torch.arange(N).repeat(16))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            right = (head(fresh).argmax(-1) == torch.arange(N)).double().mean(1)
+            right = (head(test).argmax(-1) == torch.arange(N)).double().mean(1)
     return [float(right.mean()), DEVIATIONS * float(right.std()) / math.sqrt(len(right))]
 
 
-def told(found: dict[str, Any]) -> str:
-    """The figures in words."""
+def in_words(accuracies: dict[str, Any]) -> str:
+    """Say the figures of `measure` in lines of text."""
     lines = [
-        f"input: a linear probe on {name} of real patches finds {found[name][0]:.2%} of the places "
-        f"(+-{found[name][1]:.2%}), chance is {found['chance']:.2%}"
-        for name in found
+        f"input: a linear probe on {name} of real patches finds {accuracies[name][0]:.2%} of the places "
+        f"(+-{accuracies[name][1]:.2%}), chance is {accuracies['chance']:.2%}"
+        for name in accuracies
         if name not in ("chance", "images")
     ]
     return "\n".join([*lines, "input: this informs about the images and never decides"])

@@ -50,12 +50,12 @@ def draw(plan: PlanSpec, num_patches: int, rng: np.random.Generator, count: int)
 
 
 def draws(objective: Positional, rng: np.random.Generator, count: int) -> dict[str, Tensor]:
-    """What `objective` draws beside each of `count` images."""
+    """Draws of `objective` beside each of `count` images."""
     return _stacked([objective.draw(rng) for _ in range(count)]) if objective.draw is not None else {}
 
 
 def _stacked(samples: list[Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.stack([each[name] for each in samples])) for name in samples[0]}
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 def run(
@@ -69,8 +69,8 @@ def run(
 
 
 def copies(backbone: Backbone, objective: Positional, dtype: torch.dtype) -> tuple[Backbone, Positional]:
-    """Both on the CPU, in eval mode, to do with as one likes."""
-    return tuple(copy.deepcopy(each).cpu().to(dtype).eval() for each in (backbone, objective))  # type: ignore[return-value]
+    """Copies of both on the CPU, in eval mode, free to be changed."""
+    return tuple(copy.deepcopy(module).cpu().to(dtype).eval() for module in (backbone, objective))  # type: ignore[return-value]
 
 
 # ----------------------------------------------------------------------------------------------------- the symmetry
@@ -115,16 +115,16 @@ def symmetry(backbone: Backbone, objective: Positional) -> Symmetry:
         deviation = float(torch.stack(deviations).max())
         if not math.isfinite(deviation):
             raise Refusal(f"the audit: {backbone.config.name} gives tokens that are not finite under redrawn weights")
-        found = Symmetry(deviation, [])
-        if not found.holds:
-            found.breaks = breaks(backbone, lambda: run(backbone, objective, images, {"tokens": plan})["tokens"])
-            if not found.breaks:
-                found.breaks = ["the objective's own layers" if before.same_tokens else "the model's own forward"]
-        return found
+        result = Symmetry(deviation, [])
+        if not result.holds:
+            result.breaks = breaks(backbone, lambda: run(backbone, objective, images, {"tokens": plan})["tokens"])
+            if not result.breaks:
+                result.breaks = ["the objective's own layers" if before.same_tokens else "the model's own forward"]
+        return result
 
 
 class _Read:
-    """What the loss reads of a pass: tokens, prefix, and what the objective makes of them."""
+    """Outputs of a pass that the loss reads: tokens, prefix, and the logits that the objective makes of them."""
 
     def __init__(self, backbone: Backbone, objective: Positional, images: Tensor, plan: TokenPlan) -> None:
         self.features = run(backbone, objective, images, {"tokens": plan})["tokens"]
@@ -156,8 +156,8 @@ def _movable(read: _Read, objective: Positional, plan: TokenPlan, num_patches: i
     movable = torch.ones(len(read.features.tokens), num_patches, dtype=torch.bool)
     if plan.visible is None:
         return movable
-    own = draws(objective, np.random.default_rng(0), len(movable))
-    asked = objective.answers({"tokens": read.features}, own).asked
+    drawn = draws(objective, np.random.default_rng(0), len(movable))
+    asked = objective.answers({"tokens": read.features}, drawn).asked
     if asked is None or bool((asked & plan.visible).any()):
         return movable
     places = plan.kept if plan.kept is not None else torch.arange(num_patches).expand_as(plan.visible)
@@ -193,9 +193,9 @@ def _move(plan: TokenPlan, order: Tensor) -> tuple[TokenPlan, Tensor | None]:
 
 @torch.no_grad()
 def breaks(backbone: Backbone, forward: Callable[[], Features]) -> list[str]:
-    """What makes tokens know their places, in words, deepest modules only. Changes the backbone."""
+    """Name what makes tokens know their places, deepest modules only. Changes the backbone."""
     tokens = forward().tokens
-    found: dict[str, list[str]] = {}
+    culprits: dict[str, list[str]] = {}
     for kind in ENCODINGS:
         tables = [
             (name, table)
@@ -208,17 +208,18 @@ def breaks(backbone: Backbone, forward: Callable[[], Features]) -> list[str]:
             if torch.equal(forward().tokens, tokens):
                 table.copy_(kept)
             else:
-                found.setdefault(kind, []).append(name)
+                culprits.setdefault(kind, []).append(name)
                 tokens = forward().tokens
     for name, kind in _Suspects(backbone, tokens.shape[1]).watch(forward).items():
-        found.setdefault(kind, []).append(name)
+        culprits.setdefault(kind, []).append(name)
     return [
-        f"{kind} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})" for kind, names in found.items()
+        f"{kind} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+        for kind, names in culprits.items()
     ]
 
 
 def _encoding(name: str) -> str | None:
-    """What kind of encoding a parameter or buffer of that name is, if any."""
+    """Kind of encoding that a parameter or buffer of that name is, if any."""
     return next((kind for kind, pattern in ENCODINGS.items() if pattern.search(name.lower())), None)
 
 
@@ -235,16 +236,16 @@ class _Suspects:
         self.names = {module: name for name, module in backbone.model.named_modules() if name}
         self.merges = any("merging" in type(module).__name__.lower() for module in self.names)
         self.cells = torch.randperm(math.prod(self.grid))
-        self.found: dict[str, str] = {}
+        self.culprits: dict[str, str] = {}
         self.asking = False
 
     def watch(self, forward: Callable[[], Any]) -> dict[str, str]:
-        """{name of the module: what it is} of those that do not."""
+        """Run `forward`; {name of the module: what it is} of those whose outputs do not follow."""
         hooks = [module.register_forward_hook(self._ask, with_kwargs=True) for module in self.names]
         forward()
         for hook in hooks:
             hook.remove()
-        return self.found
+        return self.culprits
 
     def _ask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         name = self.names[module]
@@ -253,12 +254,12 @@ class _Suspects:
             return
         if not output.is_floating_point():
             return  # indices, no tokens
-        if not isinstance(args[0], Tensor) or any(f"{other}.".startswith(f"{name}.") for other in self.found):
+        if not isinstance(args[0], Tensor) or any(f"{other}.".startswith(f"{name}.") for other in self.culprits):
             return  # a part of it is to blame
         self.asking = True
         try:
             if not self._follows(module, args, kwargs):
-                self.found[name] = self._kind(name, module, args[1:], kwargs)
+                self.culprits[name] = self._kind(name, module, args[1:], kwargs)
         finally:
             self.asking = False
 
@@ -297,7 +298,7 @@ class _Suspects:
         return moves
 
     def _expected(self, usual: Tensor, move: Callable[[Tensor], Tensor], tensor: Tensor) -> Iterable[Tensor]:
-        """What the output may be when the input was moved."""
+        """Outputs that may be expected when the input was moved."""
         if usual.shape[:-1] == tensor.shape[:-1]:
             yield move(usual)
         elif usual.ndim == 3 and self._side(usual.shape[1]):
@@ -328,7 +329,7 @@ class _Suspects:
         return self._in_map(True)(tensor.unflatten(1, (h * side, w * side))).flatten(1, 2)
 
     def _kind(self, name: str, module: nn.Module, others: tuple, kwargs: dict[str, Any]) -> str:
-        """What a module is, in words."""
+        """Describe a module in words."""
         merging = "patch merging by " if re.search(r"pool|downsample|merg", name.lower()) else ""
         if isinstance(module, (nn.Conv2d, *POOLS)):
             what = "convolution" if isinstance(module, nn.Conv2d) else "pooling"

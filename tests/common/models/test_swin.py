@@ -16,7 +16,7 @@ from common.models import Backbone, ModelConfig, create, swin
 from common.models.create import set_attention
 from common.models.swin import alter
 from common.training.optim import layer_ids
-from pretrain.audit import audit
+from pretrain.leaks.verdict import audit
 from pretrain.task import build, resolve
 
 NAME = "swin_tiny_patch4_window7_224"

@@ -14,10 +14,13 @@ from common.batches.transforms import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from pretrain import audit as auditing
-from pretrain.audit import Finding, Leak, Noise, Verdict, audit, cached_audit
 from pretrain.config import PretrainConfig
 from pretrain.leaks import input_cues
+from pretrain.leaks import noise as noise_probe
+from pretrain.leaks import verdict as verdicts
+from pretrain.leaks.noise import Noise
 from pretrain.leaks.symmetry import symmetry
+from pretrain.leaks.verdict import Finding, Leak, Verdict, audit, cached_audit
 from pretrain.task import Pretraining, build, resolve
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -221,7 +224,7 @@ def test_trained_weights_of_a_clean_recipe_tell_nothing_of_noise() -> None:
     made = task(NONE)
     (found,) = audit(made.backbone, made.positional, trained=True).objectives.values()
     assert found.verdict == "clean"
-    assert [noise.contrast for noise in found.noise] == [contrast for contrast, _ in auditing.SHOWN]
+    assert [noise.contrast for noise in found.noise] == [contrast for contrast, _ in noise_probe.SHOWN]
     assert all(noise.low < noise.chance and noise.high < 2 * noise.chance for noise in found.noise)
 
 
@@ -231,11 +234,11 @@ def test_trained_weights_of_a_clean_recipe_tell_nothing_of_noise() -> None:
 def test_the_interval_counts_images_not_tokens() -> None:
     """Two of four right in every image: certain. All or nothing: as uncertain as four throws of a coin."""
     asked = torch.full((4,), 4)
-    assert auditing._interval(torch.tensor([2, 2, 2, 2]), asked) == (0.5, 0.5, 0.5)
-    accuracy, low, high = auditing._interval(torch.tensor([4, 0, 4, 0]), asked)
+    assert noise_probe._interval(torch.tensor([2, 2, 2, 2]), asked) == (0.5, 0.5, 0.5)
+    accuracy, low, high = noise_probe._interval(torch.tensor([4, 0, 4, 0]), asked)
     assert (accuracy, low, high) == (0.5, 0.0, 1.0)
     error = math.sqrt(4 * 1 * 4 / 3) / 16  # residues of one
-    assert auditing._interval(torch.tensor([1, 3, 1, 3]), asked)[1] == pytest.approx(0.5 - 3.29 * error)
+    assert noise_probe._interval(torch.tensor([1, 3, 1, 3]), asked)[1] == pytest.approx(0.5 - 3.29 * error)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_the_cache_answers_for_the_same_recipe_only(tmp_path: Path, monkeypatch:
     first = cached_audit(config(FULL), task(FULL), folder=tmp_path)
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(auditing, "audit", lambda *_, **__: pytest.fail("this was known"))
+        patch.setattr(verdicts, "audit", lambda *_, **__: pytest.fail("this was known"))
         heavier = {"absolute": {"position": "full", "weight": 0.5}, "relative": {"weight": 0.0}}
         assert cached_audit(config(heavier, seed=3), task(heavier), folder=tmp_path) == first
         with pytest.raises(pytest.fail.Exception):
@@ -306,7 +309,7 @@ def test_the_script_says_what_it_found(
     assert auditing.main(["quickstart", *words, "--json", str(tmp_path / "audit.json")]) == status
     verdict = ("clean", "leak")[status]
     assert f"verdict: {verdict}" in capsys.readouterr().out
-    assert auditing.read(json.loads((tmp_path / "audit.json").read_text())).verdict == verdict
+    assert verdicts.read(json.loads((tmp_path / "audit.json").read_text())).verdict == verdict
 
 
 def test_an_objective_that_weighs_nothing_is_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +321,7 @@ def test_an_objective_that_weighs_nothing_is_not_asked(capsys: pytest.CaptureFix
     "words", [["--inptu"], ["one", "two"], ["no-such-recipe"], ["objectives.absolute.head=linaer"]]
 )
 def test_what_is_not_understood_is_refused(words: list[str]) -> None:
-    with pytest.raises(auditing.Refusal):
+    with pytest.raises(Refusal):
         auditing.main(words)
 
 

@@ -19,8 +19,8 @@ from common.data import Images, Unreadable
 from common.errors import Refusal
 from pretrain import objectives
 from pretrain.assemble import _settle_classes
-from pretrain.audit import cached_audit
 from pretrain.config import PretrainConfig
+from pretrain.leaks.verdict import cached_audit
 from pretrain.monitoring import monitors
 from pretrain.objectives import Objective
 from pretrain.task import Pretraining, resolve
