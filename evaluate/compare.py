@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from common import data
 from common.checkpoints.pretrained import TIMM
 from common.checkpoints.storage import write_atomically
-from common.commands import command
+from common.commands import Parser, command
 from common.data.location import OPTIONS, changed
 from common.errors import Refusal, nearest
 from common.features.extraction import KINDS, RAW
@@ -50,7 +50,7 @@ from evaluate.comparison.spreadsheet import differences, numbers
 from evaluate.comparison.whole import Comparison, compared
 from evaluate.comparison.words import differences_table, notes, scores_table
 from evaluate.job.arguments import BASELINES as USUAL_BASELINES
-from evaluate.job.arguments import Parser, add_data, chosen_device, data_options
+from evaluate.job.arguments import add_data, chosen_device, data_options
 from evaluate.job.evaluation import only_first
 
 USUAL = ("knn", "linear", "fewshot")
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
     add(
         "words",

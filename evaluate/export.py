@@ -19,6 +19,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/export.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.commands import Parser
 from common.processes.launch import entry, set_threads  # first: it sets what torch reads when it is imported
 
 # isort: split
@@ -57,7 +58,7 @@ from common.paths import expanded
 from evaluate.exporting import timm_files
 from evaluate.exporting.timm_files import difference, scores
 from evaluate.job import subjects
-from evaluate.job.arguments import Parser, add_data, data_options
+from evaluate.job.arguments import add_data, data_options
 from evaluate.job.evaluation import only_first
 from evaluate.job.report import leak_note
 from evaluate.job.subjects import Subject
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
 
 def options() -> Parser:
     """The options of this script."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=expanded, metavar="RUN|FILE|timm:NAME", help="what is exported")
     words = "local weights of timm:NAME, or FILE::PART where there are several models"

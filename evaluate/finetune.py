@@ -18,6 +18,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/finetune.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.commands import Parser
 from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
@@ -37,7 +38,7 @@ from evaluate.finetuning.augment import rand_augment
 from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
 from evaluate.finetuning.training import at_size, bits, train
 from evaluate.job import frozen, recipes
-from evaluate.job.arguments import LABELS, Parser, chosen_device, parser
+from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import (
     Outcomes,

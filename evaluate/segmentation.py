@@ -21,6 +21,7 @@ from pathlib import Path
 if not __package__:  # `python evaluate/segmentation.py` puts evaluate/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.commands import Parser
 from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
@@ -42,7 +43,7 @@ from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
 from evaluate.finetuning.training import at_size
 from evaluate.job import recipes
-from evaluate.job.arguments import LABELS, Parser, chosen_device, parser
+from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import Outcomes, interval, percent, table, tell, write
 from evaluate.job.subjects import Subject

@@ -24,13 +24,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.commands import command
+from common.commands import Parser, command
 from common.data import Images, Location, labelled_splits
 from common.errors import Refusal
 from common.features.neighbors import FIELD
 from common.paths import expanded
 from evaluate.job import report, subjects
-from evaluate.job.arguments import Parser
 from evaluate.job.evaluation import only_first
 
 MODEL = "timm:vit_small_patch16_224.dino"
@@ -76,7 +75,7 @@ CHECKS = {
 
 def main(argv: list[str]) -> int:
     """Arguments -> each evaluation's own script -> verdicts. Returns the exit status."""
-    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
     add("--weights", type=expanded, metavar="FILE", help="of DINO's ViT-S/16")
     add("--data", type=expanded, metavar="SPEC", help="ImageNet-1k: a folder with train/ and val/, or hf:NAME")

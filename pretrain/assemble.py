@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import subprocess
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from common.errors import Refusal
 from common.features.finite import refuse_spoiled
 from common.models import create
 from common.processes import collectives
-from common.processes.launch import ROOT, set_threads, usable_cores
+from common.processes.launch import set_threads, usable_cores
 from common.processes.stopping import Stopped, StopSignal, at_once
 from common.training import precision, schedules
 from common.training.optim import parameter_groups
@@ -342,15 +341,3 @@ def decay_for(config: PretrainConfig, steps: int) -> Callable[[int], float] | No
     """Weight decay of a 0-based step; None if it stays what it is."""
     decay = schedules.parse(config.optimizer.weight_decay, "optimizer.weight_decay")
     return None if decay.schedule == "constant" else lambda step: decay.at(step / steps)
-
-
-def commit() -> str | None:
-    """The commit of the checkout this code runs from, with "+" if it was changed; None outside a checkout."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "-uno", "--", ".", ":!RESULTS.md"]  # rows are added while runs go on
-        changed = subprocess.run(status, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")

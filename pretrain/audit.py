@@ -33,12 +33,11 @@ from common import config as configuration
 from common.checkpoints.public import find, load_backbone, load_exactly
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import write_atomically
-from common.commands import command
+from common.commands import Parser, command
 from common.errors import Refusal
 from common.models import create
 from common.paths import expanded, expanded_path
-from pretrain.command import Parser
-from pretrain.config import load
+from pretrain.config import load, option_names
 from pretrain.leaks import input_cues
 from pretrain.leaks.verdict import Leak, audit, positional
 from pretrain.task import build
@@ -79,13 +78,13 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. Raises Refusal for a --json that cannot be written."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, options=option_names())
     parser.add_argument("words", nargs="*")
     parser.add_argument("--ckpt", type=expanded_path)
     parser.add_argument("--input", action="store_true")
     parser.add_argument("--data", type=expanded)
     parser.add_argument("--json", type=expanded_path)
-    arguments = parser.parse_intermixed_args(parser.as_words(argv))
+    arguments = parser.parse_intermixed_args(argv)
     file = arguments.json
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise Refusal(f"--json {file}: expected the name of a file in a folder that exists")

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from common.batches.transforms import height_width
 from common.checkpoints import changes, private, public, storage
+from common.checkpoints.run_folder import commit
 from common.checkpoints.stored_state import read_checkpoint, restore
 from common.data.images import KIND
 from common.data.location import location_of
@@ -18,7 +19,7 @@ from common.training.averages import Averages
 from common.training.random_state import random_state
 from common.training.tracking import Tracker
 from pretrain import identity
-from pretrain.assemble import Parts, commit
+from pretrain.assemble import Parts
 from pretrain.config import store, stored_in
 from pretrain.task import Pretraining
 

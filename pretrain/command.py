@@ -2,19 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config as configuration
 from common.checkpoints.run_folder import CONFIG
+from common.commands import Parser
 from common.data.location import OPTIONS
-from common.errors import Refusal, nearest
+from common.errors import Refusal
 from common.paths import expanded_path
 from pretrain import flight, identity, objectives
-from pretrain.config import PretrainConfig, check, load, resumed
+from pretrain.config import PretrainConfig, check, load, option_names, resumed
 
-FLAGS = ("--debug", "--help")  # beside those of a parser
 MOVED = tuple(OPTIONS.values())  # options that a replayed step may differ in
 
 
@@ -31,53 +30,18 @@ class Arguments:
     overwrite: bool = False
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are Refusals that offer the nearest option."""
-
-    def as_words(self, argv: Sequence[str]) -> list[str]:
-        """`argv`, with `--threads 1` or `--threads=1` of a recipe's option as the word `threads=1`; evaluations take
-        both forms, too. Raises Refusal where a value is missing."""
-        names = {name for name, *_ in configuration.fields(PretrainConfig)}
-        groups = tuple({f"{name.partition('.')[0]}." for name in names if "." in name} | {"objectives."})
-        words, left = list[str](), list(argv)
-        while left:
-            word = left.pop(0)
-            name, equals, value = word.removeprefix("--").partition("=")
-            group, dot, last = name.rpartition(".")
-            name = f"{group}{dot}{last.replace('-', '_')}"
-            known = name in names or name.startswith(groups)
-            if not word.startswith("--") or word.partition("=")[0] in self._option_string_actions or not known:
-                words.append(word)
-                continue
-            if not equals:
-                if not left or left[0].startswith("--"):
-                    raise Refusal(f"{word} needs a value: {word} VALUE, or {name}=VALUE")
-                value = left.pop(0)
-            words.append(f"{name}={value}")
-        return words
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raises Refusal."""
-        flags = {*FLAGS, *(word for action in self._actions for word in action.option_strings)}
-        given = message.replace(",", " ").split()
-        unknown = next((word for word in given if word.startswith("-") and word.split("=")[0] not in flags), "")
-        options = (f"--{name}" for name, *_ in configuration.fields(PretrainConfig))
-        near = nearest(unknown.split("=")[0], sorted({*flags, *options}))
-        raise Refusal(f"{message}{near}; --help shows the usage")
-
-
 def parse(argv: list[str], usage: str) -> Arguments:
     """Read the command line; --help prints every option and exits. Raises Refusal for what is not understood."""
     if "--help" in argv or "-h" in argv:
         print(help_text(usage))
         sys.exit(0)
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, options=option_names())
     parser.add_argument("words", nargs="*")
     parser.add_argument("--resume", type=expanded_path)
     parser.add_argument("--replay", type=expanded_path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    given = parser.parse_intermixed_args(parser.as_words(argv))
+    given = parser.parse_intermixed_args(argv)
     recipes = [word for word in given.words if "=" not in word]
     words = [word for word in given.words if "=" in word]
     if len(recipes) > 1:

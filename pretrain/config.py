@@ -274,6 +274,12 @@ def check(config: PretrainConfig) -> None:
         raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
 
 
+def option_names() -> list[str]:
+    """The options by name, with dots, and "group." of each group: what may be typed on a command line."""
+    names = [name for name, *_ in configuration.fields(PretrainConfig)]
+    return [*names, *sorted({f"{name.partition('.')[0]}." for name in names if "." in name} | {"objectives."})]
+
+
 def may_change(name: str) -> bool:
     """Whether a resume may change the option `name`, given with dots."""
     return name in MAY_CHANGE or name.startswith(tuple(item for item in MAY_CHANGE if item.endswith(".")))

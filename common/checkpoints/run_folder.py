@@ -5,12 +5,14 @@ import itertools
 import os
 import shutil
 import stat
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import Refusal
+from ..processes.launch import ROOT
 from .disk import writing
 from .storage import PUBLIC
 
@@ -24,6 +26,18 @@ CONFIG, LOCK = "config.yaml", "lock"
 FILES = (CONFIG, LOCK, "metrics.jsonl", "unreadable.txt", *PUBLIC)
 FOLDERS = ("state", "tb", "pictures", "flight")
 WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its checkpoint
+
+
+def commit() -> str | None:
+    """The commit of the checkout this code runs from, with "+" if it was changed; None outside a checkout."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "-uno", "--", ".", ":!RESULTS.md"]  # rows are added while runs go on
+        changed = subprocess.run(status, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

@@ -2,59 +2,17 @@
 
 import argparse
 import os
-import re
-import sys
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from common.commands import Parser
 from common.data.location import OPTIONS
-from common.errors import Refusal, nearest
+from common.errors import Refusal
 from common.paths import expanded
 from common.training.precision import DTYPES
 
 LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels", "patches": "patches"}  # a table's rows
 BASELINES = ("random", "pixels")  # that stand beside what is judged unless asked otherwise; patches take their time
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are Refusals: one line, exit status 2."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, where `threads=1` says --threads 1."""
-        return super().parse_args(self.as_flags(sys.argv[1:] if args is None else args), namespace)
-
-    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, where `threads=1` says --threads 1."""
-        return super().parse_intermixed_args(self.as_flags(sys.argv[1:] if args is None else args), namespace)
-
-    def as_flags(self, words: Sequence[str]) -> list[str]:
-        """`words`, with `key=value` of a known flag in that flag's form, as pretraining has it the other way round."""
-        found: list[str] = []
-        for word in words:
-            key, equals, value = word.partition("=")
-            action = self._option_string_actions.get(f"--{key.replace('_', '-')}")
-            before = self._option_string_actions.get(found[-1]) if found else None
-            behind = before is not None and before.nargs is None  # the value of the flag before it
-            if not equals or action is None or behind or not re.fullmatch(r"[a-z][a-z_-]*", key):
-                found.append(word)
-            elif action.nargs == 0:
-                if value.lower() not in ("true", "false"):
-                    raise Refusal(f"{word}: expected {key}=true, or {action.option_strings[0]}")
-                found += action.option_strings[:1] if value.lower() == "true" else []
-            elif action.nargs in ("+", "*"):
-                found += [action.option_strings[0], *value.strip("[]").replace(",", " ").split()]
-            else:
-                found.append(f"{action.option_strings[0]}={value}")
-        return found
-
-    def error(self, message: str) -> Any:
-        known = [word for action in self._actions for word in action.option_strings]
-        words = [word.split("=")[0] for word in message.split() if word.startswith("--") or "=" in word]
-        words = [f"--{word.lstrip('-').rstrip(':')}" for word in words]
-        near = "".join(nearest(word, known) for word in words[:1] if word not in known)
-        raise Refusal(f"{message}{near}; --help lists the options")
 
 
 def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False) -> Parser:
@@ -63,7 +21,7 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     script: docstring of the entry script. crop: adds --crop. raw: adds --baselines, and --ckpt may be pixels
     or patches.
     """
-    parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     word = "RUN|FILE|random|pixels|patches|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
     add("--ckpt", required=True, type=expanded, metavar=word, help="what is judged")

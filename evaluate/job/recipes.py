@@ -18,8 +18,8 @@ from common import config as configuration
 from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.run_folder import CONFIG, WAIT, RunLock
 from common.checkpoints.storage import write_atomically
+from common.commands import Parser
 from common.errors import Refusal
-from evaluate.job.arguments import Parser
 from evaluate.job.evaluation import Evaluation
 
 FREE = (
