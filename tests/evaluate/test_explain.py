@@ -12,6 +12,7 @@ from PIL import Image
 from common.checkpoints import public
 from common.errors import Refusal
 from common.models import ModelConfig, create
+from evaluate.explaining import sheets
 
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CALM = ["--threads", "1", "--device", "cpu"]
@@ -112,18 +113,17 @@ def test_mistakes_in_a_line(make_run, script):
             explain.main(["--ckpt", str(run), *words, *CALM])
 
 
-def test_cells_lie_where_they_should(script):
-    explain = script("explain")
+def test_cells_lie_where_they_should():
     image = torch.zeros(1, 4, 8, dtype=torch.uint8)
     image[:, :, :4] = 255
-    picture = explain.cell(image)
+    picture = sheets.cell(image)
     assert picture.shape == (112, 112, 3) and (picture[:28] == 1).all() and (picture[84:] == 1).all()  # white around
     assert (picture[28:84, :56] == 1).all() and (picture[28:84, 56:] == 0).all()
-    heat = explain.overlaid(np.zeros((112, 112, 3)), torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
+    heat = sheets.overlaid(np.zeros((112, 112, 3)), torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
     assert heat[84:, 84:].mean() > 5 * heat[:28, :28].mean()
-    assert np.isfinite(explain.overlaid(np.zeros((112, 112, 3)), torch.ones(2, 2))).all()
+    assert np.isfinite(sheets.overlaid(np.zeros((112, 112, 3)), torch.ones(2, 2))).all()
     colours = [[np.full((112, 112, 3), value) for value in (0.0, 0.25)], [np.full((112, 112, 3), 0.5)] * 2]
-    figure = explain.mosaic(colours, ["a", "b"], "title", "about")
+    figure = sheets.mosaic(colours, ["a", "b"], "title", "about")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., 0]

@@ -18,7 +18,7 @@ from common.checkpoints.storage import HEAD
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.models.plan import PlanSpec, TokenPlan
-from evaluate.exporting import timm_files
+from evaluate.exporting import onnx, timm_files
 from evaluate.finetuning.classifier import Classifier
 
 NAMES = [name for name, row in ROWS.items() if row.irpe is None and name != "swin, altered"]
@@ -301,7 +301,7 @@ def test_mistakes_in_a_line(make_run, script, run_script, monkeypatch):
     ):
         with pytest.raises(Refusal, match=told):
             export.main(words)
-    monkeypatch.setattr(export, "ONNX", ("onnx_that_is_not_there", "onnxruntime_neither"))
+    monkeypatch.setattr(onnx, "ONNX", ("onnx_that_is_not_there", "onnxruntime_neither"))
     with pytest.raises(Refusal, match="needs onnx_that_is_not_there, onnxruntime_neither: pip install onnx_that_is"):
         export.main(["--ckpt", str(run), "--to", "onnx"])
     done = run_script("export", "--ckpt", run, "--forse")

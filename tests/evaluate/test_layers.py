@@ -7,6 +7,7 @@ import pytest
 from pictures import COLOURS, save, write_images
 
 from common.errors import Refusal
+from evaluate.explaining.curves import beside, draw_layers
 
 CALM = ["--threads", "1", "--device", "cpu"]
 
@@ -108,14 +109,13 @@ def entry(position, meaning, grid=(2, 2)):
     return {"grid": list(grid), "chance": 1 / (grid[0] * grid[1]), "position": about(position), "knn": about(meaning)}
 
 
-def test_figure_shows_the_numbers(script):
-    layers = script("layers")
+def test_figure_shows_the_numbers():
     values = {
         "subject": {"layer 1": entry(0.5, 0.6), "layer 2": entry(0.7, 0.65)},
         "random": {"layer 1": entry(0.4, 0.5), "layer 2": entry(0.41, 0.5)},
         "pixels": {"2x2": entry(0.3, 0.45), "image": {"knn": {"accuracy": 0.8}}},
     }
-    figure = layers.drawn(values, ("what", "on what"), ["and a note"], 20)
+    figure = draw_layers(values, ("what", "on what"), ["and a note"], 20)
     where, what, path = figure.axes
     curves = [list(map(round, line.get_ydata())) for line in where.lines]
     assert curves == [[30, 50, 70], [30, 40, 41], [30, 30, 30], [25, 25, 25], [30]]  # and pixels, chance, the diamond
@@ -127,20 +127,20 @@ def test_figure_shows_the_numbers(script):
     assert [text.get_text() for text in where.texts] == ["chance", "pixels of one patch", "random init", "trained"]
     assert where.get_xticklabels()[0].get_text() == "pixels" and where.get_xlabel() == "block"
     assert "and a note" in figure.texts[1].get_text()
-    assert len(layers.drawn(values, ("", ""), [], None).axes) == 1
+    assert len(draw_layers(values, ("", ""), [], None).axes) == 1
     values["random"]["layer 2"] = values["subject"]["layer 2"] = entry(0.9, 0.7, (1, 1))
     values["pixels"]["1x1"] = entry(0.9, 0.6, (1, 1))
-    stages = layers.drawn(values, ("", ""), [], 20).axes
+    stages = draw_layers(values, ("", ""), [], 20).axes
     assert len(stages) == 2 and stages[0].get_xlabel() == "stage"  # accuracies on two grids are no path
     assert list(map(round, stages[0].lines[3].get_ydata())) == [25, 25, 100]
 
 
-def test_labels_of_curves_that_meet_stay_apart(script):
+def test_labels_of_curves_that_meet_stay_apart():
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
     axes.set_ylim(0, 100)
-    script("layers").beside(axes, [(50, "b", "k"), (49, "a", "k"), (90, "c", "k")], gap=0.1)
+    beside(axes, [(50, "b", "k"), (49, "a", "k"), (90, "c", "k")], gap=0.1)
     assert [(text.get_text(), text.xy[1]) for text in axes.texts] == [
         ("a", pytest.approx(0.49)), ("b", pytest.approx(0.59)), ("c", pytest.approx(0.9)),
     ]  # fmt: skip
