@@ -29,6 +29,9 @@ REFUSED = Refusal.status
 ROOT = Path(__file__).resolve().parents[2]
 
 
+hold()  # now: what is opened next would take the numbers of closed streams
+
+
 def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
     """Make `main(argv)` an entry script's function: a Refusal becomes one line and exit status 2, --debug shows
     where from."""
@@ -36,6 +39,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         protect()
+        leave_with_launcher()
         threading.excepthook = _in_a_thread
         argv = sys.argv[1:]
         debug = "--debug" in argv
@@ -96,23 +100,29 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+def _launcher() -> int | None:
+    """Return the process id of the `accelerate launch` or torchrun that started this process, if one did (Linux)."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    named = any(Path(word.decode(errors="replace")).name in ("accelerate", "torchrun") for word in words[:3])
+    return parent if named or any(w.startswith((b"accelerate.commands", b"torch.distributed")) for w in words) else None
+
+
+LAUNCHER = _launcher()  # asked now: the imports that follow take seconds, in which it may die
+
+
 def leave_with_launcher() -> None:
-    """Linux: if `accelerate launch` or torchrun dies, this process gets a SIGTERM (and so saves and stops).
+    """Let the launcher's death send this process a SIGTERM (and so save and stop), now if it has died already.
 
     Without it a killed launcher leaves a training process behind that goes on writing its run folder.
     """
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return
-    if any(Path(word.decode(errors="replace")).name in ("accelerate", "torchrun") for word in words[:3]) or any(
-        word.startswith((b"accelerate.commands", b"torch.distributed")) for word in words
-    ):
+    if LAUNCHER is not None:
         die_with_parent(signal.SIGTERM)
-
-
-hold()  # now: what is opened next would take the numbers of closed streams
-leave_with_launcher()  # the imports that follow take seconds, in which a launcher may die unnoticed
+        if os.getppid() != LAUNCHER:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def set_threads(threads: int | None = None) -> tuple[int, str]:
