@@ -28,12 +28,12 @@ _told: set[str] = set()  # notes that this process has printed
 
 
 def unchanged(items: Any) -> Any:
-    """What a data set returned: it makes whole batches."""
+    """Return `items` as they are: the data set makes whole batches."""
     return items
 
 
 class Loader:
-    """An iterable of what `dataset` returns for each batch of `sampler`, in its order; of its items where that is None.
+    """Iterable of what `dataset` returns for each batch of `sampler`, in its order; of its items where that is None.
 
     Batches are prepared by `workers` processes, each `prefetch` ahead (0: in this one), as far as shared memory allows;
     `held` are in use at a time. While one is waited for, a signal raises `Stopped`; whoever leaves the iteration kills
@@ -90,7 +90,7 @@ class Loader:
             _end(batches, processes)
 
     def _as_many_as_fit(self) -> tuple[int, int]:
-        """(processes, batches that each prepares ahead)."""
+        """Return (processes, batches that each prepares ahead)."""
         free = _free()
         if not self.workers or free is None or not len(self):
             return self.workers, self.prefetch
@@ -107,7 +107,7 @@ class Loader:
         return workers, prefetch
 
     def _bytes(self) -> int:
-        """Bytes of shared memory of one batch, by that of one image."""
+        """Return the bytes of shared memory of one batch, by that of one image."""
         if self.sampler is None:
             return tensor_bytes(fetch(lambda: self.dataset[0]))
         keys = list(next(iter(self.sampler)))
@@ -117,8 +117,8 @@ class Loader:
 
 
 def fitting(size: int, free: int, workers: int, prefetch: int, held: int) -> tuple[int, int]:
-    """(processes, batches that each prepares ahead) that fit `free` bytes, with batches of `size` bytes of which `held`
-    are in use: fewer ahead first, then fewer processes, at last none, which need no shared memory."""
+    """Return (processes, batches that each prepares ahead) that fit `free` bytes, with batches of `size` bytes of which
+    `held` are in use: fewer ahead first, then fewer processes, at last none, which need no shared memory."""
     for ahead in range(prefetch, 0, -1):
         if size * (workers * ahead + held) <= free:
             return workers, ahead
@@ -127,7 +127,7 @@ def fitting(size: int, free: int, workers: int, prefetch: int, held: int) -> tup
 
 
 def tensor_bytes(item: Any) -> int:
-    """Bytes of shared memory that the tensors in `item` take on their way from a loader process."""
+    """Return the bytes of shared memory that the tensors in `item` take on their way from a loader process."""
     if isinstance(item, Tensor):
         return -(-item.nbytes // PAGE) * PAGE
     if is_dataclass(item):
@@ -138,7 +138,7 @@ def tensor_bytes(item: Any) -> int:
 
 
 def _free() -> int | None:
-    """Bytes of shared memory that one loader of this process may use; None where it has no such limit."""
+    """Return the bytes of shared memory that one loader of this process may use; None where it has no such limit."""
     try:
         disk = os.statvfs(SHARED)
     except (OSError, AttributeError):

@@ -29,7 +29,7 @@ Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass
 class Batch:
-    """What a training step receives of B images. It holds no labels, but among the draws of who is to read them.
+    """Input of a training step, from B images. It holds labels only as draws, for the objectives that read them.
 
     Crops are crop-major: with `count` crops per image, row c * B + i of a view is crop c of image i.
     """
@@ -41,20 +41,20 @@ class Batch:
     hopeless: bool = False  # so many of them in a row that none was found to take the place
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         draws = {name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()}
         return replace(self, views=views, draws=draws)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
         self.views = {name: view.pin_memory() for name, view in self.views.items()}
         self.draws = {name: draw.pin_memory() for name, draw in self.draws.items()}
         return self
 
 
 def generator(seed: int, epoch: int, index: int, purpose: str = "") -> np.random.Generator:
-    """The random generator of one sample: counter-based, so that streams of different samples never overlap.
+    """Return the random generator of one sample: counter-based, so that streams of different samples never overlap.
 
     What is drawn for one `purpose` does not depend on what else is drawn: a second objective, or view, changes no crop.
     """
@@ -63,13 +63,13 @@ def generator(seed: int, epoch: int, index: int, purpose: str = "") -> np.random
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits `size` images, int64 (size,)."""
+    """Return the order in which epoch `epoch` visits `size` images, int64 (size,)."""
     return generator(seed, epoch, 2**63).permutation(size)
 
 
 class StepPart(list[tuple[int, int]]):
-    """(epoch, index) of the images of one part of a step, and `step`: the indices of all images of the step, whatever
-    their part and process. How many of them have a label is so known before any is read."""
+    """Keys (epoch, index) of the images of one part of a step, and `step`: the indices of all images of the step, in
+    any part and process. So the number of those with a label is known before any is read."""
 
     def __init__(self, keys: Iterable[tuple[int, int]], step: np.ndarray) -> None:
         super().__init__(keys)
@@ -77,7 +77,7 @@ class StepPart(list[tuple[int, int]]):
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """A `StepPart` for each part of each step of one process, from step `start` (0-based) up to `steps`.
+    """Iterable of a `StepPart` for each part of each step of one process, from step `start` (0-based) up to `steps`.
 
     Every epoch drops the images that do not fill a last global batch; they come first nowhere, as each epoch has an
     order of its own. Raises Refusal if a global batch does not fit the data, the processes or the accumulation.
@@ -128,7 +128,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Samples(Dataset):
-    """Decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. Runs in the loader's workers.
+    """Data set that decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. It runs in the loader's
+    workers.
 
     `draws` (purpose -> function of a generator) is called for every image. `collate` (purpose -> function) is called
     once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.
@@ -155,7 +156,7 @@ class Samples(Dataset):
         return len(self.images)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        """One batch for a list of (epoch, index)."""
+        """Make one batch of a list of (epoch, index)."""
         crops: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(v.count)] for name, v in self.views.items()}
         draws: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in (*self.draws, *self.labelled)}
         unreadable: list[str] = []
@@ -185,7 +186,7 @@ class Samples(Dataset):
         )
 
     def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
-        """{"purpose/what": (B, ...)} of the draws, and of what `collate` makes of them."""
+        """Return {"purpose/what": (B, ...)}: the draws, and what `collate` makes of them."""
         found: dict[str, Tensor] = {}
         for name in {**draws, **self.collate}:
             stacked = {what: torch.from_numpy(np.stack(values)) for what, values in draws.get(name, {}).items()}
@@ -195,9 +196,9 @@ class Samples(Dataset):
         return found
 
     def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int]:
-        """Image `index` or, where it cannot be read, another one: always the same; and which it is. None if no other
-        can be read. Where labels are asked for, the other one has a label if this one has, so that as many images of a
-        step have one as was known before."""
+        """Return (image, its index): image `index` or, where it cannot be read, another one, always the same; None if
+        no other can be read. Where labels are asked for, the other one has a label if this one has, so that as many
+        images of a step have one as was known before."""
         for attempt in range(self.ATTEMPTS):
             at = self._instead(index, attempt) if attempt else index
             try:  # layout is left to the decoder: augment copies what it crops
@@ -207,31 +208,31 @@ class Samples(Dataset):
         return None, index
 
     def _instead(self, index: int, attempt: int) -> int:
-        """The image that stands for image `index` at the so-manieth attempt, from 1."""
+        """Return the index of the image that stands for image `index` at this attempt, counted from 1."""
         alike = np.flatnonzero(self._has_label == self._has_label[index])  # seldom: not worth remembering
         size = len(alike)
         return int(alike[(int(np.searchsorted(alike, index)) + attempt * (size // 3 + 1)) % size])
 
     @functools.cached_property
     def _has_label(self) -> np.ndarray:
-        """Whether each image has a label, (n,); none has where labels are not asked for."""
+        """Mask, bool (n,), of the images with a label; none has one where labels are not asked for."""
         labels = self.images.labels if self.labelled else None
         return np.zeros(len(self.images), bool) if labels is None else labels >= 0
 
     def _known(self, keys: list[tuple[int, int]]) -> float:
-        """Images with a label in the step of which `keys` are a part, for each of its parts; `keys` that are no part
-        of a step are a whole one."""
+        """Count the images with a label in the step that `keys` are a part of, divided by its parts; `keys` that are no
+        `StepPart` are a whole step."""
         step = keys.step if isinstance(keys, StepPart) else np.array([index for _, index in keys])
         return int(self._has_label[step].sum()) * len(keys) / len(step)
 
     def _label(self, index: int) -> np.ndarray:
-        """The class of image `index`, int64 (), or -1."""
+        """Return the class of image `index`, int64 (), or -1."""
         labels = self.images.labels
         return np.asarray(UNLABELLED if labels is None else labels[index], np.int64)
 
 
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> Loader:
-    """Batches from `workers` processes (0: in this one), in the sampler's order."""
+    """Return a loader of batches from `workers` processes (0: in this one), in the sampler's order."""
     return Loader(samples, sampler, workers, prefetch=4, held=sampler.accumulate + 1, pin=pin)
 
 

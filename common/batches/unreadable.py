@@ -36,7 +36,7 @@ SURE = 3.29  # standard deviations: 99.9 % of a normal distribution lie within
 
 @dataclass(frozen=True)
 class Limit:
-    """How many unreadable images are borne.
+    """Limit on unreadable images: how many of them a job bears.
 
     max_bad  the option, see `allowed`
     images   how many images the job has all told; None: as many as are being looked at
@@ -48,12 +48,12 @@ class Limit:
     option: str = "max_bad="
 
     def check(self) -> "Limit":
-        """Itself. Raises Refusal for a value that is no limit."""
+        """Return itself, checked. Raises Refusal for a value that is no limit."""
         _meaning(self.max_bad, self.option)
         return self
 
     def allowed(self, images: int) -> int:
-        """How many of so many images may be unreadable; one more is too many.
+        """Return how many of this number of images may be unreadable; one more is too many.
 
         A share below 1 ("0.01", "1 %"): so much of them, rounded down. A whole number from 1: that many. 0: none.
         auto: a hundredth or, of less than 600 images, up to 5 that are no more than a tenth. Exact: 0.29 of 100 is 29.
@@ -83,7 +83,7 @@ class Limit:
 
 
 def _meaning(value: Any, option: str) -> tuple[Fraction | None, int | None]:
-    """(share, count), of which one is None; both are for auto. Raises Refusal."""
+    """Return (share, count), of which one is None; both are for auto. Raises Refusal."""
     text = str(value).strip()
     if text == AUTO:
         return None, None
@@ -117,7 +117,7 @@ NO_LIMIT = _NoLimit()  # for those who decide together with others, or whom it d
 
 @dataclass
 class Look:
-    """What a look at the images before anything begins has found."""
+    """Result of a look at the images before anything begins."""
 
     images: int = 0  # of all splits
     looked: int = 0  # of them; those kept in memory, which are always readable, included
@@ -129,7 +129,7 @@ class Look:
         return self.looked >= self.images
 
     def lines(self, instead: str, most: int = NAMED) -> list[str]:
-        """What to say: nothing if all images can be read. `instead`: what becomes of the others."""
+        """Return the lines to print, none if all images can be read. `instead`: what becomes of the others."""
         if not self.bad:
             if self.is_whole:
                 return []
@@ -187,7 +187,7 @@ def look_at(
 
 
 def write_list(path: Path, messages: Sequence[str]) -> None:
-    """Add to the list at `path` those of the messages that are not in it."""
+    """Add the messages that are not yet in it to the list at `path`."""
     listed = read_list(path)
     fresh = [message for message in messages if message not in listed]
     if fresh:
@@ -197,7 +197,7 @@ def write_list(path: Path, messages: Sequence[str]) -> None:
 
 
 def read_list(path: Path) -> set[str]:
-    """The messages in a list, if there is one."""
+    """Return the messages in a list, if there is one."""
     if not path.exists():
         return set()
     return set(path.read_text(encoding="utf-8", errors="backslashreplace").splitlines())
@@ -215,8 +215,8 @@ def watch(
     limit: Limit,
     look: Look,
 ) -> Generator[Batch, None, None]:
-    """The same batches; each unreadable file among them, and in what was found by `look`, is written to
-    folder/unreadable.txt, and named on the screen if it was not said before.
+    """Yield the same batches. Each unreadable file among them, and among those of `look`, is written to
+    folder/unreadable.txt, and named on the screen once.
 
     Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files
     are more than `limit` allows, or no readable image is found in place of one.

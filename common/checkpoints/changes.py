@@ -14,12 +14,12 @@ FIRST = 1  # of states from before there was a number
 
 
 def version_of(state: Mapping[str, Any]) -> Any:
-    """The version that wrote a state, whose content is not trusted."""
+    """Return the version that wrote a state, whose content is not trusted."""
     return state.get("version", FIRST)
 
 
 def of_samples(views: Mapping[str, View]) -> list[str]:
-    """What has changed in the samples of these views since version 1."""
+    """List what has changed in the samples of these views since version 1."""
     coloured = [
         name
         for name, view in views.items()
@@ -30,7 +30,7 @@ def of_samples(views: Mapping[str, View]) -> list[str]:
 
 
 def told(version: Any, step: int, changes: Sequence[str]) -> str:
-    """A clause for a training that another version wrote, up to `step`; "" if nothing changes for it."""
+    """Return a clause for a training that another version wrote, up to `step`; "" if nothing changes for it."""
     if version == VERSION or not changes:
         return ""
     if version != FIRST:

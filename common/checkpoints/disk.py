@@ -15,7 +15,7 @@ class DiskFull(OSError):
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error`, of the system, torch or safetensors, means that there was no room."""
+    """Return whether `error`, of the system, torch or safetensors, means that there was no room."""
     if isinstance(error, DiskFull):
         return False  # said already
     return getattr(error, "errno", None) in FULL or any(word in str(error) for word in WORDS)
@@ -23,7 +23,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def writing(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Inside, `path` is written, of `needed` bytes if that is known. Raises DiskFull where there is no room."""
+    """Raise DiskFull where there is no room for `path`, which is written inside; `needed`: its bytes, if known."""
     try:
         yield
     except Exception as error:
@@ -33,7 +33,7 @@ def writing(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def no_room(path: Path | str, error: BaseException, needed: int | None = None) -> str:
-    """The line to say of `path`, which could not be written."""
+    """Return the line about `path`, which could not be written."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent

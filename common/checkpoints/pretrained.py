@@ -29,7 +29,8 @@ POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT an
 
 
 def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
-    """(`state` without an attention pooling that the backbone does without, a sentence about it if there is one)."""
+    """Return (`state` without an attention pooling that the backbone does without, a sentence about it if there is
+    one)."""
     own = backbone.model.state_dict()
     kept = {key: value for key, value in state.items() if key in own or not key.startswith("attn_pool.")}
     return kept, ["its attention pooling is left out"] if len(kept) < len(state) else []
@@ -38,7 +39,8 @@ def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict
 def _timm(
     name: str, weights: str | None, asked: str, option: str, altered: Mapping[str, bool] | None = None, **kwargs: Any
 ) -> tuple[Any, list[str], Path]:
-    """(timm's model `name` with published weights, all of them, and no classifier; what was done to them; their file).
+    """Return (timm's model `name` with published weights, all of them, and no classifier; what was done to them; their
+    file).
 
     `altered`: arguments of `alter`, for a Swin. Raises Refusal, which names what `asked` for it and the `option` that
     names a file.
@@ -56,7 +58,7 @@ def _timm(
 
 
 def _fetched(name: str, asked: str, option: str) -> Path:
-    """The file that timm publishes for `name`: from its cache, or fetched now. Raises Refusal."""
+    """Return the file that timm publishes for `name`: from its cache, or fetched now. Raises Refusal."""
     _notice_missing_network()
     try:
         config = timm.models.get_pretrained_cfg(name)
@@ -74,7 +76,7 @@ def _fetched(name: str, asked: str, option: str) -> Path:
 
 
 def _from_hub(repository: str, name: str | None) -> Path:
-    """A file of weights of a model on the hub, safetensors if there is one."""
+    """Fetch a file of weights of a model on the hub, safetensors if there is one."""
     repository, _, revision = repository.partition("@")
     usual = name or "pytorch_model.bin"
     safe = "model.safetensors" if name is None else f"{Path(name).stem}.safetensors".replace("pytorch_model", "model")
@@ -87,7 +89,8 @@ def _from_hub(repository: str, name: str | None) -> Path:
 
 
 def _notice_missing_network() -> None:
-    """Without a network the hub's client would try for a minute, line after line, before it looks into its cache."""
+    """Make the hub's client look into its cache alone where there is no network: it would try for a minute, line after
+    line."""
     address = urllib.parse.urlparse(hub.ENDPOINT)
     if urllib.request.getproxies() or not address.hostname:
         return  # names may be resolved elsewhere
@@ -187,7 +190,7 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
 
 
 def _heads(model: nn.Module) -> list[int]:
-    """Attention heads of every module that has some."""
+    """List the attention heads of every module that has some."""
     return [module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)]  # type: ignore[misc]
 
 

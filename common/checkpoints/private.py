@@ -82,8 +82,8 @@ def save_state(
 
 
 def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The folder of the newest whole checkpoint of a run, or None if none was written yet; each damaged one is told to
-    `warn`. Raises Refusal if there are checkpoints and none of them is whole."""
+    """Return the folder of the newest whole checkpoint of a run, or None if none was written yet; each damaged one is
+    told to `warn`. Raises Refusal if there are checkpoints and none of them is whole."""
     checkpoints = checkpoints_of(run)
     for folder in checkpoints:
         damage = next(_damage(folder), None)

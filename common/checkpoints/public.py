@@ -42,7 +42,8 @@ NOUNS = {str: "a text", int: "a whole number", dict: "a mapping"}
 
 
 def describe(backbone: Backbone, position: str, pooling: str, training: dict[str, Any]) -> dict[str, Any]:
-    """What `backbone.json` says: how to build the backbone, how to feed it, how its features were trained."""
+    """Return the content of `backbone.json`: how to build the backbone, how to feed it, how its features were
+    trained."""
     config = backbone.config
     return {
         "format": FORMAT,
@@ -74,7 +75,8 @@ def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: 
 
 
 def find(checkpoint: str | Path) -> Path:
-    """The backbone.safetensors that a --ckpt argument means: a run folder, a checkpoint folder or the file itself."""
+    """Return the backbone.safetensors that a --ckpt argument means: a run folder, a checkpoint folder or the file
+    itself."""
     path = Path(checkpoint)
     if path.is_dir():
         if (path / WEIGHTS).is_file():
@@ -90,7 +92,7 @@ def find(checkpoint: str | Path) -> Path:
 
 
 def _paired(folder: Path) -> bool:
-    """Whether the two files of a backbone belong together."""
+    """Return whether the two files of a backbone belong together."""
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return description["weights_sha256"] == sha256(folder / WEIGHTS)
@@ -99,12 +101,14 @@ def _paired(folder: Path) -> bool:
 
 
 def _newest_pair(run: Path) -> Path | None:
-    """The newest backbone under run/state: the run was killed, or is, between copying the one file and the other."""
+    """Return the newest backbone under run/state: the run was killed, or is, between copying the one file and the
+    other."""
     return next((folder / WEIGHTS for folder in checkpoints_of(run) if _paired(folder)), None)
 
 
 def read_description(weights: Path) -> dict[str, Any]:
-    """The backbone.json beside `weights`, checked: it is one, of a format we know, and belongs to these weights."""
+    """Read the backbone.json beside `weights` and check it: it is one, of a format we know, and belongs to these
+    weights."""
     path = weights.with_suffix(".json")
     for attempt in range(5):  # a running run replaces the two files one after the other
         try:
@@ -135,8 +139,8 @@ def read_description(weights: Path) -> dict[str, Any]:
 
 
 def _malformed(description: Mapping[str, Any]) -> str | None:
-    """What in a backbone.json is of another type than `describe` writes, beyond all images, or nothing that an
-    architecture takes; None if nothing is."""
+    """Name what in a backbone.json is of another type than `describe` writes, too large, or not known to the
+    architecture; None if nothing is."""
 
     def numbers(value: Any, low: float, high: float) -> bool:
         return isinstance(value, list) and all(isinstance(each, (int, float)) and low <= each <= high for each in value)
@@ -190,7 +194,7 @@ def _refuse_others(description: Mapping[str, Any], state: Mapping[str, Any], whe
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers in a value, which may be a list of lists."""
+    """Return the numbers in a value, which may be a list of lists."""
     if isinstance(value, (list, tuple)):
         return [number for each in value for number in _numbers(each)]
     return [value] if isinstance(value, (int, float)) else []
@@ -222,7 +226,7 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
 
 
 def build(description: dict[str, Any]) -> Backbone:
-    """A freshly initialised backbone of the architecture that `description` names."""
+    """Create a freshly initialised backbone of the architecture that `description` names."""
     backbone = create(_config_of(description), list(description["size"]))
     backbone.prepare({PlanSpec(position=description["position"])})
     return backbone
@@ -242,15 +246,15 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
 
 
 def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> None:
-    """load_state_dict that names what does not fit: missing and extra keys, and shapes. Raises Refusal."""
+    """Load `state` into `module`, and name what does not fit: missing and extra keys, and shapes. Raises Refusal."""
     if problems := differences(state, module.state_dict()):
         raise Refusal(f"{where} holds the weights of another model: {problems}")
     module.load_state_dict(state)
 
 
 def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The linear layer of a finetuned classifier, {"weight": (K, D or 2 D), "bias": (K,)}; None of a backbone that was
-    not finetuned, or was exported without it.
+    """Read the linear layer of a finetuned classifier, {"weight": (K, D or 2 D), "bias": (K,)}; None for a backbone
+    that was not finetuned, or was exported without it.
 
     Raises Refusal where it is missing, of another backbone, or fits neither its width nor its number of classes.
     """

@@ -41,7 +41,7 @@ BLOCK_OF_NPZ = re.compile(r"encoderblock_(\d+)/")
 
 
 def split_branch(weights: str) -> tuple[Path, str | None]:
-    """(the file, the wanted part of it) of FILE or FILE::PART."""
+    """Return (the file, the wanted part of it) of FILE or FILE::PART."""
     file, mark, branch = weights.rpartition(BRANCH)
     return (Path(file), branch) if mark and not Path(weights).exists() else (Path(weights), None)
 
@@ -76,7 +76,7 @@ def _other(where: str, problems: str) -> Refusal:
 
 
 def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """How the names and shapes in `state` differ from those of a model's `own`, with counts and examples; "" where
+    """Say how the names and shapes in `state` differ from those of a model's `own`, with counts and examples; "" where
     they are the same."""
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -96,7 +96,7 @@ def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _read(file: Path, where: str) -> Any:
-    """The content of a weights file, nothing of which is run: a mapping, or an opened .npz. Raises Refusal."""
+    """Return the content of a weights file, nothing of which is run: a mapping, or an opened .npz. Raises Refusal."""
     if file.is_dir():
         inside = sorted(item.name for item in file.iterdir() if item.suffix in (".safetensors", ".pth", ".pt", ".bin"))
         raise Refusal(f"{where} is a folder: give the file in it ({', '.join(inside[:SHOWN]) or 'it has none'})")
@@ -129,7 +129,7 @@ def _read(file: Path, where: str) -> Any:
 
 
 def _reason(file: Path, error: Exception) -> str:
-    """Why torch, safetensors or zipfile could not read `file`, on one line."""
+    """Say on one line why torch, safetensors or zipfile could not read `file`."""
     unsafe = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if unsafe and zipfile.is_zipfile(file):  # all of them, not the first
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) or unsafe
@@ -142,7 +142,7 @@ def _reason(file: Path, error: Exception) -> str:
 
 
 def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of nested mappings, their names joined with dots."""
+    """Return all tensors of nested mappings, their names joined with dots."""
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if isinstance(value, Tensor):
@@ -155,7 +155,7 @@ def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
 def _unwrap(
     content: Mapping[Any, Any], model: Any, branch: str | None, where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of one model, under its own names; what was chosen and what was left out).
+    """Return (the tensors of one model, under its own names; what was chosen and what was left out).
 
     A model is recognised by its first convolution: "teacher.backbone.patch_embed.proj.weight" says that there is one
     under "teacher.backbone". Where it has another name, common wrappers are opened and the rest is left to timm.
@@ -186,7 +186,7 @@ def _unwrap(
 
 
 def _part(name: str, prefix: str) -> str:
-    """The outermost wrapper of `name` that is not one of `prefix` too."""
+    """Return the outermost wrapper of `name` that is not one of `prefix` too."""
     mine, shared = name.split("."), 0
     for one, other in zip(mine, prefix.split("."), strict=False):
         if one != other:
@@ -196,7 +196,7 @@ def _part(name: str, prefix: str) -> str:
 
 
 def _chosen(prefixes: list[str], branch: str | None, where: str) -> str:
-    """The one of `prefixes` that is wanted, or usual. Raises Refusal that names them."""
+    """Return the one of `prefixes` that is wanted, or usual. Raises Refusal that names them."""
     names = ", ".join(prefix.rstrip(".") or "the outermost" for prefix in prefixes)
 
     def has(prefix: str, word: str) -> bool:
@@ -223,7 +223,7 @@ def _some(names: list[str]) -> str:
 
 
 def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """(a state for `model`, by the filter that timm has for published files of this architecture, without the
+    """Return (a state for `model`, by the filter that timm has for published files of this architecture, without the
     classifier; what was left out and resized). Raises Refusal where the filter cannot."""
     own = model.state_dict()
     given, left_out = swin.published_names(raw) if isinstance(model, SwinTransformer) else (dict(raw), [])
@@ -261,7 +261,7 @@ def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, 
 
 
 def _filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """The function that brings a published state dict to the names and shapes of `model`."""
+    """Return the function that brings a published state dict to the names and shapes of `model`."""
     architecture = model.pretrained_cfg["architecture"]
     module = importlib.import_module(timm.model_entrypoint(architecture).__module__)
     function = getattr(module, "checkpoint_filter_fn", None)
@@ -273,7 +273,8 @@ def _filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 def _without_classifier(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """(`state` without the classifier that this architecture is published with, the names of what was left out)."""
+    """Return (`state` without the classifier that this architecture is published with, the names of what was left
+    out)."""
     names = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     dropped = [name for name in state if prefixes and name.startswith(prefixes) and name not in model.state_dict()]
@@ -299,7 +300,8 @@ def _resize_positions(state: dict[str, Tensor], own: Mapping[str, Tensor], model
 
 
 def _channels(tensor: Tensor, own: Tensor, name: str) -> tuple[Tensor, str]:
-    """(a first kernel of three channels for as many as the model has, as timm makes it; what was done, or "")."""
+    """Return (a first kernel of three channels for as many as the model has, as timm makes it; what was done, or
+    "")."""
     if not name.startswith("patch_embed.") or tensor.ndim != 4 or tensor.shape[0] != own.shape[0] or own.ndim != 4:
         return tensor, ""
     before, after = tensor.shape[1], own.shape[1]
@@ -309,7 +311,8 @@ def _channels(tensor: Tensor, own: Tensor, name: str) -> tuple[Tensor, str]:
 
 
 def _in_float32(state: dict[str, Tensor], own: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """(`state` in the model's types; a note if they were others). Raises Refusal for numbers that are no weights."""
+    """Return (`state` in the model's types; a note if they were others). Raises Refusal for numbers that are no
+    weights."""
     types = sorted({str(state[name].dtype).removeprefix("torch.") for name in state if own[name].is_floating_point()})
     whole = {}
     for name, tensor in state.items():

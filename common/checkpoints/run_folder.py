@@ -130,8 +130,8 @@ def _born(path: Path, config: str) -> bool:
 
 
 class RunLock:
-    """Held by the process that writes a run, and gone with it however it ends (a POSIX lock: not inherited by
-    workers)."""
+    """Lock of a run folder, held by the process that writes the run, and gone with it however it ends (a POSIX lock:
+    not inherited by workers)."""
 
     def __init__(self, run: Path, wait: float = 0.0) -> None:
         """Raises Refusal if another process still writes `run` after `wait` seconds."""

@@ -18,7 +18,7 @@ PUBLIC = (HEAD, WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a chec
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -55,7 +55,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], needed: int | 
 
 
 def sweep(path: Path) -> None:
-    """Remove what an earlier `write_atomically` of `path` left when it was killed; for who alone may write it."""
+    """Remove what an earlier `write_atomically` of `path` left when it was killed; for the only process that writes
+    it."""
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink(missing_ok=True)
 
@@ -66,6 +67,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first."""
+    """List the checkpoint folders of a run, newest first."""
     found = [path for path in (run / "state").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

@@ -21,7 +21,8 @@ WRONG = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexErr
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The dictionary in a state.pt, its tensors on the CPU. Raises Refusal for anything else; nothing is executed."""
+    """Read the dictionary in a state.pt, its tensors on the CPU. Raises Refusal for anything else; nothing is
+    executed."""
     try:
         with zipfile.ZipFile(path) as packed:  # torch stores; what is deflated may be a thousand times its size
             if any(item.compress_type != zipfile.ZIP_STORED for item in packed.infolist()):
@@ -39,7 +40,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`read_state` of the checkpoint in state/step_*, whose step the name of the folder says. Raises Refusal."""
+    """Read the state of the checkpoint in state/step_*, which has to be of the step in the folder's name. Raises
+    Refusal."""
     state = read_state(folder / STATE)
     if state["step"] != int(folder.name[5:]):
         raise _strange(folder / STATE, f"it is of step {state['step']}")
@@ -55,8 +57,8 @@ def restore(
     steps: int,
     where: Path,
 ) -> int:
-    """Put a `read_state` of `where` into the module (unwrapped), its prepared optimizer, the log's averages, the scaler
-    and the random generators; returns its step. Raises Refusal for what does not fit, or is not finite."""
+    """Put a state that was read from `where` into the module (unwrapped), its prepared optimizer, the log's averages,
+    the scaler and the random generators; returns its step. Raises Refusal for what does not fit, or is not finite."""
     if state["step"] > steps:
         raise _strange(where, f"it is of step {state['step']}, and the training has {steps}")
     weights, moments, random = (state.get(name) for name in ("task", "optimizer", "random"))
@@ -112,7 +114,7 @@ def _restore_optimizer(optimizer: Any, state: Any, where: Path) -> None:
 
 
 def _plain(value: Any) -> bool:
-    """Whether `value` is a tensor that copies as it is."""
+    """Return whether `value` is a tensor that copies as it is."""
     return type(value) is Tensor and value.layout == torch.strided and not value.is_quantized
 
 

@@ -34,7 +34,7 @@ HELD_OUT = 0.2  # share of each class that `labelled_splits` judges on when the 
 
 
 def open_data(where: Location | str, split: str = "train", download: bool = True) -> Images:
-    """The "train" or "test" split of a data set.
+    """Open the "train" or "test" split of a data set.
 
     where     a name in `KNOWN`, `hf:NAME_OR_PATH`, or the path of a folder: of images, with first-level sub-folders as
               classes, or of the same in splits, whose names are those of `splits`, or of MNIST's IDX files; a
@@ -56,7 +56,7 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
 
 
 def find(where: Location, split: str, download: bool = True) -> Images | None:
-    """As `open_data`, but None when only the test split is missing."""
+    """Open a split as `open_data` does, but return None when only the test split is missing."""
     where.refuse_unused(where.is_named)
     images = _opened(where, split, download)
     if images is not None and where.span is not None:
@@ -90,7 +90,7 @@ def _opened(where: Location, split: str, download: bool) -> Images | None:
 
 
 def labelled_splits(where: Location | str, download: bool = True) -> tuple[Images, Images, str]:
-    """(train, test, note) for an evaluation: every image labelled, the same classes in both.
+    """Return (train, test, note) for an evaluation: every image labelled, the same classes in both.
 
     The test split that comes with the data or, without one, a fixed fifth of each class; the note says which, and which
     classes have no test image. Refusal without labels, and when the test images have a class that training lacks.
@@ -116,7 +116,8 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
 
 
 def with_classes_of(train: Images, test: Images, spec: str) -> Images:
-    """`test` with labels as `train` has them. Refusal where it has an image of a class that `train` lacks."""
+    """Number the labels of `test` as those of `train`. Raises Refusal where it has an image of a class that `train`
+    lacks."""
     assert train.classes is not None and test.classes is not None and test.labels is not None
     if train.classes == test.classes:
         return test
@@ -130,7 +131,7 @@ def with_classes_of(train: Images, test: Images, spec: str) -> Images:
 
 
 def _never_judged(test: Images) -> str:
-    """A note about classes without a test image; or nothing."""
+    """Return a note about classes without a test image; or nothing."""
     classes = test.classes or ()
     assert test.labels is not None
     counts = np.bincount(test.labels, minlength=len(classes))
@@ -147,7 +148,8 @@ def only_labelled(images: Images) -> Images:
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
-    """(train, test), stratified: of each class a fixed random fifth, but never its only image, is for the test."""
+    """Split into (train, test), stratified: a fixed random fifth of each class, but never its only image, is for the
+    test."""
     labels = images.labels
     assert labels is not None
     rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ IDX_FOLDERS = ("", "raw", "FashionMNIST/raw")  # the last two as torchvision kee
 
 
 def open_builtin(split: str) -> Images:
-    """The extract in this package: of Fashion-MNIST's two splits the first 1,000 and 200 images of each class.
+    """Open the extract in this package: the first 1,000 and 200 images of each class in Fashion-MNIST's two splits.
 
     Ordered class after class in the file (which compresses best) and here by turns, so that any piece is balanced.
     """
@@ -51,7 +51,8 @@ def cache_folder() -> Path:
 
 
 def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """The image and the label file of a split in MNIST's format, gzipped or not, under `folder`; None if not there."""
+    """Return the image and the label file of a split in MNIST's format, gzipped or not, under `folder`; None if not
+    there."""
 
     def first(stem: str, kind: str) -> Path | None:
         names = [f"{stem}{dot}{kind}{gz}" for dot in "-." for gz in ("", ".gz")]  # both spellings are in circulation
@@ -68,7 +69,7 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """uint8 array from an IDX file; Refusal when it is something else or cut short."""
+    """Read the uint8 array in an IDX file. Raises Refusal when it is something else or cut short."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, ValueError) as error:  # gzip.BadGzipFile is an OSError
@@ -81,7 +82,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def open_idx(folder: Path, split: str, where: str, classes: tuple[str, ...] | None = None) -> Images | None:
-    """A split stored in IDX files, or None when the files are not there."""
+    """Open a split stored in IDX files, or None when the files are not there."""
     files = find_idx(folder, split)
     if files is None:
         return None
@@ -134,7 +135,8 @@ STL_SHAPE = (3, 96, 96)
 
 
 def open_stl(split: str, root: str | None, download: bool) -> Images:
-    """STL-10; its training split is the 5,000 labelled images and after them the 100,000 unlabelled ones (label -1)."""
+    """Open STL-10; its training split is the 5,000 labelled images and after them the 100,000 unlabelled ones (label
+    -1)."""
     places = [*given(root), cache_folder()]
     for place in places:
         images = read_stl(place, split)
@@ -221,7 +223,7 @@ def given(root: str | None) -> list[Path]:
 
 @contextlib.contextmanager
 def fetching(name: str, places: list[Path]):
-    """The cache folder, with one process downloading at a time; a failure becomes one line."""
+    """Yield the cache folder, with one process downloading at a time; a failure becomes one line."""
     from filelock import FileLock  # torch depends on it
 
     cache = cache_folder()

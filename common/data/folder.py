@@ -43,21 +43,21 @@ class Files:
         return len(self.ends)
 
     def relative(self, i: int) -> str:
-        """Name of file `i` as seen from `root`."""
+        """Return the name of file `i` as seen from `root`."""
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.buffer[start : self.ends[i]].tobytes())
 
     def path(self, i: int) -> str:
-        """Path of file `i`, to open it by."""
+        """Return the path of file `i`, to open it by."""
         return os.path.join(self.root, self.relative(i))
 
     def paths(self) -> list[bytes]:
-        """Paths of all files, to open them by."""
+        """Return the paths of all files, to open them by."""
         start, names = os.path.join(os.fsencode(self.root), b""), self.buffer.tobytes()
         return [start + names[begin:end] for begin, end in pairwise([0, *self.ends.tolist()])]
 
     def folders_of(self, chosen: Iterable[int]) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
-        """(i, name of the file that is read, device and inode of its folder) of the `chosen` files."""
+        """Yield (i, name of the file that is read, device and inode of its folder) for the `chosen` files."""
         known: dict[bytes, tuple[int, int]] = {}
         paths = self.paths()
         for i in chosen:
@@ -70,31 +70,31 @@ class Files:
             yield i, name, known[folder]
 
     def name(self, i: int) -> str:
-        """Path of file `i`, to be shown."""
+        """Return the path of file `i`, to be shown."""
         return printable(self.path(i))
 
     def read(self, i: int, channels: int) -> Tensor:
         return decode(np.fromfile(self.path(i), np.uint8), channels, self.span)
 
     def identity(self) -> bytes:
-        """Of all names, of up to 4,096 sizes, and of some of the content of up to 512 files, evenly spaced."""
+        """Hash all names, up to 4,096 sizes, and some of the content of up to 512 files, evenly spaced."""
         paths = [self.path(i) for i in evenly(len(self), MAX_CONTENTS)]
         with ThreadPoolExecutor(16) as threads:  # a disk that is far away answers many at a time
             contents = b"".join(threads.map(sample_of, paths))
         return hashlib.sha256(self.first_identity() + contents).digest()
 
     def stamp(self) -> bytes:
-        """Of what the disk says of every file: size, times, inode. Seconds for a million files of a local disk."""
+        """Hash what the disk says of every file: size, times, inode. A million files of a local disk take seconds."""
         return hashlib.sha256(stamps(self.paths()).tobytes()).digest()
 
     def ages(self) -> str:
-        """16 hex digits of sizes and times of change of all files, which a faithful copy has, too, and after a hyphen
-        16 of all that `stamp` looks at, which it has not."""
+        """Return 16 hex digits of the sizes and times of change of all files, which a faithful copy shares, and after a
+        hyphen 16 of all that `stamp` looks at, which it does not share."""
         rows = stamps(self.paths())
         return "-".join(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in (rows[:, :2], rows))
 
     def first_identity(self) -> bytes:
-        """As it was in the first kind of fingerprints: of all names and of up to 4,096 sizes."""
+        """Hash what the first kind of fingerprints was made of: all names and up to 4,096 sizes."""
         digest = hashlib.sha256(self.buffer.tobytes())
         digest.update(self.ends.tobytes())
         for i in evenly(len(self), MAX_SIZES):
@@ -106,20 +106,20 @@ class Files:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most so many of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
+    """Return at most `most` of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
 def scan(root: str) -> tuple[list[bytes], LeftOut]:
-    """Sorted relative names of the images under `root`, and what else is there. Raises Refusal."""
+    """List the images under `root` by their sorted relative names, and what else is in it. Raises Refusal."""
     return images_of(root, endings())
 
 
 def classes_of(
     names: list[bytes], known: frozenset[str] = frozenset()
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels and class names from the first folder of each name, if every image has one and there are two or more, or
-    one that is among the `known` classes."""
+    """Return labels and class names from the first folder of each name, if every image has one and there are two or
+    more, or one that is among the `known` classes."""
     first = [name.partition(b"/") for name in names]
     if not all(slash for _, slash, _ in first):
         return None, None
@@ -132,8 +132,8 @@ def classes_of(
 
 
 def load(root: str, known: frozenset[str] = frozenset()) -> Images:
-    """All images under `root`, and the classes that their first folders are, or the one among the `known`; Refusal when
-    there are no images."""
+    """Open all images under `root`, with their first folders as classes, or the one folder that is a `known` class.
+    Raises Refusal when there are no images."""
     names, left = scan(root)
     if not names:
         raise Refusal(no_images(printable(root), left))
@@ -152,7 +152,7 @@ def no_images(root: str, left: LeftOut) -> str:
 
 
 def open_folder(where: Location, split: str) -> Images | None:
-    """The `split` of a folder, or None when it has no test split. Refusal when there is nothing to read."""
+    """Open the `split` of a folder, or None when it has no test split. Raises Refusal when there is nothing to read."""
     layout = layout_of(where, endings())
     division = layout.division
     train = "." if division is None else division.train
@@ -174,7 +174,7 @@ def open_folder(where: Location, split: str) -> Images | None:
 
 
 def _part(layout: Layout, name: str, asked: bool, known: frozenset[str] = frozenset()) -> Images:
-    """The images of a part; where it was not `asked` for by name, without the masks in it."""
+    """Open the images of a part, without the masks in it unless it was `asked` for by name."""
     folder, note = layout.root / name, ""
     if not asked:
         folder, note = inside(folder, endings())
@@ -184,7 +184,7 @@ def _part(layout: Layout, name: str, asked: bool, known: frozenset[str] = frozen
 
 
 def shared(train: Images, test: Images) -> str:
-    """Which of the test images are training images as well, through links, in a line; or nothing.
+    """Say in a line which test images are training images as well, through links; or nothing.
 
     A second hard link is a file like any other, as is a copy.
     """

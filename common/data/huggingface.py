@@ -54,7 +54,7 @@ class Rows:
         return len(self.table)
 
     def encoded(self, i: int) -> np.ndarray:
-        """uint8 (bytes,) of image `i`."""
+        """Return the bytes of image `i` as they are stored, uint8 (bytes,)."""
         if self._cells is None:
             self._cells = self.table.data.column(self.column)
         cell = self._cells[i]
@@ -73,7 +73,7 @@ class Rows:
         return f"{self.label}[{i}]"
 
     def identity(self) -> bytes:
-        """Of the number of bytes of every image, and of all bytes of up to 256, evenly spaced."""
+        """Hash the number of bytes of every image, and all bytes of up to 256, evenly spaced."""
         sizes = [np.empty(0, np.int64)]
         for chunk in self.table.data.column(self.column).chunks:
             inner = chunk.field("bytes")
@@ -84,7 +84,7 @@ class Rows:
         return hashlib.sha256(self.first_identity() + np.concatenate(sizes).astype("<i8").tobytes()).digest()
 
     def stamp(self) -> bytes:
-        """Of what the disk says of the table's files, and of images that are files of their own."""
+        """Hash what the disk says of the table's files, and of images that are files themselves."""
         paths = [str(file["filename"]) for file in self.table.cache_files]
         for chunk in self.table.data.column(self.column).chunks:
             outside = np.flatnonzero(~_valid(chunk.field("bytes")))
@@ -93,7 +93,7 @@ class Rows:
         return hashlib.sha256(self.identity() + stamps(paths).tobytes()).digest()
 
     def first_identity(self) -> bytes:
-        """As it was in the first kind of fingerprints: of the number of images, and of all bytes of up to 256."""
+        """Hash what the first kind of fingerprints was made of: the number of images, and all bytes of up to 256."""
         digest = hashlib.sha256(str(len(self)).encode())
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), IDENTITY_SAMPLES)).astype(int)):
             try:
@@ -104,13 +104,13 @@ class Rows:
 
 
 def _valid(column: Any) -> np.ndarray:
-    """(n,) bool: which cells of an Arrow column have a value."""
+    """Return a mask, bool (n,), of the cells of an Arrow column that have a value."""
     return np.asarray(column.is_valid())
 
 
 def open_hub(where: Location, split: str) -> Images | None:
-    """The `split` of a Hugging Face data set, or None when it has no test split. Refusal when it cannot be had or
-    used."""
+    """Open the `split` of a Hugging Face data set, or None when it has no test split. Raises Refusal when it cannot be
+    had or used."""
     shown = where.spec
     splits = load_splits(where)
     division = division_of(splits, where)
@@ -125,7 +125,7 @@ def open_hub(where: Location, split: str) -> Images | None:
 
 
 def open_table(splits: dict[str, Any], name: str, where: Location) -> Images:
-    """The split `name`."""
+    """Open the split `name`."""
     table, shown = splits[name], where.spec
     if len(table) == 0:
         raise Refusal(f"{shown}: the split {name} is empty; expected at least one image")
@@ -144,7 +144,7 @@ def open_table(splits: dict[str, Any], name: str, where: Location) -> Images:
 
 
 def load_splits(where: Location) -> dict[str, Any]:
-    """Split name -> datasets.Dataset."""
+    """Load {name of a split: datasets.Dataset}."""
     name, path = where.spec.removeprefix("hf:"), where.path
     try:
         import datasets
@@ -178,8 +178,8 @@ def load_splits(where: Location) -> dict[str, Any]:
 
 
 def files_of_splits(folder: Path) -> dict[str, str]:
-    """{split: pattern of its files} of the sub-folders and files in `folder` that have names of splits; none where
-    they do not include a training split and another one."""
+    """Return {split: pattern of its files} of the sub-folders and files in `folder` that have names of splits; none
+    where they do not include a training split and another one."""
     found: dict[str, str] = {}
     for name in sorted(os.listdir(folder)):
         inner = (folder / name).is_dir()
@@ -193,7 +193,7 @@ def files_of_splits(folder: Path) -> dict[str, str]:
 
 
 def division_of(splits: dict[str, Any], where: Location) -> Division:
-    """Which splits serve as what. Raises Refusal where their names leave that open."""
+    """Decide which splits serve as what. Raises Refusal where their names leave that open."""
     names, shown = list(splits), where.spec
     for asked, option in ((where.train, "data_train"), (where.validation, "data_validation")):
         if asked is not None and asked not in splits:
@@ -204,7 +204,7 @@ def division_of(splits: dict[str, Any], where: Location) -> Division:
 
 
 def is_labelled(table: Any, where: Location) -> bool:
-    """Whether any of the first images has a label: hidden test labels are published as -1."""
+    """Return whether any of the first images has a label: hidden test labels are published as -1."""
     if where.label is not None and where.label not in table.features:
         return False
     name, _ = label_name(table, where)
@@ -215,7 +215,8 @@ def is_labelled(table: Any, where: Location) -> bool:
 
 
 def image_column(table: Any, where: Location) -> tuple[Any, str]:
-    """(the table, the name of its image column). Raises Refusal where there is none, or several and no choice."""
+    """Return (the table, the name of its image column). Raises Refusal where there is none, or several and no
+    choice."""
     from datasets import Image
 
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
@@ -247,13 +248,14 @@ def type_name(feature: Any) -> str:
 
 
 def can_label(feature: Any) -> bool:
-    """Whether values of this type are classes: ClassLabel, whole numbers, texts, and true and false."""
+    """Return whether values of this type are classes: ClassLabel, whole numbers, texts, and true and false."""
     dtype = getattr(feature, "dtype", "")
     return isinstance(dtype, str) and dtype.startswith(("int", "uint", "string", "large_string", "bool"))
 
 
 def label_name(table: Any, where: Location) -> tuple[str | None, str]:
-    """(the name of the label column, why there is none). Raises Refusal for a chosen column that holds no labels."""
+    """Return (the name of the label column, why there is none). Raises Refusal for a chosen column that holds no
+    labels."""
     from datasets import ClassLabel
 
     features = table.features
@@ -289,8 +291,8 @@ def label_name(table: Any, where: Location) -> tuple[str | None, str]:
 
 
 def labels_of(table: Any, name: str, splits: dict[str, Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and class names of a column: plain whole numbers are classes 0 to the largest of any split; texts, true
-    and false are classes in the order of their names."""
+    """Return labels and class names of a column: plain whole numbers are classes 0 to the largest of any split; texts,
+    true and false are classes in the order of their names."""
 
     def values(of: Any) -> list[Any]:
         return list(of.with_format(None)[name][:])

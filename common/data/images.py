@@ -24,7 +24,7 @@ KIND = "2-"  # before a fingerprint: what it is made of, see `Images.has_fingerp
 
 
 class Unreadable(ValueError):
-    """An image that exists in the list but cannot be decoded; `.name` and `.reason` say which and why."""
+    """Error about an image that exists in the list but cannot be decoded; `.name` and `.reason` say which and why."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # both as arguments: the exception is pickled on its way out of a worker
@@ -35,12 +35,12 @@ class Unreadable(ValueError):
 
 
 class Source(Protocol):
-    """Where pixels come from. Must survive pickling, because spawned workers get a copy."""
+    """Source of pixels. It must survive pickling, because spawned workers get a copy."""
 
     def __len__(self) -> int: ...
 
     def read(self, i: int, channels: int) -> Tensor:
-        """uint8 (channels, H, W) in any memory layout; may raise anything on a broken image."""
+        """Read uint8 (channels, H, W) in any memory layout; may raise anything on a broken image."""
         ...
 
     def name(self, i: int) -> str: ...
@@ -87,7 +87,7 @@ class Images:
 
     @property
     def why_unlabelled(self) -> str:
-        """What keeps these images from having labels, or else what was expected of them."""
+        """Reason why these images have no labels, or else what was expected of them."""
         return self.no_label or (
             "expected one sub-folder per class (two or more, and no images beside them), or a label column"
         )
@@ -99,11 +99,11 @@ class Images:
 
     @property
     def source(self) -> Source:
-        """Where the pixels come from."""
+        """Source of the pixels."""
         return self._source
 
     def places(self) -> list[int]:
-        """Of each image, which of its source it is."""
+        """Return the index of each image in its source."""
         return list(range(len(self))) if self._indices is None else self._indices.tolist()
 
     def _locate(self, i: int) -> int:
@@ -112,7 +112,7 @@ class Images:
         return int(i if self._indices is None else self._indices[i])
 
     def read(self, i: int, channels: int = 3, contiguous: bool = True) -> Tensor:
-        """Image `i` as uint8 (channels, H, W); one channel is luma.
+        """Read image `i` as uint8 (channels, H, W); one channel is luma.
 
         `contiguous=False` returns the decoder's own memory layout (photographs: channels last), which saves a quarter
         of the loading time and is all that `augment` and `evaluation` need. Raises `Unreadable` on a broken image.
@@ -126,7 +126,7 @@ class Images:
         return image.contiguous() if contiguous else image
 
     def name(self, i: int) -> str:
-        """What to call image `i` in a message: its path, or `name[i]`."""
+        """Name image `i` for a message: its path, or `name[i]`."""
         return self._source.name(self._locate(i))
 
     def set_range(self, span: Range | None) -> None:
@@ -137,7 +137,8 @@ class Images:
         self._source.span = span
 
     def subset(self, indices: Any) -> Images:
-        """The images at `indices` (integers, or one boolean per image), in that order, as a data set of its own."""
+        """Take the images at `indices` (integers, or one boolean per image), in that order, as a data set of its
+        own."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
@@ -154,7 +155,7 @@ class Images:
         return part
 
     def with_classes(self, classes: Sequence[str]) -> Images:
-        """The same images, their labels numbered as these `classes` are, among which theirs have to be."""
+        """Return the same images, their labels numbered as in `classes`, which have to include theirs."""
         assert self.labels is not None and self.classes is not None
         numbers = {name: number for number, name in enumerate(classes)}
         table = np.array([numbers.get(name, UNLABELLED) for name in self.classes] + [UNLABELLED])
@@ -163,12 +164,13 @@ class Images:
         return same
 
     def fingerprint(self) -> str:
-        """What is in here, in short: the same data kept at another path has the same one. Of many files it is a sample
-        that is read: see `stamp`."""
+        """Return a digest of the content: the same data kept at another path has the same one. Only a sample of many
+        files is read: see `stamp`."""
         return f"{KIND}{self._digest(first=False)}"
 
     def has_fingerprint(self, known: str) -> bool:
-        """Whether `known` is the fingerprint of these images, be it of the first kind: one of names and sizes alone."""
+        """Return whether `known` is the fingerprint of these images, be it of the first kind: one of names and sizes
+        alone."""
         if known.startswith(KIND):
             return known == self.fingerprint()
         bare = copy.copy(self)
@@ -176,17 +178,17 @@ class Images:
         return known in (self._digest(first=True), bare._digest(first=True))
 
     def stamp(self) -> str:
-        """16 hex digits that change when any file of these images does, and when they are moved."""
+        """Return 16 hex digits that change when any file of these images does, and when they are moved."""
         return hashlib.sha256(self._source.stamp()).hexdigest()[:16]
 
     def ages(self) -> str:
-        """16 hex digits of the sizes and times of change of all files, which a faithful copy has, too, and 16 of all
-        that the disk says of them; nothing of what is no folder of files."""
+        """Return 16 hex digits of the sizes and times of change of all files, which a faithful copy shares, and 16 of
+        all that the disk says of them; nothing for what is no folder of files."""
         ages = getattr(self._source, "ages", None)
         return "" if ages is None else ages()
 
     def _digest(self, first: bool) -> str:
-        """16 hex digits; `first`: as they were before there were kinds."""
+        """Return 16 hex digits; `first`: those from before there were kinds of fingerprints."""
         digest = hashlib.sha256(identity_of(self._source, first))
         span: Range | None = getattr(self._source, "span", None)
         if span is not None:
@@ -201,7 +203,7 @@ class Images:
 
 
 def identity_of(source: Any, first: bool) -> bytes:
-    """The identity of a source; `first`: as it was before there were kinds of fingerprints."""
+    """Return the identity of a source; `first`: as it was before there were kinds of fingerprints."""
     return getattr(source, "first_identity", source.identity)() if first else source.identity()
 
 
@@ -233,12 +235,12 @@ class Arrays:
         return digest.digest()
 
     def stamp(self) -> bytes:
-        """As its identity, for which all of it is read."""
+        """Return its identity, for which all of it is read."""
         return self.identity()
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """uint8 (1 or 3, H, W) -> uint8 (channels, H, W): grey is repeated, colour becomes luma (ITU-R 601)."""
+    """Convert uint8 (1 or 3, H, W) to uint8 (channels, H, W): grey is repeated, colour becomes luma (ITU-R 601)."""
     have = image.shape[0]
     if have == channels:
         return image

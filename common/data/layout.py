@@ -33,13 +33,13 @@ class Layout:
 
     @property
     def note(self) -> str:
-        """What a user should hear of it, in one line; or nothing."""
+        """Line about it for the user; or nothing."""
         return "; ".join([*self.notes, *([self.division.note()] if self.division is not None else [])])
 
 
 def layout_of(where: Location, endings: frozenset[str]) -> Layout:
-    """How the folder at `where` is laid out; images are files with one of the `endings`. Raises Refusal where names
-    leave open what is trained on."""
+    """Find out how the folder at `where` is laid out; images are files with one of the `endings`. Raises Refusal where
+    names leave open what is trained on."""
     top = where.path
     if where.train is None and where.validation is None and not folders(top):
         return Layout(top, None, [])
@@ -130,7 +130,7 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 
 
 def folders(root: Path) -> list[str]:
-    """Sorted names of the visible sub-folders, linked ones too. Raises Refusal where they cannot be listed."""
+    """List the sorted names of the visible sub-folders, linked ones too. Raises Refusal where they cannot be listed."""
     try:
         with os.scandir(root) as entries:
             found = [entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)]
@@ -147,7 +147,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def holds_images(folder: Path, endings: frozenset[str]) -> bool:
-    """Whether there is an image in `folder` or below it."""
+    """Return whether there is an image in `folder` or below it."""
     try:
         return folder.is_dir() and any(True for _ in walk(str(folder), endings, LeftOut()))
     except OSError:
@@ -155,8 +155,8 @@ def holds_images(folder: Path, endings: frozenset[str]) -> bool:
 
 
 def _inner(root: Path, endings: frozenset[str]) -> tuple[Path, list[str]]:
-    """(the folder whose sub-folders are splits or classes, notes): below images/ where masks lie beside it, and below a
-    lone sub-folder that has splits."""
+    """Return (the folder whose sub-folders are splits or classes, notes): below images/ where masks lie beside it, and
+    below a lone sub-folder that has splits."""
     notes: list[str] = []
     for _ in range(DEPTH):
         inner, note = without_masks(root, endings)
@@ -170,7 +170,7 @@ def _inner(root: Path, endings: frozenset[str]) -> tuple[Path, list[str]]:
 
 
 def without_masks(root: Path, endings: frozenset[str]) -> tuple[Path, str]:
-    """(images/ of a folder that has nothing but that and masks, a note), else the folder itself."""
+    """Return (images/ of a folder that has nothing but that and masks, a note), else the folder itself."""
     names = folders(root)
     images = [name for name in names if name.lower() in IMAGES]
     masks = [name for name in names if name.lower() in MASKS]
@@ -182,8 +182,8 @@ def without_masks(root: Path, endings: frozenset[str]) -> tuple[Path, str]:
 
 
 def inside(split: Path, endings: frozenset[str]) -> tuple[Path, str]:
-    """(where the images of a split are, a note): in images/ beside masks, or in its only sub-folder, where that has
-    its own name, seg_train/seg_train. Else the folder itself."""
+    """Return (where the images of a split are, a note): in images/ beside masks, or in its only sub-folder, where that
+    has its own name, seg_train/seg_train. Else the folder itself."""
     inner = split / split.name
     if folders(split) == [split.name] and holds_images(inner, endings) and not _has_images(split, endings):
         return inner, f"images are those in {printable(split.name)}/{printable(split.name)}"
@@ -191,13 +191,14 @@ def inside(split: Path, endings: frozenset[str]) -> tuple[Path, str]:
 
 
 def _has_images(root: Path, endings: frozenset[str]) -> bool:
-    """Whether a folder has images itself, not in its sub-folders."""
+    """Return whether a folder has images itself, not in its sub-folders."""
     with os.scandir(root) as entries:
         return any(os.path.splitext(entry.name)[1].lower() in endings for entry in entries if entry.name[0] != ".")
 
 
 def _lone(root: Path, endings: frozenset[str]) -> Path:
-    """The only sub-folder with images, if it has a training split and another one and no image lies beside it."""
+    """Return the only sub-folder with images, if it has a training split and another one and no image lies beside
+    it."""
     found = []
     for name in folders(root):
         if holds_images(root / name, endings):

@@ -38,7 +38,7 @@ NAMED = 6  # kinds of files, or pairs of names, that a message lists
 
 @dataclass
 class LeftOut:
-    """The files of a folder that are not read, but for hidden ones and those that systems make."""
+    """Files of a folder that are not read, except hidden ones and those that systems make."""
 
     others: Counter[str] = field(default_factory=Counter)  # by lower-case ending
     special: Counter[str] = field(default_factory=Counter)  # FIFOs, sockets, devices
@@ -51,7 +51,7 @@ class LeftOut:
             self.others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
 
     def kinds(self) -> str:
-        """How many files of which endings, and how many are none: "500 .heic, 3 .mov, 1 FIFO"; or nothing."""
+        """Count the files by their endings, and what is no file: "500 .heic, 3 .mov, 1 FIFO"; or nothing."""
         seen = self.others.most_common() + self.special.most_common()
         words = [f"{count:,} {printable(kind)}" for kind, count in seen[:NAMED]]
         if rest := sum(count for _, count in seen[NAMED:]):
@@ -59,8 +59,8 @@ class LeftOut:
         return ", ".join(words)
 
     def note(self, images: list[bytes], in_classes: bool) -> str:
-        """All of it in one line, or nothing; `images`: the sorted names that are read. `in_classes`: whether the first
-        folder of a name is its class."""
+        """Say all of it in one line, or nothing; `images`: the sorted names that are read. `in_classes`: whether the
+        first folder of a name is its class."""
         parts = [kinds] if (kinds := self.kinds()) else []
         if pictures := [ending for ending in self.others if ending in OTHER_PICTURES]:
             parts[0] += f" (convert pictures to .png or .jpg: {', '.join(sorted(pictures))} are not opened)"
@@ -77,7 +77,7 @@ class LeftOut:
 
 
 def _images_at(name: str, images: list[bytes]) -> int:
-    """How many images are of this name, or in the folder of this name if it ends with a slash."""
+    """Count the images of this name, or in the folder of this name if it ends with a slash."""
     if not name.endswith("/"):
         return 1
     if name == "./":
@@ -91,7 +91,8 @@ def _first(name: str) -> str:
 
 
 def images_of(root: str, endings: Collection[str]) -> tuple[list[bytes], LeftOut]:
-    """Sorted relative names of the files under `root` with one of these lower-case endings, and what else is there.
+    """List the files under `root` with one of these lower-case endings by sorted relative names, and what else is in
+    it.
 
     Raises Refusal for a folder that cannot be listed.
     """
@@ -106,7 +107,7 @@ def images_of(root: str, endings: Collection[str]) -> tuple[list[bytes], LeftOut
 
 
 def with_links(names: list[bytes], left: LeftOut) -> list[bytes]:
-    """`names`, and beside them those that links to the same files have."""
+    """Return `names` and the names that links to the same files have."""
     all_ = list(names)
     for name, other in left.linked:
         start, other_start = os.fsencode(name), b"" if other == "./" else os.fsencode(other)
@@ -118,7 +119,8 @@ def with_links(names: list[bytes], left: LeftOut) -> list[bytes]:
 
 
 def walk(root: str, endings: Collection[str], left: LeftOut) -> Iterator[str]:
-    """Relative names of the visible files under `root` with one of these endings; all others are counted in `left`.
+    """Yield the relative names of the visible files under `root` with one of these endings; all others are counted in
+    `left`.
 
     Each file is named once, however many links lead to it: under its own name if that is under `root`, else under the
     first link to it in the order of bytes. Links to folders come before links to files. (A second hard link is a file
@@ -152,7 +154,7 @@ class _Walk:
         yield from self._linked_files(files)
 
     def _below(self, prefix: str) -> Iterator[str]:
-        """Names of files in a folder and in those below it, in the disk's order; its links are remembered."""
+        """Yield the names of files in a folder and in those below it, in the disk's order; its links are remembered."""
         todo = [prefix]
         while todo:
             prefix = todo.pop()
@@ -205,7 +207,7 @@ class _Walk:
                     self.left.linked.append((name, same))
 
     def _real_name(self, name: str, status: os.stat_result) -> str | None:
-        """The name under which the file that a link leads to is read anyway; None if it is not."""
+        """Return the name under which the file that a link leads to is read anyway; None if it is not."""
         link = os.path.join(self.root, name)
         path = os.path.join(os.path.dirname(link), os.readlink(link))
         direct = os.lstat(path)
@@ -220,7 +222,7 @@ class _Walk:
 
 
 def real_folder(folder: bytes) -> tuple[int, int]:
-    """Device and inode of a folder, through links; (-1, -1) where there is none."""
+    """Return the device and inode of a folder, through links; (-1, -1) where there is none."""
     try:
         status = os.stat(folder)
         return status.st_dev, status.st_ino
@@ -229,9 +231,9 @@ def real_folder(folder: bytes) -> tuple[int, int]:
 
 
 def stamps(paths: Sequence[str] | Sequence[bytes]) -> np.ndarray:
-    """(n, 4) int64: size, times of the last change of content and of state in ns, and inode of each file; -1 where
-    there is none. A file that takes the place of another of its size and age has another inode, or another time of
-    state."""
+    """Return (n, 4) int64: size, times of the last change of content and of state in ns, and inode of each file; -1
+    where there is none. A file that takes the place of another of its size and age has another inode, or another time
+    of state."""
 
     def look(start: int) -> np.ndarray:
         rows = []
@@ -249,7 +251,7 @@ def stamps(paths: Sequence[str] | Sequence[bytes]) -> np.ndarray:
 
 
 def sample_of(path: str) -> bytes:
-    """Size and some of the content of a file: all of a small one, of a large one its beginning, middle and end."""
+    """Hash the size and some of the content of a file: all of a small one; beginning, middle and end of a large one."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a FIFO waits
         with open(handle, "rb") as file:
@@ -265,7 +267,8 @@ def sample_of(path: str) -> bytes:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is left out unsaid: it begins with a dot, or a system has made it."""
+    """Return whether a file or folder of this name is left out unsaid: it begins with a dot, or a system has made
+    it."""
     return name[:1] == "." or name.lower() in JUNK_FOLDERS | JUNK_FILES
 
 

@@ -25,7 +25,7 @@ OPTIONS = {  # field of a Location -> the option that sets it
 
 @dataclass(frozen=True)
 class Location:
-    """Where images are. What is None is decided by names: of folders, splits and columns."""
+    """Place of the images. What is None is decided by names: of folders, splits and columns."""
 
     spec: str = "builtin"  # one of NAMED, hf:NAME_OR_PATH, or the path of a folder
     root: str | None = None  # folder in which a named data set is looked for, and fetched to
@@ -51,7 +51,7 @@ class Location:
         return Path(expanded(self.spec.removeprefix(HUB)))
 
     def options(self) -> dict[str, str | None]:
-        """{name of the option: value}, as a run stores it."""
+        """Return {name of the option: value}, as a run stores it."""
         return {OPTIONS[name]: value for name, value in asdict(self).items()}
 
     def refuse_unused(self, in_one: bool) -> None:
@@ -67,7 +67,8 @@ class Location:
                 )
 
     def named_as_folder(self) -> str:
-        """A note where a folder of the working directory has the name that was taken for something else; or nothing."""
+        """Return a note where a folder of the working directory has the name that was taken for something else; or
+        nothing."""
         if self.is_named and Path(self.spec).is_dir():
             return f"{self.spec} is the data set of that name, not the folder here: that is data=./{self.spec}"
         name = self.spec.removeprefix(HUB)
@@ -77,7 +78,7 @@ class Location:
 
 
 def place(spec: str) -> str:
-    """`spec` as it is stored: a path is made absolute, if it was taken for one and is there."""
+    """Return `spec` as it is stored: a path is made absolute, if it was taken for one and exists."""
     where = Location(spec)
     if where.is_named or not spec or not where.path.exists():
         return spec
@@ -85,14 +86,15 @@ def place(spec: str) -> str:
 
 
 def location_of(options: Mapping[str, Any]) -> Location:
-    """The location that the options of a run, or what it stored of them, say."""
+    """Return the location that the options of a run, or what it stored of them, say."""
     given = {field: options.get(name) for field, name in OPTIONS.items()}
     spec = given.pop("spec")
     return Location("builtin" if spec is None else spec, **given)
 
 
 def changed(stored: Mapping[str, Any], given: Mapping[str, str | None]) -> Location:
-    """The location that `given` options ask for; other data than the `stored` ones share none of their settings."""
+    """Return the location that `given` options ask for; other data than the `stored` ones share none of their
+    settings."""
     before = location_of(stored) if given.get("data") is None else Location(str(given["data"]))
     before = replace(before, spec=place(before.spec))
     known = {field: given.get(name) for field, name in OPTIONS.items() if field != "spec"}

@@ -22,7 +22,7 @@ LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "l
 
 
 def extract(images: Images, each: int) -> np.ndarray:
-    """uint8 (10 * each, 28, 28): the first `each` images of every class, class after class."""
+    """Return uint8 (10 * each, 28, 28): the first `each` images of every class, class after class."""
     assert images.labels is not None
     chosen = np.concatenate([np.flatnonzero(images.labels == label)[:each] for label in range(10)])
     return np.stack([images.read(int(i), channels=1)[0].numpy() for i in chosen])

@@ -29,7 +29,7 @@ _AFTER = _BEFORE | {
 
 
 def role_of(name: str) -> str | None:
-    """The role that a split of this name has: TRAIN, VALIDATION, TEST or UNLABELLED; None for any other name."""
+    """Return the role that a split of this name has: TRAIN, VALIDATION, TEST or UNLABELLED; None for any other name."""
     words = _words(name)
     while words and words[0] in _BEFORE:
         words.pop(0)
@@ -39,7 +39,7 @@ def role_of(name: str) -> str | None:
 
 
 def roles_of(names: Sequence[str]) -> dict[str, str]:
-    """{name: its role} of those among the `names` of siblings that are splits.
+    """Return {name: its role} for those among the `names` of siblings that are splits.
 
     Beside those that `role_of` knows, where it knows no training split, these are: names that differ in the role alone,
     cars_train and cars_test, one of which trains; and all of them, if each begins or ends with a role.
@@ -60,7 +60,7 @@ def roles_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, in lower case: of imagesTrain, too."""
+    """Return the words of a name, in lower case: also those of imagesTrain."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
     return re.findall(r"[^\W\d_]+", re.sub(r"(hold|held)[-_ ]out", r"\1out", name.lower()))
 
@@ -70,7 +70,7 @@ def _role_of_word(word: str) -> str | None:
 
 
 def _role_within(name: str) -> tuple[str, str] | None:
-    """(the role that the last or the first word of a name says, the others); None if neither does."""
+    """Return (the role that the last or the first word of a name says, the others); None if neither does."""
     words = _words(name)
     for at in (-1, 0) if words else ():
         if (role := _role_of_word(words[at])) is not None:
@@ -80,14 +80,14 @@ def _role_within(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Division:
-    """What the parts of a data set are for."""
+    """Division of a data set: what its parts are for."""
 
     train: str
     tests: tuple[tuple[str, ...], ...]  # parts that may judge; those of the first role are asked first
     unused: tuple[str, ...]
 
     def note(self) -> str:
-        """Which part serves as what, in a line."""
+        """Say in a line which part serves as what."""
         kept = [name for names in self.tests for name in names]
         said = [f"{_listed(['all of it' if self.train == '.' else self.train])} trained on"]
         said += [f"{_listed(kept)} kept to judge on"] if kept else []
@@ -101,8 +101,8 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def divide(names: Sequence[str], train: str | None, validation: str | None, where: str) -> Division:
-    """Which of the parts `names` of `where` serve as what; `train` and `validation` choose some by name. Raises Refusal
-    where that is open."""
+    """Decide which of the parts `names` of `where` serve as what; `train` and `validation` choose some by name. Raises
+    Refusal where that is open."""
     by_role: dict[str, list[str]] = {}
     for name, role in roles_of(names).items():
         by_role.setdefault(role, []).append(name)
@@ -123,7 +123,7 @@ def divide(names: Sequence[str], train: str | None, validation: str | None, wher
 
 
 def judge(division: Division, open_part: Callable[[str], T], has_labels: Callable[[T], bool], where: str) -> T | None:
-    """The part to judge on, opened: the first role of which one has labels; without labels, the first role.
+    """Open the part to judge on: of the first role in which one has labels; without labels, of the first role.
 
     ImageNet's test images come without labels, its validation images with them. None where no part is there. Raises
     Refusal where two parts have the same role.

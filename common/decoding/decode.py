@@ -35,14 +35,14 @@ WHITE = (255, 255, 255, 255)
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Those of PICTURES that this Pillow knows."""
+    """List the PICTURES that this Pillow knows."""
     Image.init()
     return tuple(name for name in PICTURES if name in Image.OPEN)
 
 
 @functools.cache
 def endings() -> frozenset[str]:
-    """Lower-case file name endings of the pictures that can be opened, with the dot."""
+    """Return the lower-case file name endings of the pictures that can be opened, with the dot."""
     known = {**Image.registered_extensions(), **MORE_ENDINGS}
     return frozenset(ending for ending, name in known.items() if name in formats())
 
@@ -51,8 +51,8 @@ JpegDecoder = Callable[[np.ndarray, int], Tensor]  # (encoded bytes, channels 1 
 
 
 def jpeg_by_torchvision() -> JpegDecoder:
-    """torchvision's operator itself: the function around it warns at every image since 0.29, which deprecates both.
-    Raises AttributeError in a build without libjpeg."""
+    """Load torchvision's operator itself: the function around it warns at every image since 0.29, which deprecates
+    both. Raises AttributeError in a build without libjpeg."""
     import torchvision.io  # noqa: F401  (registers it)
 
     operator = torch.ops.image.decode_jpeg
@@ -60,7 +60,8 @@ def jpeg_by_torchvision() -> JpegDecoder:
 
 
 def jpeg_by_torchcodec() -> JpegDecoder:
-    """TorchCodec's decoder, from its version 0.16, without FFmpeg. Raises ImportError where there is none."""
+    """Load TorchCodec's decoder, which it has from version 0.16, without FFmpeg. Raises ImportError where there is
+    none."""
     from torchcodec.decoders import decode_jpeg
 
     modes = {1: "GRAY", 3: "RGB"}
@@ -77,7 +78,7 @@ JPEG_DECODERS = {"torchvision": jpeg_by_torchvision, "torchcodec": jpeg_by_torch
 
 @functools.cache
 def jpeg_decoder() -> JpegDecoder | None:
-    """The fastest JPEG decoder of this installation; None where only Pillow can read them."""
+    """Return the fastest JPEG decoder of this installation; None where only Pillow can read them."""
     for load in JPEG_DECODERS.values():
         with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):  # not there, or of another torch
             return load()
@@ -85,7 +86,7 @@ def jpeg_decoder() -> JpegDecoder | None:
 
 
 def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Tensor:
-    """Encoded uint8 (bytes,) -> uint8 (channels, H, W), upright (EXIF applied), transparency over white, first frame.
+    """Decode uint8 (bytes,) to uint8 (channels, H, W), upright (EXIF applied), transparency over white, first frame.
 
     span  values of black and white in pictures deeper than 8 bits, if the rules of `depth` shall not decide
 
@@ -103,7 +104,7 @@ def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Te
 
 
 def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tuple[Tensor, Header]:
-    """uint8 (channels, H, W) of any picture that is opened, as it is stored, and its header."""
+    """Decode any picture that is opened to uint8 (channels, H, W), as it is stored, and read its header."""
     with open_picture(data) as (image, header):
         if channels == 1:
             image.draft("L", image.size)  # a JPEG's stored luma, as the fast decoders take it; 1.3 times as fast
@@ -113,7 +114,8 @@ def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tupl
 
 @contextlib.contextmanager
 def open_picture(data: np.ndarray) -> Iterator[tuple[ImageFile, Header]]:
-    """The picture in uint8 (bytes,), not decoded yet and not turned, and its header. The only way to PIL's decoders.
+    """Open the picture in uint8 (bytes,), not decoded yet and not turned, and read its header. The only way to PIL's
+    decoders.
 
     Raises ValueError if there is nothing or it has more than MAX_PIXELS, and what PIL raises.
     """
@@ -141,7 +143,7 @@ def check_size(height: int | None, width: int | None) -> None:
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:
-    """(C, H, W) as it is to be seen; `orientation` as EXIF counts, 1 or anything unknown: as it is."""
+    """Turn (C, H, W) as it is to be seen; `orientation` as EXIF counts, 1 or anything unknown: as it is."""
     if orientation not in range(2, 9):
         return pixels
     if orientation >= 5:
@@ -151,7 +153,7 @@ def upright(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def to_8_bit(image: Image.Image, channels: int, header: Header, span: Range | None = None) -> np.ndarray:
-    """Any PIL mode -> uint8 (H, W, 3), or (H, W) for one channel."""
+    """Convert any PIL mode to uint8 (H, W, 3), or (H, W) for one channel."""
     if header.kind == "TIFF" and header.bits == 8 and not header.unsigned:
         raise ValueError("signed values of 8 bits, which are read without their sign: write them unsigned")
     if is_deep(image):
@@ -170,7 +172,7 @@ def to_8_bit(image: Image.Image, channels: int, header: Header, span: Range | No
 
 
 def opaque(image: Image.Image, mode: str) -> Image.Image:
-    """A picture of 8 bits over white, "RGB" or "L"."""
+    """Lay a picture of 8 bits over white, as "RGB" or "L"."""
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     if image.has_transparency_data:

@@ -34,7 +34,8 @@ STRIP = 1 << 20  # pixels that are converted at once
 
 
 def parse_range(text: str, option: str = "data_range") -> Range | None:
-    """ "auto" is None, "4095" is (0, 4095), "-1000:3000" is (-1000, 3000). Refusal for anything else."""
+    """Parse a range: "auto" is None, "4095" is (0, 4095), "-1000:3000" is (-1000, 3000). Raises Refusal for anything
+    else."""
     if text == "auto":
         return None
     low, colon, high = text.rpartition(":")
@@ -48,12 +49,12 @@ def parse_range(text: str, option: str = "data_range") -> Range | None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow keeps more than 8 bits of it: one channel of integers or floats."""
+    """Return whether Pillow keeps more than 8 bits of it: one channel of integers or floats."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(first row, rows of the picture from there on), of about a million pixels each."""
+    """Yield (first row, rows of the picture from there on), of about a million pixels each."""
     rows = max(1, STRIP // max(1, image.width))
     if rows >= image.height:
         yield 0, image
@@ -63,7 +64,7 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def deep_to_8_bit(image: Image.Image, header: Header, span: Range | None) -> np.ndarray:
-    """uint8 (H, W) of a deep picture. Raises ValueError, naming its range, if no rule says what is white."""
+    """Convert a deep picture to uint8 (H, W). Raises ValueError, naming its range, if no rule says what is white."""
     low, high = span or range_of(image, header)
     transparent = image.info.get("transparency")
     pixels = np.empty((image.height, image.width), np.uint8)
@@ -82,7 +83,8 @@ def deep_to_8_bit(image: Image.Image, header: Header, span: Range | None) -> np.
 
 
 def values_of(image: Image.Image, header: Header) -> np.ndarray:
-    """The values of a deep picture, (H, W); Pillow gives unsigned 32 bits a sign. Raises ValueError if some are NaN."""
+    """Return the values of a deep picture, (H, W); Pillow gives unsigned 32 bits a sign. Raises ValueError if some are
+    NaN."""
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("some of its pixels are NaN or infinite: replace them, or remove the image")
@@ -91,7 +93,7 @@ def values_of(image: Image.Image, header: Header) -> np.ndarray:
 
 
 def range_of(image: Image.Image, header: Header) -> Range:
-    """The values of black and white in a deep picture. Raises ValueError if nothing says which."""
+    """Return the values of black and white in a deep picture. Raises ValueError if nothing says which."""
     least, most, step = np.inf, -np.inf, 0
     for _, part in strips(image):
         values = values_of(part, header)
@@ -119,7 +121,8 @@ def range_of(image: Image.Image, header: Header) -> Range:
 
 
 def declared_range(image: Image.Image, header: Header, most: float, bits: int) -> Range | None:
-    """What the file itself says; `bits`: those that occur in some value of a PNG with significant bits."""
+    """Return the range that the file itself declares; `bits`: those that occur in some value of a PNG with significant
+    bits."""
     if header.kind == "PNG" and header.significant:
         # The standard wants them as the upper ones of 16. Some writers leave them where they were.
         raw = most < 1 << header.significant and bits & ((1 << 16 - header.significant) - 1)
@@ -134,7 +137,7 @@ def declared_range(image: Image.Image, header: Header, most: float, bits: int) -
 
 
 def check_deep_colours(image: Image.Image, header: Header, span: Range | None) -> None:
-    """Of colours of 16 bits Pillow keeps the upper eight: raises ValueError where those are not the picture."""
+    """Raise ValueError where the upper eight bits of 16-bit colours, all that Pillow keeps, are not the picture."""
     declared = header.kind == "PNG" and header.significant == 16
     if span == FULL or declared:
         return

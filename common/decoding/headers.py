@@ -41,7 +41,7 @@ WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of a WebP: profile, EXIF, XMP
 
 @dataclass(slots=True)
 class Header:
-    """What a picture says of itself, as far as it is understood.
+    """Header of a picture: what it says of itself, as far as that is understood.
 
     height, width  as stored, None if the format is not looked into here
     components     per pixel, of a JPEG; 0 else
@@ -67,7 +67,7 @@ class Header:
 
 
 def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
-    """Header and, with `bare`, the bytes without texts, profiles, previews and later pages; else no bytes."""
+    """Read the header and, with `bare`, the bytes without texts, profiles, previews and later pages; else no bytes."""
     start = bytes(data[:16])
     if start[:3] == b"\xff\xd8\xff":
         header, pieces = _jpeg(data, bare)
@@ -91,7 +91,8 @@ def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
 
 
 def orientation_of(exif: list[bytes], xmp: bytes) -> int:
-    """1 to 8: what the first EXIF block that knows the orientation says, or XMP as Pillow reads it; else 1."""
+    """Return the orientation, 1 to 8: what the first EXIF block that knows the orientation says, or XMP as Pillow reads
+    it; else 1."""
     for block in exif:
         for _ in range(2):
             block = block.removeprefix(JPEG_EXIF)
@@ -104,13 +105,13 @@ def orientation_of(exif: list[bytes], xmp: bytes) -> int:
 
 
 def _byte_order(start: bytes) -> str:
-    """ "<" or ">" of a TIFF or EXIF block, nothing if it is none."""
+    """Return "<" or ">" for a TIFF or EXIF block, nothing for anything else."""
     order = {b"II": "<", b"MM": ">"}.get(start[:2], "")
     return order if len(start) >= 8 and sorted(start[2:4]) in ([0, 42], [0, 43]) else ""
 
 
 def _directory(block: Any, order: str) -> dict[int, tuple[int, int, int]]:
-    """Tag -> (type, count, place of its entry) in the first directory of a TIFF, as far as the block reaches."""
+    """Read {tag: (type, count, place of its entry)} of the first directory of a TIFF, as far as the block reaches."""
     big, at = _first_directory(block, order)
     head, letters = (8, "HHQ8x") if big else (2, "HHL4x")
     if at + head > len(block):
@@ -123,7 +124,7 @@ def _directory(block: Any, order: str) -> dict[int, tuple[int, int, int]]:
 
 
 def _first_directory(block: Any, order: str) -> tuple[bool, int]:
-    """(whether it is a BigTIFF, where its first directory begins)."""
+    """Return (whether it is a BigTIFF, where its first directory begins)."""
     big = 43 in bytes(block[2:4])
     if big and len(block) < 16:
         return True, len(block)
@@ -131,7 +132,7 @@ def _first_directory(block: Any, order: str) -> tuple[bool, int]:
 
 
 def first_value(block: Any, directory: dict[int, tuple[int, int, int]], tag: int, order: str) -> int | float | None:
-    """The first value of a tag, None if it is lacking, no number, or outside the block."""
+    """Return the first value of a tag, None if it is lacking, no number, or outside the block."""
     kind, count, at = directory.get(tag, (0, 0, 0))
     letters = TYPES.get(kind)
     if letters is None or count < 1:
@@ -151,7 +152,7 @@ def first_value(block: Any, directory: dict[int, tuple[int, int, int]], tag: int
 
 
 def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
-    """Segments up to the first scan. Of the applications' own, only JFIF and Adobe's tell of colours.
+    """Read the segments up to the first scan. Among those of applications, only JFIF and Adobe's tell of colours.
 
     It runs for every image that is read, so the pieces are gathered only if they are wanted.
     """
@@ -194,7 +195,8 @@ def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
 
 
 def _tells_of_colours(marker: int, start: bytes, length: int) -> bool:
-    """Whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or Adobe."""
+    """Return whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or
+    Adobe."""
     if marker == 0xE0:
         return len(start) == 14 and start[:5] == b"JFIF\0" and length >= 18
     return marker == 0xEE and start[:5] == b"Adobe" and length >= 16
@@ -231,7 +233,7 @@ def _png(data: memoryview) -> tuple[Header, list[Any]]:
 
 
 def _text(kind: bytes, body: memoryview) -> bytes:
-    """The text of a PNG's chunk, decompressed, at most MOST_TEXT bytes of it."""
+    """Return the text of a PNG's chunk, decompressed, at most MOST_TEXT bytes of it."""
     _, _, rest = bytes(body).partition(b"\0")
     packed = kind == b"zTXt"
     if packed:
@@ -253,7 +255,7 @@ def _from_profile(text: bytes) -> bytes:
 
 
 def _webp(data: memoryview) -> tuple[Header, list[Any]]:
-    """Of an animation the first picture."""
+    """Read the chunks; of an animation, those of the first picture."""
     header = Header("WEBP")
     pieces: list[tuple[bytes, Any]] = []
     exif: list[bytes] = []
@@ -281,7 +283,7 @@ def _webp(data: memoryview) -> tuple[Header, list[Any]]:
 
 
 def _webp_size(kind: bytes, body: bytes) -> tuple[int | None, int | None]:
-    """(width, height) in a WebP's first chunk."""
+    """Return (width, height) in a WebP's first chunk."""
     if kind == b"VP8X" and len(body) >= 10:
         return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
     if kind == b"VP8L" and len(body) >= 5:
@@ -294,7 +296,7 @@ def _webp_size(kind: bytes, body: bytes) -> tuple[int | None, int | None]:
 
 
 def _tiff(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
-    """Of several pages the first. Its directory is written anew without the tags that do not tell of pixels."""
+    """Read the first page. Its directory is written anew without the tags that do not tell of pixels."""
     header, order = Header("TIFF"), _byte_order(bytes(data[:8]))
     tags = _directory(data, order)
 
@@ -321,7 +323,7 @@ def _tiff(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
 
 
 def _block(data: memoryview, entry: tuple[int, int, int], order: str) -> bytes:
-    """The bytes of a tag that is kept as bytes, at most MOST_TEXT."""
+    """Return the bytes of a tag that is kept as bytes, at most MOST_TEXT."""
     big = 43 in bytes(data[2:4])
     _, count, at = entry
     (place,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + (12 if big else 8))
@@ -341,6 +343,7 @@ def _jpeg_2000(data: memoryview) -> Header:
 
 
 def _without_exif(data: memoryview) -> bytes:
-    """An AVIF whose EXIF item is called something else: how it is turned stands in its own boxes, not in EXIF."""
+    """Return an AVIF whose EXIF item is called something else: how it is turned stands in its own boxes, not in
+    EXIF."""
     start = re.sub(rb"(infe[\x02\x03](?:.{7}|.{9}))Exif", rb"\1none", bytes(data[:MOST_BOXES]), flags=re.DOTALL)
     return start + bytes(data[MOST_BOXES:])

@@ -18,7 +18,7 @@ _apart = 0  # how many `alone()` are open
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process speaks for itself: for monitors and timings that only one process runs."""
+    """Let this process speak for itself inside: for monitors and timings that only one process runs."""
     global _apart
     _apart += 1
     try:
@@ -28,38 +28,40 @@ def alone() -> Iterator[None]:
 
 
 def processes() -> int:
-    """How many processes speak together."""
+    """Count the processes that speak together."""
     together = not _apart and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if together else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Return the number of this process among them, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one process."""
+    """Return the sum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one
+    process."""
     return _reduced(x, dist.ReduceOp.SUM) if processes() > 1 else x.detach()
 
 
 def largest(x: Tensor) -> Tensor:
-    """Maximum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one process."""
+    """Return the maximum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one
+    process."""
     return _reduced(x, dist.ReduceOp.MAX) if processes() > 1 else x.detach()
 
 
 @torch.no_grad()
 def take_buffers(module: torch.nn.Module) -> None:
-    """Every process takes over the first one's buffers: a BatchNorm's statistics are of what a process has seen, and a
-    model that several processes judge has to be the same in all."""
+    """Give every process the first one's buffers: a BatchNorm's statistics are of what a process has seen, and a model
+    that several processes judge has to be the same in all."""
     if processes() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all R processes in the order of their ranks, (n, ...) -> (R*n, ...), with gradient; every process has
-    n of them. `x` itself where there is one process.
+    """Return the rows of all R processes in the order of their ranks, (n, ...) -> (R*n, ...), with gradient; every
+    process has n of them. `x` itself where there is one process.
 
     Backward sums over processes what each one's loss says about a row. If the joint loss is the mean of theirs, then
     the mean that DistributedDataParallel takes of their gradients is its gradient.

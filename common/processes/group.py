@@ -24,8 +24,8 @@ LAUNCHERS_OWN = (
 
 
 def join(cpu: bool = False) -> PartialState:
-    """This process among those of the job, on the CPU if `cpu` or there is nothing else. Raises Refusal if they cannot
-    meet."""
+    """Join this process to those of the job, on the CPU if `cpu` or there is nothing else. Raises Refusal if they
+    cannot meet."""
     # Without cpu=True, accelerate on a machine without GPUs runs torchrun's processes as so many unrelated first ones.
     _refuse_other_plans()
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -49,7 +49,7 @@ def join(cpu: bool = False) -> PartialState:
 
 
 def accelerator(precision: str) -> Accelerator:
-    """Accelerate over the joined processes in `precision`, which goes before what the launcher was given."""
+    """Set up Accelerate over the joined processes in `precision`, which goes before what the launcher was given."""
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     wanted = {"fp32": "no"}.get(precision, precision)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -80,7 +80,8 @@ def _refuse_other_plans() -> None:
 
 
 def note_missing() -> str | None:
-    """The line to say where `accelerate launch` was to start several processes and started one, as it does on CPUs."""
+    """Return the line to print where `accelerate launch` was to start several processes and started one, as it does on
+    CPUs."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return None  # not started by it, or by one that starts several
     wanted = _wanted_processes()
@@ -95,7 +96,8 @@ def note_missing() -> str | None:
 
 
 def _wanted_processes() -> int | None:
-    """The num_processes of the `accelerate launch` that started this process: its command line's or configuration's."""
+    """Return the num_processes of the `accelerate launch` that started this process: its command line's or
+    configuration's."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace", encoding="utf-8").split("\0")
     except OSError:

@@ -77,7 +77,7 @@ def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
 
 
 def _in_a_thread(arguments: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread: of a full disk the main one hears at its next word, and says so."""
+    """Leave a full disk that TensorBoard's thread meets to the main thread, which meets it next and says so."""
     if arguments.exc_value is None or not is_full(arguments.exc_value):
         threading.__excepthook__(arguments)
 
@@ -149,12 +149,12 @@ def set_threads(threads: int | None = None) -> tuple[int, str]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Count the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def active_pil() -> str:
-    """Which PIL is imported: "pillow 13.0.0" or "pillow-simd 12.1.1.post0"."""
+    """Name the PIL that is imported: "pillow 13.0.0" or "pillow-simd 12.1.1.post0"."""
     import PIL
 
     version = PIL.__version__
@@ -165,7 +165,7 @@ def active_pil() -> str:
 
 
 def scripts() -> dict[str, Path]:
-    """The entry scripts by the names that `poslabel NAME` takes."""
+    """Return the entry scripts by the names that `poslabel NAME` takes."""
     named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("[!_]*.py"))}
     return {"pretrain": ROOT / "pretrain" / "run.py", "audit": ROOT / "pretrain" / "audit.py", **named}
 
@@ -210,7 +210,7 @@ def run_script(name: str, words: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """`poslabel [accelerate options] NAME [arguments]`: run a script of this installation.
+    """Run a script of this installation: `poslabel [accelerate options] NAME [arguments]`.
 
     One process runs under plain Python; with options, or several GPUs, under `accelerate launch`.
     """
@@ -235,7 +235,8 @@ MEANT = {"pretrain": ("run", "train", "training", "pretraining", "start", "fit")
 
 
 def suggested(argv: Sequence[str]) -> str:
-    """What a command line without a known command may have meant: by another name, a script's path, or misspelt."""
+    """Suggest what a command line without a known command may have meant: another name, a script's path, a
+    misspelling."""
     names = {name: name for name in scripts()} | {other: name for name, others in MEANT.items() for other in others}
     for word in argv:
         stem = Path(word).stem.lower().replace("_", "-") if not word.startswith("-") and "=" not in word else ""

@@ -32,7 +32,7 @@ SLOWER, LEAST = 10.0, 60.0  # a step of several processes may take so many times
 
 
 class Stopped(BaseException):
-    """A signal ended a wait for data, in which nothing is half done. Not an Exception: no decoder may swallow it."""
+    """Signal that ended a wait for data, in which nothing is half done. Not an Exception: no decoder may swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -41,13 +41,14 @@ class Stopped(BaseException):
 
 
 def exit_status(number: int) -> int:
-    """Exit status of a process that stopped as asked: 130 after Ctrl-C, so that a script does not go on, else 0."""
+    """Return the exit status of a process that stopped as asked: 130 after Ctrl-C, so that a script does not go on,
+    else 0."""
     return INTERRUPTED if number == signal.SIGINT else 0
 
 
 class StopSignal:
-    """Remembers that a signal asked to stop, so that the loop can finish its step and save. While a batch is waited
-    for, it raises `Stopped` instead. A second Ctrl-C stops at once."""
+    """Memory of a signal that asked to stop, so that the loop can finish its step and save. While a batch is waited
+    for, the signal raises `Stopped` instead. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -75,7 +76,7 @@ class StopSignal:
 
     @property
     def status(self) -> int:
-        """Exit status of a run that stopped as asked."""
+        """Return the exit status of a run that stopped as asked."""
         return 0 if self.received is None else exit_status(self.received)
 
     def heed(self) -> None:
@@ -85,8 +86,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def within(self, longest: float) -> Iterator[None]:
-        """What runs inside waits for other processes: after a signal it may take ten times `longest` (seconds) and a
-        minute before this process ends without it. A process alone has no such limit."""
+        """Limit the time of what runs inside and waits for other processes: after a signal it may take ten times
+        `longest` (seconds) and a minute before this process ends without it. A process alone has no such limit."""
         if not self.alone:
             self.limit = time.monotonic(), LEAST + SLOWER * longest
         try:
@@ -109,7 +110,7 @@ def fetch(following: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def at_once(wanted: bool = True, lost: str | None = None) -> Iterator[None]:
-    """A signal, before or inside, raises Stopped as soon as Python runs: for work that may be left half done.
+    """Let a signal, before or inside, raise Stopped as soon as Python runs: for work that may be left half done.
 
     One call can take minutes. `lost`: what is inside is all that would be lost, so that ten seconds after a signal the
     process ends with these words.
@@ -127,7 +128,7 @@ def at_once(wanted: bool = True, lost: str | None = None) -> Iterator[None]:
 
 
 class _Watch:
-    """The thread that sees signals and waits which the main thread cannot attend to. One for a process."""
+    """Thread that sees signals and waits which the main thread cannot attend to. One for a process."""
 
     def __init__(self) -> None:
         self.waiting: float | None = None  # since when the main thread waits for a batch
@@ -137,7 +138,7 @@ class _Watch:
 
     @property
     def stop(self) -> StopSignal | None:
-        """The StopSignal of this process, while somebody holds it."""
+        """StopSignal of this process, while somebody holds it."""
         return self.current()
 
     def start(self) -> None:
@@ -196,13 +197,13 @@ watch = _watch.start
 
 
 def asked_to_stop() -> bool:
-    """Whether a signal asked one of several processes to stop, which then may lose each other."""
+    """Return whether a signal asked one of several processes to stop, which then may lose each other."""
     stop = _watch.stop
     return stop is not None and not stop.alone and stop.received is not None
 
 
 def complain(line: str) -> None:
-    """A line on standard error, from any thread, whatever became of the stream."""
+    """Write a line to standard error, from any thread, whatever became of the stream."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
@@ -222,8 +223,8 @@ def kill_children() -> None:
 
 
 def ignore_signals(_worker: int) -> None:
-    """For loader workers: the training process decides when to stop, also when a signal goes to the whole group; but
-    none outlives it, not even one that is stuck in a read."""
+    """Ignore signals in a loader's worker: the training process decides when to stop, also when a signal goes to the
+    whole group; but none outlives it, not even one that is stuck in a read."""
     signal.set_wakeup_fd(-1)  # the parent's
     for number in HEEDED:
         signal.signal(number, signal.SIG_IGN)
@@ -231,14 +232,14 @@ def ignore_signals(_worker: int) -> None:
 
 
 def die_with_parent(number: int) -> None:
-    """Linux: get signal `number` when the process that started this one ends."""
+    """Ask Linux for signal `number` when the process that started this one ends."""
     PR_SET_PDEATHSIG = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def lost_worker(error: BaseException) -> str | None:
-    """What to say of an error that means: a loader process was killed, or shared memory is full; else None."""
+    """Explain an error that means that a loader process was killed, or that shared memory is full; else None."""
     text = " ".join(str(error).split())
     if "Too many open files" in text:
         return "too many open files for the batches that are prepared ahead: raise the limit (ulimit -n 65536)"

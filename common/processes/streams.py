@@ -49,7 +49,7 @@ class Stream(io.TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
-        """As every stream."""
+        """Do as every stream does."""
         try:
             return super().write(text)
         except OSError as error:
@@ -57,7 +57,7 @@ class Stream(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
-        """As every stream."""
+        """Do as every stream does."""
         try:
             super().flush()
         except OSError as error:
