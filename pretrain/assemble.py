@@ -284,7 +284,7 @@ def _settle_precision(
         line = f"measuring  {what} on this {process.device.type}, for about {budget:.0f} s at most"
         try:
             with (
-                collectives.alone(),
+                collectives.single_process(),
                 patient(line, functools.partial(print, flush=True)),
                 at_once(lost=UNWRITTEN),
             ):  # the other processes wait for what this one finds

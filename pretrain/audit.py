@@ -30,7 +30,7 @@ import time
 import torch
 
 from common import config as configuration
-from common.checkpoints.public import find, load_backbone, load_exactly
+from common.checkpoints.public import load_backbone, load_exactly, weights_file
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import write_atomically
 from common.commands import Parser, command
@@ -98,7 +98,7 @@ def recipe_of(arguments: argparse.Namespace) -> Path:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
     if recipes or arguments.ckpt is None:
         return configuration.find_recipe(recipes[0] if recipes else "quickstart", "pretrain")
-    recipe = find(arguments.ckpt).parent / CONFIG
+    recipe = weights_file(arguments.ckpt).parent / CONFIG
     if not recipe.is_file():
         raise Refusal(
             f"--ckpt {arguments.ckpt}: no {CONFIG} beside it says how it was trained; name its recipe: "

@@ -160,7 +160,7 @@ class Checkpoints:
             self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
             self.begun_from = str(state.get("begun_from", ""))
             self.changed = str(state.get("changed", ""))
-            now = changes.told(changes.version_of(state), state["step"], changed(self.parts))
+            now = changes.note(changes.version_of(state), state["step"], changed(self.parts))
             if now and state["step"] < self.parts.steps:
                 self.changed = "; ".join(filter(None, (self.changed, now)))
                 print_(f"warning: {now}; for what it would have become, resume a copy with the version that wrote it")

@@ -49,7 +49,7 @@ def replay(folder: Path, config: PretrainConfig, process: PartialState) -> int:
             f"--replay {folder}: the images at data={config.data} are not those of the record (fingerprint "
             f"{parts.fingerprint}, not {state['fingerprint']}); point data= at the same images"
         )
-    said = changes.told(changes.version_of(state), record.step, changed(parts))
+    said = changes.note(changes.version_of(state), record.step, changed(parts))
     if said and process.is_main_process:
         print(f"warning: {said}; the numbers of this step may differ for that", flush=True)
     witness = _again(folder, record, parts, state)

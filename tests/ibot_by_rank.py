@@ -125,7 +125,7 @@ def told(rank: int) -> dict[str, Any]:
     collectives.take_buffers(norm)
     found["statistics"] = [norm.running_mean.tolist(), norm.num_batches_tracked.item()]  # type: ignore[union-attr,operator]
     if rank == 1:  # the other one does not have to come along
-        with collectives.alone(), collectives.alone():
+        with collectives.single_process(), collectives.single_process():
             same = [f(x) is x or torch.equal(f(x), x) for f in (collectives.total, collectives.largest)]
             found["alone"] = [*same, len(collectives.gathered(x)), collectives.processes(), collectives.rank()]
     return {**found, "afterwards": collectives.processes()}

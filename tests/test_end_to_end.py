@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.checkpoints.public import find, load_backbone
+from common.checkpoints.public import load_backbone, weights_file
 
 ROOT = Path(__file__).resolve().parents[1]
 Main = Callable[..., int]
@@ -180,7 +180,7 @@ def test_as_the_user_types_it(tiny: list[str], tmp_path: Path) -> None:
     told = typed(str(ROOT / "pretrain" / "run.py"), *tiny, "steps=5")
     assert "step 5/5  loss" in told and "(chance 16.7%)" in told and "data_wait" in told and "ETA" in told
     run = tmp_path / "runs" / "tiny-001"
-    assert find(run).exists()
+    assert weights_file(run).exists()
     told = typed(str(ROOT / "evaluate" / "knn.py"), "--ckpt", "runs/tiny-001", "--k", "5")
     assert "random init" in told and "raw pixels" in told
     report = json.loads((run / "evaluate" / "knn.json").read_text())

@@ -154,8 +154,8 @@ def _print(line: str) -> None:
 
 def _end(batches: Any, processes: Sequence[Any]) -> None:
     """Kill a loader's processes. They ignore gentler signals, and one that is stuck in a read would never be joined."""
-    here = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here else None  # torch's takes it for an accident
+    in_main_thread = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None  # torch's calls it an accident
     try:
         for process in processes:
             process.kill()
@@ -165,5 +165,5 @@ def _end(batches: Any, processes: Sequence[Any]) -> None:
         if hasattr(batches, "_shutdown_workers"):  # or torch goes on watching the processes that are gone
             batches._shutdown_workers()
     finally:
-        if here:
-            signal.signal(signal.SIGCHLD, before)
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, handler)

@@ -121,10 +121,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 epoch = step // self.per_epoch
                 images = order(self.seed, epoch, self.size)
             first = (step % self.per_epoch) * self.batch
-            whole = images[first : first + self.batch]
+            step_images = images[first : first + self.batch]
             for part in range(self.accumulate):
                 begin = part * micro + self.rank * share
-                yield StepPart(((epoch, int(index)) for index in whole[begin : begin + share]), whole)
+                yield StepPart(((epoch, int(index)) for index in step_images[begin : begin + share]), step_images)
 
 
 class Samples(Dataset):
@@ -172,13 +172,13 @@ class Samples(Dataset):
                     draws[name].setdefault(what, []).append(value)
             for name, view in self.views.items():
                 rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
-                for number, same in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
-                    same.append(augment(image, view, rng, number))
+                for number, row in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
+                    row.append(augment(image, view, rng, number))
         stacked = self._stacked(draws)
         for name in self.labelled:
             stacked[f"{name}/known"] = torch.tensor(self._known(keys))
         return Batch(
-            {name: torch.stack([crop for same in each for crop in same]) for name, each in crops.items()},
+            {name: torch.stack([crop for row in rows for crop in row]) for name, rows in crops.items()},
             torch.tensor([index for _, index in keys]),
             stacked,
             unreadable,
@@ -187,13 +187,13 @@ class Samples(Dataset):
 
     def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
         """Return {"purpose/what": (B, ...)}: the draws, and what `collate` makes of them."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in {**draws, **self.collate}:
             stacked = {what: torch.from_numpy(np.stack(values)) for what, values in draws.get(name, {}).items()}
             if name in self.collate:
                 stacked |= self.collate[name](dict(stacked))
-            found |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
-        return found
+            tensors |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
+        return tensors
 
     def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int]:
         """Return (image, its index): image `index` or, where it cannot be read, another one, always the same; None if
@@ -209,9 +209,9 @@ class Samples(Dataset):
 
     def _instead(self, index: int, attempt: int) -> int:
         """Return the index of the image that stands for image `index` at this attempt, counted from 1."""
-        alike = np.flatnonzero(self._has_label == self._has_label[index])  # seldom: not worth remembering
-        size = len(alike)
-        return int(alike[(int(np.searchsorted(alike, index)) + attempt * (size // 3 + 1)) % size])
+        candidates = np.flatnonzero(self._has_label == self._has_label[index])  # seldom: not worth remembering
+        size = len(candidates)
+        return int(candidates[(int(np.searchsorted(candidates, index)) + attempt * (size // 3 + 1)) % size])
 
     @functools.cached_property
     def _has_label(self) -> np.ndarray:

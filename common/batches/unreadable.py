@@ -160,22 +160,22 @@ def look_at(
         for at in todo:
             if over.is_set():
                 return
-            which = int(np.searchsorted(ends, at, "right"))
+            split = int(np.searchsorted(ends, at, "right"))
             try:
-                kept[which].read(at - int(ends[which]) + len(kept[which]), channels, contiguous=False)
+                kept[split].read(at - int(ends[split]) + len(kept[split]), channels, contiguous=False)
             except Unreadable as error:
                 bad.append((at, str(error)))
             done.append(at)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(16, usable_cores(), len(chosen)))]
-    began = said = time.monotonic()
+    began = last_line = time.monotonic()
     for thread in threads:
         thread.start()
     while not over.is_set() and (busy := [thread for thread in threads if thread.is_alive()]):
         busy[0].join(0.05)
         now = time.monotonic()
-        if now - said >= OFTEN:
-            said = now
+        if now - last_line >= OFTEN:
+            last_line = now
             say(f"looking at the images: {len(done):,} of {len(chosen):,} so far")
         if now - began > SECONDS or stopped():
             over.set()
@@ -234,10 +234,10 @@ def watch(
             fresh += [name for name in batch.unreadable if name not in known]
             hopeless |= batch.hopeless
             if process.num_processes == 1 or number % together == 0 or number == len(batches):
-                heard = [(fresh, hopeless)]
+                reports = [(fresh, hopeless)]
                 if process.num_processes > 1:
-                    heard = gather_object(heard)
-                names = sorted({name for names, _ in heard for name in names})
+                    reports = gather_object(reports)
+                names = sorted({name for names, _ in reports for name in names})
                 known.update(names)
                 unsaid = [name for name in names if name not in listed]
                 listed.update(unsaid)
@@ -245,7 +245,7 @@ def watch(
                     _tell(unsaid, path, f"{len(known)} of {total}", say)
                 if len(known) > limit.allowed(total):
                     limit.refuse(len(known), total, total, images.where, [f"they are listed in {path}"])
-                if any(despair for _, despair in heard):
+                if any(despair for _, despair in reports):
                     raise Refusal(
                         f"too many images in a row cannot be read, of {images.where}: {len(known)} of {total} so far; "
                         f"mend or remove those listed in {path}"

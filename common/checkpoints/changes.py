@@ -29,7 +29,7 @@ def of_samples(views: Mapping[str, View]) -> list[str]:
     return [*colours, "a crop that fits an image in none of ten tries lies in its centre"]
 
 
-def told(version: Any, step: int, changes: Sequence[str]) -> str:
+def note(version: Any, step: int, changes: Sequence[str]) -> str:
     """Return a clause for a training that another version wrote, up to `step`; "" if nothing changes for it."""
     if version == VERSION or not changes:
         return ""

@@ -38,8 +38,8 @@ def no_room(path: Path | str, error: BaseException, needed: int | None = None) -
     while not place.exists():
         place = place.parent
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    wanted = "" if needed is None else f", {needed:,} are needed"
+    needs = "" if needed is None else f", {needed:,} are needed"
     return (
-        f"cannot write {path}: {reason}; {shutil.disk_usage(place).free:,} bytes are free there{wanted}: make room, "
+        f"cannot write {path}: {reason}; {shutil.disk_usage(place).free:,} bytes are free there{needs}: make room, "
         "then give the same command again, for a training with --resume; its checkpoints so far are intact"
     )

@@ -31,8 +31,8 @@ POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT an
 def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
     """Return (`state` without an attention pooling that the backbone does without, a sentence about it if there is
     one)."""
-    own = backbone.model.state_dict()
-    kept = {key: value for key, value in state.items() if key in own or not key.startswith("attn_pool.")}
+    model_state = backbone.model.state_dict()
+    kept = {key: value for key, value in state.items() if key in model_state or not key.startswith("attn_pool.")}
     return kept, ["its attention pooling is left out"] if len(kept) < len(state) else []
 
 
@@ -80,9 +80,9 @@ def _from_hub(repository: str, name: str | None) -> Path:
     repository, _, revision = repository.partition("@")
     usual = name or "pytorch_model.bin"
     safe = "model.safetensors" if name is None else f"{Path(name).stem}.safetensors".replace("pytorch_model", "model")
-    for each in dict.fromkeys([safe, usual] if usual.endswith(".bin") else [usual]):
+    for file in dict.fromkeys([safe, usual] if usual.endswith(".bin") else [usual]):
         try:
-            return Path(hf_hub_download(repository, each, revision=revision or None))
+            return Path(hf_hub_download(repository, file, revision=revision or None))
         except EntryNotFoundError as error:
             absent = error
     raise absent
@@ -115,16 +115,16 @@ def begin_from(backbone: Backbone, init: str | None, weights: str | None = None)
             return ""
     with torch.random.fork_rng(devices=[]):  # the heads are those of a run from scratch
         source = _source(backbone, init, weights)
-    config, own, notes = backbone.config, backbone.model.state_dict(), list(source.notes)
+    config, model_state, notes = backbone.config, backbone.model.state_dict(), list(source.notes)
     state = dict(source.state)
-    kept = [name for name in own if name.endswith(POSITION_TENSORS)] if source.position == "none" else []
+    kept = [name for name in model_state if name.endswith(POSITION_TENSORS)] if source.position == "none" else []
     if kept:
         notes.append("it was trained without position embedding, which is fresh")
-    elif config.position_embedding == "sincos" and "pos_embed" in own:
+    elif config.position_embedding == "sincos" and "pos_embed" in model_state:
         kept = ["pos_embed"]
         notes.append("position embedding stays sine-cosine")
-    state |= {name: own[name] for name in kept}
-    if "pos_embed" not in kept and resized(state, own, source.grid, backbone.grid):
+    state |= {name: model_state[name] for name in kept}
+    if "pos_embed" not in kept and resized(state, model_state, source.grid, backbone.grid):
         (h, w), (new_h, new_w) = source.grid, backbone.grid
         notes.append(f"position embedding resized from {h}x{w} to {new_h}x{new_w}")
     irpe = f", model.irpe={dict(config.irpe)}" if config.irpe is not None else ""
@@ -166,13 +166,14 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
                 f"{asked}: no such run folder or file; expected timm:NAME, a run folder or a {storage.WEIGHTS}"
             )
         try:
-            trained, _, about = public.load_backbone(init)
+            trained, _, facts = public.load_backbone(init)
         except Refusal as refusal:
             raise Refusal(f"{asked}: {refusal}") from None
-        irpe = f", model.irpe={about['irpe']}" if about.get("irpe") is not None else ""
-        name = f"{about['name']} with model.kwargs={about['kwargs']}{irpe} at {trained.size[0]}x{trained.size[1]}"
+        irpe = f", model.irpe={facts['irpe']}" if facts.get("irpe") is not None else ""
+        name = f"{facts['name']} with model.kwargs={facts['kwargs']}{irpe} at {trained.size[0]}x{trained.size[1]}"
         state, heads = trained.model.state_dict(), _heads(trained.model)
-        return _Source(name, state, trained.grid, about["position"], heads, list(about["mean"]), list(about["std"]), [])
+        mean, std = list(facts["mean"]), list(facts["std"])
+        return _Source(name, state, trained.grid, facts["position"], heads, mean, std, [])
     name = init.removeprefix(TIMM)
     if reason := no_architecture(name):
         raise Refusal(f"{asked}: {reason}")
@@ -198,14 +199,14 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(str(number) for number in dict.fromkeys(numbers))
 
 
-def resized(state: dict[str, Tensor], own: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> bool:
+def resized(state: dict[str, Tensor], target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> bool:
     """Bring the position embedding in `state` (1, P + N, D), whose first P rows are of prefix tokens, to the new grid;
     whether that was needed and possible."""
-    there, wanted = state.get("pos_embed"), own.get("pos_embed")
-    if there is None or wanted is None or there.ndim != 3 or wanted.ndim != 3 or old == new:
+    table, goal = state.get("pos_embed"), target.get("pos_embed")
+    if table is None or goal is None or table.ndim != 3 or goal.ndim != 3 or old == new:
         return False
-    prefix = there.shape[1] - old[0] * old[1]
-    if prefix != wanted.shape[1] - new[0] * new[1]:
+    prefix = table.shape[1] - old[0] * old[1]
+    if prefix != goal.shape[1] - new[0] * new[1]:
         return False
-    state["pos_embed"] = resize_embedding(there, old, new)
+    state["pos_embed"] = resize_embedding(table, old, new)
     return True

@@ -74,7 +74,7 @@ def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: 
     write_json(file.with_suffix(".json"), description | {"weights_sha256": sha256(file)})
 
 
-def find(checkpoint: str | Path) -> Path:
+def weights_file(checkpoint: str | Path) -> Path:
     """Return the backbone.safetensors that a --ckpt argument means: a run folder, a checkpoint folder or the file
     itself."""
     path = Path(checkpoint)
@@ -188,8 +188,8 @@ def _refuse_others(description: Mapping[str, Any], state: Mapping[str, Any], whe
         limit = len(state) if name in ("depth", "depths") else most
         if wrong := [each for each in _numbers(value) if each > limit]:
             raise Refusal(f"{where} holds the weights of another model: its {name} is not {wrong[0]:g}")
-    own = shapes(_config_of(description), tuple(description["size"]))
-    if own is not None and (problems := differences(state, own)):
+    expected = shapes(_config_of(description), tuple(description["size"]))
+    if expected is not None and (problems := differences(state, expected)):
         raise Refusal(f"{where} holds the weights of another model: {problems}")
 
 
@@ -207,7 +207,7 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
     Raises Refusal for a missing, damaged, foreign or newer checkpoint, and for weights of another model.
     """
     weights = _newest_pair(Path(checkpoint)) if Path(checkpoint).is_dir() and not _paired(Path(checkpoint)) else None
-    weights = weights or find(checkpoint)
+    weights = weights or weights_file(checkpoint)
     description = read_description(weights)
     try:
         state = load_file(weights)
@@ -259,10 +259,10 @@ def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[st
     Raises Refusal where it is missing, of another backbone, or fits neither its width nor its number of classes.
     """
     training = description.get("training", {})
-    about, digest = training.get("finetuned"), training.get("head_sha256")
-    if not isinstance(about, dict) or training.get("head") is False:
+    finetuned, digest = training.get("finetuned"), training.get("head_sha256")
+    if not isinstance(finetuned, dict) or training.get("head") is False:
         return None
-    run = find(checkpoint).parent
+    run = weights_file(checkpoint).parent
     present = [folder / HEAD for folder in (run, *checkpoints_of(run)) if (folder / HEAD).is_file()]
     fitting = [file for file in present if digest is None or sha256(file) == digest]
     if not fitting:
@@ -275,7 +275,7 @@ def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[st
         head = load_file(fitting[0])
     except Exception as error:
         raise Refusal(f"{fitting[0]} cannot be read as safetensors: {error}") from error
-    num_classes, names = about.get("classes"), training.get("label_names")
+    num_classes, names = finetuned.get("classes"), training.get("label_names")
     pooling = description.get("pooling")
     width = description.get("width", 0) * (2 if pooling == "both" else 1)
     shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}

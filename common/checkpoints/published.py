@@ -63,10 +63,10 @@ def load(model: Any, weights: str, where: str) -> list[str]:
     if isinstance(model, SwinTransformer):
         swin.alter(model, **swin.published_form(raw))
     state, changed = _adapted(raw, model, where)
-    own = model.state_dict()
-    if problems := differences(state, own):
+    model_state = model.state_dict()
+    if problems := differences(state, model_state):
         raise _other(where, problems)
-    state, types = _in_float32(state, own, where)
+    state, types = _in_float32(state, model_state, where)
     model.load_state_dict(state)
     return [*notes, *changed, *types]
 
@@ -75,11 +75,11 @@ def _other(where: str, problems: str) -> Refusal:
     return Refusal(f"{where} holds the weights of another model: {problems}; give the timm:NAME that it is of")
 
 
-def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Say how the names and shapes in `state` differ from those of a model's `own`, with counts and examples; "" where
+def differences(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> str:
+    """Say how the names and shapes in `state` differ from those of a model's, with counts and examples; "" where
     they are the same."""
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    missing, extra = sorted(model_state.keys() - state.keys()), sorted(state.keys() - model_state.keys())
+    shapes = [key for key in model_state.keys() & state.keys() if model_state[key].shape != state[key].shape]
     problems = [
         f"{len(names)} {what} (such as {names[0]})"
         for names, what in ((missing, "missing"), (extra, "unexpected"))
@@ -87,7 +87,7 @@ def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     ]
     if shapes:
         first = min(shapes)
-        given, expected = (tuple(tensors[first].shape) for tensors in (state, own))
+        given, expected = (tuple(tensors[first].shape) for tensors in (state, model_state))
         problems.append(f"{len(shapes)} of another shape (such as {first}: {given}, expected {expected})")
     return ", ".join(problems)
 
@@ -187,12 +187,12 @@ def _unwrap(
 
 def _part(name: str, prefix: str) -> str:
     """Return the outermost wrapper of `name` that is not one of `prefix` too."""
-    mine, shared = name.split("."), 0
-    for one, other in zip(mine, prefix.split("."), strict=False):
+    parts, shared = name.split("."), 0
+    for one, other in zip(parts, prefix.split("."), strict=False):
         if one != other:
             break
         shared += 1
-    return ".".join(mine[: shared + 1])
+    return ".".join(parts[: shared + 1])
 
 
 def _chosen(prefixes: list[str], branch: str | None, where: str) -> str:
@@ -203,12 +203,12 @@ def _chosen(prefixes: list[str], branch: str | None, where: str) -> str:
         return any(word in part for part in prefix.split(".")) if word else not prefix
 
     if branch is not None:
-        wanted = [prefix for prefix in prefixes if prefix.rstrip(".") == branch]
-        wanted = wanted or [prefix for prefix in prefixes if branch in prefix.split(".")]
-        wanted = wanted or [prefix for prefix in prefixes if branch and has(prefix, branch)]
-        if len(wanted) != 1:
-            raise Refusal(f"{where} has {len(wanted)} models under {branch!r}; it has: {names}")
-        return wanted[0]
+        matching = [prefix for prefix in prefixes if prefix.rstrip(".") == branch]
+        matching = matching or [prefix for prefix in prefixes if branch in prefix.split(".")]
+        matching = matching or [prefix for prefix in prefixes if branch and has(prefix, branch)]
+        if len(matching) != 1:
+            raise Refusal(f"{where} has {len(matching)} models under {branch!r}; it has: {names}")
+        return matching[0]
     best = next((some for word in PREFERRED if (some := [each for each in prefixes if has(each, word)])), prefixes)
     if len(best) > 1:
         raise Refusal(f"{where} holds {len(prefixes)} models: {names}; choose with FILE{BRANCH}NAME")
@@ -225,37 +225,37 @@ def _some(names: list[str]) -> str:
 def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Return (a state for `model`, by the filter that timm has for published files of this architecture, without the
     classifier; what was left out and resized). Raises Refusal where the filter cannot."""
-    own = model.state_dict()
-    given, left_out = swin.published_names(raw) if isinstance(model, SwinTransformer) else (dict(raw), [])
+    model_state = model.state_dict()
+    source, left_out = swin.published_names(raw) if isinstance(model, SwinTransformer) else (dict(raw), [])
     notes = [f"left out: {_some(left_out)}"] if left_out else []
-    notes += _resize_positions(given, own, model)
+    notes += _resize_positions(source, model_state, model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, at how timm interpolates tables
-            state = _filter_of(model)(dict(given))
+            state = _filter_of(model)(dict(source))
     except Refusal:
         raise
     except Exception as error:  # of another model: timm looks for what is not there
-        problems = differences(_without_classifier(given, model)[0], own)
+        problems = differences(_without_classifier(source, model)[0], model_state)
         reason = problems or " ".join(str(error).split())[:200] or type(error).__name__
         raise _other(where, reason) from error
     state, classifier = _without_classifier(state, model)
     if any(name in raw for name in classifier) or any(name.startswith("head.") for name in raw):
         notes.append("its classifier is left out")
-    gone = given.keys() - state.keys() - set(classifier)
-    if gone and state.keys() <= given.keys():  # nothing was renamed
+    gone = source.keys() - state.keys() - set(classifier)
+    if gone and state.keys() <= source.keys():  # nothing was renamed
         notes.append(f"left out: {_some(sorted({BUFFERS.sub('', name) for name in gone}))}")
-    for name in state.keys() & own.keys():
-        state[name], note = _channels(state[name], own[name], name)
+    for name in state.keys() & model_state.keys():
+        state[name], note = _channels(state[name], model_state[name], name)
         notes += [note] if note else []
     resized = [
-        name for name in state.keys() & given.keys()
-        if name != "pos_embed" and state[name].shape != given[name].shape and state[name].ndim == given[name].ndim
-        and state[name].shape[:1] + state[name].shape[2:] != given[name].shape[:1] + given[name].shape[2:]
+        name for name in state.keys() & source.keys()
+        if name != "pos_embed" and state[name].shape != source[name].shape and state[name].ndim == source[name].ndim
+        and state[name].shape[:1] + state[name].shape[2:] != source[name].shape[:1] + source[name].shape[2:]
     ]  # fmt: skip
     for kind in sorted({name.rpartition(".")[2] if name.endswith("table") else name for name in resized}):
         names = sorted(name for name in resized if name.endswith(kind))
-        before, after = ("x".join(map(str, each[names[0]].shape)) for each in (given, state))
+        before, after = ("x".join(map(str, each[names[0]].shape)) for each in (source, state))
         notes.append(f"{kind}{f' of {len(names)} blocks' if len(names) > 1 else ''} resized from {before} to {after}")
     return state, notes
 
@@ -281,49 +281,51 @@ def _without_classifier(state: Mapping[str, Tensor], model: Any) -> tuple[dict[s
     return {name: tensor for name, tensor in state.items() if name not in dropped}, dropped
 
 
-def _resize_positions(state: dict[str, Tensor], own: Mapping[str, Tensor], model: Any) -> list[str]:
+def _resize_positions(state: dict[str, Tensor], model_state: Mapping[str, Tensor], model: Any) -> list[str]:
     """Bring an absolute position embedding of another square grid in `state` to the model's, in place: bicubic without
     antialiasing, as its authors do; timm's filter would antialias."""
-    table, mine = state.get("pos_embed"), own.get("pos_embed")
+    table, target = state.get("pos_embed"), model_state.get("pos_embed")
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if table is None or mine is None or grid is None or table.ndim != 3 or mine.ndim != 3:
+    if table is None or target is None or grid is None or table.ndim != 3 or target.ndim != 3:
         return []
     h, w = grid
-    likely = [mine.shape[1] - h * w, 1, 0, 2]  # entries before the grid, of class and other tokens
+    likely = [target.shape[1] - h * w, 1, 0, 2]  # entries before the grid, of class and other tokens
     sides = [(math.isqrt(max(table.shape[1] - prefix, 0)), prefix) for prefix in likely]
     square = [(side, prefix) for side, prefix in sides if side and side * side + prefix == table.shape[1]]
-    if table.shape[1] == mine.shape[1] or not square or square[0][0] ** 2 == h * w:
+    if table.shape[1] == target.shape[1] or not square or square[0][0] ** 2 == h * w:
         return []
     side = square[0][0]
     state["pos_embed"] = resize_embedding(table, (side, side), (h, w))
     return [f"position embedding resized from {side}x{side} to {h}x{w}"]
 
 
-def _channels(tensor: Tensor, own: Tensor, name: str) -> tuple[Tensor, str]:
+def _channels(tensor: Tensor, goal: Tensor, name: str) -> tuple[Tensor, str]:
     """Return (a first kernel of three channels for as many as the model has, as timm makes it; what was done, or
     "")."""
-    if not name.startswith("patch_embed.") or tensor.ndim != 4 or tensor.shape[0] != own.shape[0] or own.ndim != 4:
+    if not name.startswith("patch_embed.") or tensor.ndim != 4 or tensor.shape[0] != goal.shape[0] or goal.ndim != 4:
         return tensor, ""
-    before, after = tensor.shape[1], own.shape[1]
-    if before == after or before != 3 or tensor.shape[2:] != own.shape[2:]:
+    before, after = tensor.shape[1], goal.shape[1]
+    if before == after or before != 3 or tensor.shape[2:] != goal.shape[2:]:
         return tensor, ""
     return adapt_input_conv(after, tensor), f"kernels of {before} channels made into kernels of {after}"
 
 
-def _in_float32(state: dict[str, Tensor], own: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
+def _in_float32(
+    state: dict[str, Tensor], goal: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return (`state` in the model's types; a note if they were others). Raises Refusal for numbers that are no
     weights."""
-    types = sorted({str(state[name].dtype).removeprefix("torch.") for name in state if own[name].is_floating_point()})
+    types = sorted({str(state[name].dtype).removeprefix("torch.") for name in state if goal[name].is_floating_point()})
     whole = {}
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and not tensor.is_quantized
-        if not plain or tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+        if not plain or tensor.is_floating_point() != goal[name].is_floating_point() or tensor.is_complex():
             kind = str(tensor.dtype)
             if tensor.layout != torch.strided:
                 kind += f" in the layout {tensor.layout}"
             kind = kind.replace("torch.", "")
             raise Refusal(f"{where}: {name} is of type {kind}, expected plain float32: it is quantised, or no weight")
-        whole[name] = tensor.to(own[name].dtype)
+        whole[name] = tensor.to(goal[name].dtype)
     wrong = [name for name, tensor in whole.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
         raise Refusal(
@@ -359,9 +361,9 @@ def _load_npz(model: nn.Module, file: Path, arrays: Any, where: str) -> list[str
     if empty:
         raise _other(where, f"{len(empty)} missing (such as {empty[0]})")
     notes = ["its classifier is left out"] if any("head/" in name for name in sizes) else []
-    for part, mine in (("pos_embedding", "pos_embed"), ("embedding/kernel", "patch_embed.proj.weight")):
+    for part, entry in (("pos_embedding", "pos_embed"), ("embedding/kernel", "patch_embed.proj.weight")):
         before = next((shape for name, shape in sizes.items() if name.endswith(part)), None)
-        after = dict(model.named_parameters()).get(mine)
+        after = dict(model.named_parameters()).get(entry)
         if before is not None and after is not None and math.prod(before) != after.numel():
-            notes.append(f"{mine} resized from {'x'.join(map(str, before))} to {'x'.join(map(str, after.shape))}")
+            notes.append(f"{entry} resized from {'x'.join(map(str, before))} to {'x'.join(map(str, after.shape))}")
     return notes

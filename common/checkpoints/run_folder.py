@@ -44,7 +44,7 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
     """Raises Refusal if any of `names` in `folder`, or anything in a sub-folder of that name, is a symbolic link: what
     is written, or thrown away, would be somebody else's. The run folder itself may be one."""
     for name in names:
-        below = (Path(place) / each for place, folders, files in os.walk(folder / name) for each in (*folders, *files))
+        below = (Path(place) / item for place, folders, files in os.walk(folder / name) for item in (*folders, *files))
         for path in itertools.chain([folder / name], below):
             if path.is_symlink():
                 raise Refusal(
@@ -150,7 +150,7 @@ class RunLock:
         if content and not (content.isdecimal() and len(content) < 20):  # perhaps one file under two names
             raise Refusal(f"{path} is no lock of poslabel: expected a process number in it; remove or rename it")
         deadline = time.monotonic() + wait
-        told = False
+        waiting = False
         while True:
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,9 +162,9 @@ class RunLock:
                     raise Refusal(
                         f"process {owner} is still writing {run}: stop it first (kill {owner}; it saves before it ends)"
                     ) from None
-                if not told:
+                if not waiting:
                     print(f"waiting for process {owner}, which is still writing {run}", flush=True)
-                    told = True
+                    waiting = True
                 time.sleep(0.2)
         self.file.seek(0)
         self.file.truncate()

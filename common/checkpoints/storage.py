@@ -68,5 +68,5 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """List the checkpoint folders of a run, newest first."""
-    found = [path for path in (run / "state").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    folders = [path for path in (run / "state").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)

@@ -64,10 +64,10 @@ def restore(
     weights, moments, random = (state.get(name) for name in ("task", "optimizer", "random"))
     if not isinstance(weights, dict) or not all(map(_plain, weights.values())):
         raise _strange(where, "its weights are no dictionary of tensors")
-    mine = module.state_dict()
-    for name in mine.keys() & weights.keys():
-        if weights[name].dtype != mine[name].dtype:
-            raise _strange(where, f"{name} is of {weights[name].dtype}, expected {mine[name].dtype}")
+    current = module.state_dict()
+    for name in current.keys() & weights.keys():
+        if weights[name].dtype != current[name].dtype:
+            raise _strange(where, f"{name} is of {weights[name].dtype}, expected {current[name].dtype}")
         if not bool(torch.isfinite(weights[name]).all()):
             raise _strange(where, f"{name} is not finite")
     load_exactly(module, weights, str(where))

@@ -46,7 +46,7 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
     if split not in SPLITS:
         raise Refusal(f"split={split!r}: expected 'train' or 'test'")
     where = Location(where) if isinstance(where, str) else where
-    images = find(where, split, download)
+    images = open_split(where, split, download)
     if images is None:
         raise Refusal(
             f"data={where.spec} has no test split; expected a split or sub-folder named test, val or validation beside "
@@ -55,7 +55,7 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
     return images
 
 
-def find(where: Location, split: str, download: bool = True) -> Images | None:
+def open_split(where: Location, split: str, download: bool = True) -> Images | None:
     """Open a split as `open_data` does, but return None when only the test split is missing."""
     where.refuse_unused(where.is_named)
     images = _opened(where, split, download)
@@ -96,7 +96,7 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
     classes have no test image. Refusal without labels, and when the test images have a class that training lacks.
     """
     where = Location(where) if isinstance(where, str) else where
-    train, test = find(where, "train", download), find(where, "test", download)
+    train, test = open_split(where, "train", download), open_split(where, "test", download)
     assert train is not None
     train = only_labelled(train)
     if test is None:

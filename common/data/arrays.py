@@ -38,11 +38,11 @@ def open_builtin(split: str) -> Images:
     """
     pixels = np.frombuffer(lzma.decompress(EXTRACT.read_bytes()), np.uint8).reshape(-1, 28, 28)
     start = 0
-    for name, each in EXTRACT_SPLITS.items():
+    for name, count in EXTRACT_SPLITS.items():
         if name == split:
-            chosen = pixels[start : start + 10 * each].reshape(10, each, 28, 28).swapaxes(0, 1).reshape(-1, 28, 28)
-            return Images(Arrays(chosen, "builtin"), "builtin", np.tile(np.arange(10), each), FASHION_CLASSES)
-        start += 10 * each
+            chosen = pixels[start : start + 10 * count].reshape(10, count, 28, 28).swapaxes(0, 1).reshape(-1, 28, 28)
+            return Images(Arrays(chosen, "builtin"), "builtin", np.tile(np.arange(10), count), FASHION_CLASSES)
+        start += 10 * count
     raise ValueError(split)
 
 

@@ -145,10 +145,10 @@ def load(root: str, known: frozenset[str] = frozenset()) -> Images:
 
 def no_images(root: str, left: LeftOut) -> str:
     expected = f"expected images ({', '.join(formats())}) in it or in its sub-folders"
-    if not (seen := left.kinds()):
+    if not (kinds := left.kinds()):
         return f"no images in {root}: the folder is empty; {expected}"
     hint = "; to read tables, write data=hf:PATH" if {".parquet", ".arrow"} & set(left.others) else ""
-    return f"no images in {root}: only other files ({seen}); {expected}{hint}"
+    return f"no images in {root}: only other files ({kinds}); {expected}{hint}"
 
 
 def open_folder(where: Location, split: str) -> Images | None:
@@ -191,17 +191,17 @@ def shared(train: Images, test: Images) -> str:
     first, second = train.source, test.source
     if not isinstance(first, Files) or not isinstance(second, Files):
         return ""
-    there = {(folder, name): i for i, name, folder in second.folders_of(test.places())}
-    folders_there = {folder for folder, _ in there}
+    test_files = {(folder, name): i for i, name, folder in second.folders_of(test.places())}
+    test_folders = {folder for folder, _ in test_files}
     pairs = []
     for i, name, folder in first.folders_of(train.places()):
-        if folder in folders_there and (at := there.get((folder, name))) is not None:
+        if folder in test_folders and (at := test_files.get((folder, name))) is not None:
             pairs.append((at, i))
     if not pairs:
         return ""
-    said = ", ".join(f"{second.name(at)} is {first.name(i)}" for at, i in sorted(pairs)[:SHOWN])
+    some = ", ".join(f"{second.name(at)} is {first.name(i)}" for at, i in sorted(pairs)[:SHOWN])
     more = ", …" if len(pairs) > SHOWN else ""
     return (
-        f"WARNING: {len(pairs):,} of {len(test):,} test images are training images too, by links ({said}{more}): what "
+        f"WARNING: {len(pairs):,} of {len(test):,} test images are training images too, by links ({some}{more}): what "
         "was trained on is judged"
     )

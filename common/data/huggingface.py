@@ -120,8 +120,8 @@ def open_hub(where: Location, split: str) -> Images | None:
         return images
     if len(splits) == 1:
         return None
-    found = judge(division, lambda name: (name, splits[name]), lambda part: is_labelled(part[1], where), shown)
-    return None if found is None else open_table(splits, found[0], where)
+    judged = judge(division, lambda name: (name, splits[name]), lambda part: is_labelled(part[1], where), shown)
+    return None if judged is None else open_table(splits, judged[0], where)
 
 
 def open_table(splits: dict[str, Any], name: str, where: Location) -> Images:
@@ -180,16 +180,16 @@ def load_splits(where: Location) -> dict[str, Any]:
 def files_of_splits(folder: Path) -> dict[str, str]:
     """Return {split: pattern of its files} of the sub-folders and files in `folder` that have names of splits; none
     where they do not include a training split and another one."""
-    found: dict[str, str] = {}
+    patterns: dict[str, str] = {}
     for name in sorted(os.listdir(folder)):
         inner = (folder / name).is_dir()
         stem = name if inner else name.partition(".")[0].partition("-00")[0]  # train-00000-of-00002.parquet
         if not is_hidden(name):
-            found[stem] = f"{stem}/**" if inner else f"{stem}[.-]*"
-    roles = roles_of(list(found))
-    found = {stem: pattern for stem, pattern in found.items() if stem in roles}
-    usable = all(stem.isidentifier() for stem in found)  # what `datasets` takes for the name of a split
-    return found if TRAIN in roles.values() and len(set(roles.values())) > 1 and usable else {}
+            patterns[stem] = f"{stem}/**" if inner else f"{stem}[.-]*"
+    roles = roles_of(list(patterns))
+    patterns = {stem: pattern for stem, pattern in patterns.items() if stem in roles}
+    usable = all(stem.isidentifier() for stem in patterns)  # what `datasets` takes for the name of a split
+    return patterns if TRAIN in roles.values() and len(set(roles.values())) > 1 and usable else {}
 
 
 def division_of(splits: dict[str, Any], where: Location) -> Division:
@@ -220,19 +220,19 @@ def image_column(table: Any, where: Location) -> tuple[Any, str]:
     from datasets import Image
 
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
-    seen = ", ".join(f"{name} ({type_name(feature)})" for name, feature in table.features.items())
+    listed = ", ".join(f"{name} ({type_name(feature)})" for name, feature in table.features.items())
     if where.image is not None:
         if where.image not in table.features:
-            raise Refusal(f"data_image={where.image}: no such column in {where.spec}; there are {seen}")
+            raise Refusal(f"data_image={where.image}: no such column in {where.spec}; there are {listed}")
         try:  # files or paths that were stored without saying that they are images
             return table if where.image in columns else table.cast_column(where.image, Image()), where.image
         except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are these, too
             raise Refusal(
-                f"data_image={where.image}: that column of {where.spec} holds no images; there are {seen}"
+                f"data_image={where.image}: that column of {where.spec} holds no images; there are {listed}"
             ) from None
     if not columns:
         raise Refusal(
-            f"{where.spec} has no image column, only {seen}; expected one of the feature type Image, or one of "
+            f"{where.spec} has no image column, only {listed}; expected one of the feature type Image, or one of "
             "files or paths that is named with data_image=NAME (--data-image NAME)"
         )
     if len(columns) > 1:

@@ -45,8 +45,8 @@ def layout_of(where: Location, endings: frozenset[str]) -> Layout:
         return Layout(top, None, [])
     for name, option in ((where.train, "data_train"), (where.validation, "data_validation")):
         if name is not None and not _part(top, name).is_dir():
-            there = ", ".join(map(printable, folders(top))) or "none"
-            raise Refusal(f"{option}={name}: no such folder in {printable(str(top))}; its sub-folders: {there}")
+            available = ", ".join(map(printable, folders(top))) or "none"
+            raise Refusal(f"{option}={name}: no such folder in {printable(str(top))}; its sub-folders: {available}")
     if where.train is not None:
         train = _part(top, where.train)
         if os.path.samefile(train, top):
@@ -115,7 +115,7 @@ def _refuse_without_training(root: Path, trains: Sequence[str], others: Sequence
 def _refuse_splits_in_classes(root: Path, names: Sequence[str]) -> None:
     """Raises Refusal where the first sub-folders hold a training split and another one each."""
     for name in names[:LOOKED_INTO]:
-        roles = {role: each for each, role in roles_of(folders(root / name)).items()}
+        roles = {role: part for part, role in roles_of(folders(root / name)).items()}
         if TRAIN in roles and len(roles) > 1:
             split, other = roles.pop(TRAIN), next(iter(roles.values()))
             shown, one = printable(str(root)), printable(name)
@@ -133,10 +133,10 @@ def folders(root: Path) -> list[str]:
     """List the sorted names of the visible sub-folders, linked ones too. Raises Refusal where they cannot be listed."""
     try:
         with os.scandir(root) as entries:
-            found = [entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)]
+            names = [entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)]
     except OSError as error:
         raise Refusal(f"cannot list {printable(str(root))}: {error.strerror}; expected a readable folder") from error
-    return sorted(found, key=os.fsencode)
+    return sorted(names, key=os.fsencode)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -199,15 +199,15 @@ def _has_images(root: Path, endings: frozenset[str]) -> bool:
 def _lone(root: Path, endings: frozenset[str]) -> Path:
     """Return the only sub-folder with images, if it has a training split and another one and no image lies beside
     it."""
-    found = []
+    filled = []
     for name in folders(root):
         if holds_images(root / name, endings):
-            found.append(name)
-        if len(found) > 1:
+            filled.append(name)
+        if len(filled) > 1:
             return root
-    if not found or role_of(found[0]) is not None:
+    if not filled or role_of(filled[0]) is not None:
         return root
     if _has_images(root, endings):
         return root
-    roles = set(roles_of(folders(root / found[0])).values())
-    return root / found[0] if TRAIN in roles and len(roles) > 1 else root
+    roles = set(roles_of(folders(root / filled[0])).values())
+    return root / filled[0] if TRAIN in roles and len(roles) > 1 else root

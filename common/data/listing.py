@@ -52,9 +52,9 @@ class LeftOut:
 
     def kinds(self) -> str:
         """Count the files by their endings, and what is no file: "500 .heic, 3 .mov, 1 FIFO"; or nothing."""
-        seen = self.others.most_common() + self.special.most_common()
-        words = [f"{count:,} {printable(kind)}" for kind, count in seen[:NAMED]]
-        if rest := sum(count for _, count in seen[NAMED:]):
+        counts = self.others.most_common() + self.special.most_common()
+        words = [f"{count:,} {printable(kind)}" for kind, count in counts[:NAMED]]
+        if rest := sum(count for _, count in counts[NAMED:]):
             words.append(f"{rest:,} of other kinds")
         return ", ".join(words)
 
@@ -66,13 +66,13 @@ class LeftOut:
             parts[0] += f" (convert pictures to .png or .jpg: {', '.join(sorted(pictures))} are not opened)"
         if self.linked:
             pairs = sorted(self.linked)
-            said = ", ".join(f"{printable(name)} is {printable(other)}" for name, other in pairs[:NAMED])
+            examples = ", ".join(f"{printable(name)} is {printable(other)}" for name, other in pairs[:NAMED])
             more = f", … {len(pairs):,} links in all" if len(pairs) > NAMED else ""
             count = sum(_images_at(other, images) for _, other in pairs)
             where = ""
             if in_classes and (apart := sum(_first(other) not in (_first(name), ".") for name, other in pairs)):
                 where = f"; {apart:,} of these links stand in another class than what they lead to, which counts"
-            parts.append(f"{count:,} names of images that are read under another name ({said}{more}{where})")
+            parts.append(f"{count:,} names of images that are read under another name ({examples}{more}{where})")
         return "; ".join(parts)
 
 
@@ -114,7 +114,7 @@ def with_links(names: list[bytes], left: LeftOut) -> list[bytes]:
         if not name.endswith("/"):
             all_.append(start)
         else:
-            all_ += [start + each[len(other_start) :] for each in names if each.startswith(other_start)]
+            all_ += [start + image[len(other_start) :] for image in names if image.startswith(other_start)]
     return all_
 
 
@@ -190,7 +190,7 @@ class _Walk:
             yield from self._below(f"{name}/")
 
     def _linked_files(self, files: list[tuple[str, os.stat_result | None]]) -> Iterator[str]:
-        seen: dict[tuple[int, int], str] = {}  # device and inode -> the first link to it
+        first_links: dict[tuple[int, int], str] = {}  # device and inode -> the first link to it
         for name, status in files:
             if status is not None and not stat.S_ISREG(status.st_mode):
                 self.left.special[_kind(status.st_mode)] += 1
@@ -199,7 +199,7 @@ class _Walk:
             elif status is None:
                 yield name  # an image that cannot be read, which is told where it is read
             else:
-                same = self._real_name(name, status) or seen.setdefault((status.st_dev, status.st_ino), name)
+                same = self._real_name(name, status) or first_links.setdefault((status.st_dev, status.st_ino), name)
                 if same == name:
                     self.left.followed.append(os.fsencode(name))
                     yield name

@@ -89,10 +89,10 @@ class Division:
     def note(self) -> str:
         """Say in a line which part serves as what."""
         kept = [name for names in self.tests for name in names]
-        said = [f"{_listed(['all of it' if self.train == '.' else self.train])} trained on"]
-        said += [f"{_listed(kept)} kept to judge on"] if kept else []
-        said += [f"{_listed(self.unused)} not used"] if self.unused else []
-        return "; ".join(said)
+        clauses = [f"{_listed(['all of it' if self.train == '.' else self.train])} trained on"]
+        clauses += [f"{_listed(kept)} kept to judge on"] if kept else []
+        clauses += [f"{_listed(self.unused)} not used"] if self.unused else []
+        return "; ".join(clauses)
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
@@ -107,18 +107,18 @@ def divide(names: Sequence[str], train: str | None, validation: str | None, wher
     for name, role in roles_of(names).items():
         by_role.setdefault(role, []).append(name)
     if train is None:
-        alike = [name for name in by_role.get(TRAIN, []) if name != validation]
-        if len(alike) != 1:
-            what = f"{', '.join(alike)} are all training splits by their names" if alike else "no training split"
+        trains = [name for name in by_role.get(TRAIN, []) if name != validation]
+        if len(trains) != 1:
+            what = f"{', '.join(trains)} are all training splits by their names" if trains else "no training split"
             raise Refusal(
                 f"{where}: {what}, among {', '.join(map(printable, names))}: say which is to be trained on with "
                 "data_train=NAME (--data-train NAME)"
             )
-        train = alike[0]
+        train = trains[0]
     tests = [tuple(name for name in by_role.get(role, []) if name != train) for role in (TEST, VALIDATION)]
     if validation is not None:
         tests = [(validation,)]
-    taken = {train, *(name for each in tests for name in each)}
+    taken = {train, *(name for group in tests for name in group)}
     return Division(train, tuple(filter(None, tests)), tuple(name for name in names if name not in taken))
 
 

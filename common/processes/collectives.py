@@ -1,7 +1,7 @@
 """What the processes of a job tell each other: sums, maxima and rows of all of them.
 
 Every process has to call these the same number of times and in the same order, or all wait forever. Without a process
-group, and inside `alone()`, each is the identity of a job of one.
+group, and inside `single_process()`, each is the identity of a job of one.
 """
 
 from collections.abc import Iterator
@@ -13,23 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_apart = 0  # how many `alone()` are open
+_single = 0  # how many `single_process()` are open
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Let this process speak for itself inside: for monitors and timings that only one process runs."""
-    global _apart
-    _apart += 1
+    global _single
+    _single += 1
     try:
         yield
     finally:
-        _apart -= 1
+        _single -= 1
 
 
 def processes() -> int:
     """Count the processes that speak together."""
-    together = not _apart and dist.is_available() and dist.is_initialized()
+    together = not _single and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if together else 1
 
 

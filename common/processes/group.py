@@ -51,21 +51,21 @@ def join(cpu: bool = False) -> PartialState:
 def accelerator(precision: str) -> Accelerator:
     """Set up Accelerate over the joined processes in `precision`, which goes before what the launcher was given."""
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    wanted = {"fp32": "no"}.get(precision, precision)
+    mixed_precision = {"fp32": "no"}.get(precision, precision)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    made = Accelerator(
-        mixed_precision=wanted,
+    job = Accelerator(
+        mixed_precision=mixed_precision,
         kwargs_handlers=[ddp],
         cpu=PartialState().device.type == "cpu",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or it divides the loss once more
         dynamo_backend="no",
     )
-    if launched not in ("no", wanted):
-        made.print(f"note: the launcher asked for {launched}; precision={precision} is used")
+    if launched not in ("no", mixed_precision):
+        job.print(f"note: the launcher asked for {launched}; precision={precision} is used")
     for variable, usual, option in LAUNCHERS_OWN:
         if (asked := os.environ.get(variable, usual).lower()) != usual:
-            made.print(f"note: the launcher asked for {variable.removeprefix('ACCELERATE_').lower()}={asked}; {option}")
-    return made
+            job.print(f"note: the launcher asked for {variable.removeprefix('ACCELERATE_').lower()}={asked}; {option}")
+    return job
 
 
 def _refuse_other_plans() -> None:
@@ -84,14 +84,14 @@ def note_missing() -> str | None:
     CPUs."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return None  # not started by it, or by one that starts several
-    wanted = _wanted_processes()
-    if wanted is None:
-        wanted = 2 if "MASTER_ADDR" in os.environ else 1  # which it sets for several
-    if wanted < 2:
+    count = _wanted_processes()
+    if count is None:
+        count = 2 if "MASTER_ADDR" in os.environ else 1  # which it sets for several
+    if count < 2:
         return None
     return (
-        f"note: the launcher asked for {wanted} processes, and accelerate launch starts one where there is no GPU: one "
-        f"process is used; for {wanted}: ACCELERATE_USE_CPU=true torchrun --nproc-per-node {wanted} ..."
+        f"note: the launcher asked for {count} processes, and accelerate launch starts one where there is no GPU: one "
+        f"process is used; for {count}: ACCELERATE_USE_CPU=true torchrun --nproc-per-node {count} ..."
     )
 
 

@@ -218,9 +218,9 @@ def main() -> None:
     known = scripts()
     at = next((i for i, word in enumerate(argv) if word in known), None)
     if at is None:
-        asked = argv[:1] not in ([], ["-h"], ["--help"])
-        wanted = f"error: no command in {' '.join(argv)!r}{suggested(argv)}\n" if asked else ""
-        print(f"{wanted}usage: poslabel [accelerate options] {{{','.join(known)}}} [arguments]", file=sys.stderr)
+        mistyped = argv[:1] not in ([], ["-h"], ["--help"])
+        complaint = f"error: no command in {' '.join(argv)!r}{suggested(argv)}\n" if mistyped else ""
+        print(f"{complaint}usage: poslabel [accelerate options] {{{','.join(known)}}} [arguments]", file=sys.stderr)
         sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else REFUSED)
     os.environ[COMMAND] = sys.argv[0] if Path(sys.argv[0]).stem == "poslabel" else "poslabel"
     options, command = argv[:at], [str(known[argv[at]]), *argv[at + 1 :]]

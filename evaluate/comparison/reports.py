@@ -108,7 +108,7 @@ def open_runs(words: Sequence[str]) -> list[Run]:
     the same, and for two whose reports would lie in one folder."""
     runs: list[Run] = []
     for word in words:
-        found = public.find(word)
+        found = public.weights_file(word)
         weights = found.parent.resolve() / found.name
         earlier = next((run for run in runs if run.weights.resolve() == weights.resolve()), None)
         if earlier is not None:

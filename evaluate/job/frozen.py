@@ -70,7 +70,7 @@ def splits(job: Evaluation, blocks: int = 1) -> Iterator[Split]:
     for _, _, make in sources:  # all at once, so that nobody waits for the first one's answers
         make(False)
     if first_process():
-        with collectives.alone():
+        with collectives.single_process():
             yield from (_split(job, row, seed, make(True)) for row, seed, make in sources)
 
 

@@ -73,7 +73,7 @@ def _alone(monitor: Monitor) -> Monitor:
     """The same, run by one process while the others do not: no objective waits for them."""
 
     def measure(step: int) -> dict[str, float | str]:
-        with collectives.alone():
+        with collectives.single_process():
             return monitor(step)
 
     return measure

@@ -154,7 +154,7 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
 
     task.to(device)
     started = time.perf_counter()
-    with torch.random.fork_rng(), collectives.alone():
+    with torch.random.fork_rng(), collectives.single_process():
         for size in (SMALL, SMALL, LARGE):  # the first warms up
             few = _with(parts, min(size, len(parts.held_out)))
             times, nowhere = list[float](), _Nowhere()

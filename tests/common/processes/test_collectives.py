@@ -45,6 +45,6 @@ def test_alone_nobody_is_waited_for() -> None:
 
 
 def test_alone_ends_with_an_error_too() -> None:
-    with pytest.raises(KeyError), collectives.alone():
+    with pytest.raises(KeyError), collectives.single_process():
         raise KeyError
-    assert collectives._apart == 0
+    assert collectives._single == 0
