@@ -18,7 +18,8 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from .depth import Range, check_deep_colours, deep_to_8_bit, is_deep, strips
-from .headers import ORIENTATION, Header, read_header
+from .headers import Header, read_header
+from .tags import ORIENTATION
 
 # What is opened, by Pillow's names: pictures that are whole in themselves. Left out are those for which Pillow starts a
 # program (EPS: Ghostscript; WMF and EMF), asks other software (BUFR, GRIB, HDF5), unpacks without a bound (FITS), or

@@ -13,30 +13,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-ORIENTATION = 274  # tags of TIFF and EXIF
-XMP = 700
-WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES = 256, 257, 258, 262, 277
-LOWEST, HIGHEST = (340, 280), (341, 281)  # SMinSampleValue, MinSampleValue; SMaxSampleValue, MaxSampleValue
-SAMPLE_FORMAT = 339
-UNSIGNED = 1  # a sample format
-# The tags that say how pixels are stored: TIFF 6.0, with JPEG, LERC and old JPEG.
-STRUCTURE = {
-    *(254, WIDTH, HEIGHT, BITS, 259, PHOTOMETRIC, 266, 273, SAMPLES, 278, 279, 284, 290, 291, 292, 293, 317, 320),
-    *(322, 323, 324, 325, 332, 334, 338, SAMPLE_FORMAT, 347, *range(512, 522), 529, 530, 531, 532, 50674, 0xBC01),
-}
-TYPES = {3: "H", 4: "L", 5: "LL", 8: "h", 9: "l", 10: "ll", 11: "f", 12: "d", 13: "L", 16: "Q", 17: "q"}  # of values
-
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-EXIF_PROFILE = b"Raw profile type exif"  # as ImageMagick writes it: hexadecimal, after a line with its length
-XMP_TEXT = b"XML:com.adobe.xmp"
-MOST_TEXT = 1 << 22  # bytes of one compressed text that are looked at
-
-JPEG_EXIF, JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-MOST_BOXES = 1 << 16  # bytes of a file of boxes that are searched
-JPEG2000_START = b"\xff\x4f\xff\x51"  # of its code stream, which begins with the sizes
-WEBP_PIXELS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
-WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of a WebP: profile, EXIF, XMP
+from .tags import ORIENTATION, Directory, byte_order, known_orientation, orientation_of
+from .tags import START as EXIF
 
 
 @dataclass(slots=True)
@@ -75,7 +53,7 @@ def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
         header, pieces = _png(data)
     elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         header, pieces = _webp(data)
-    elif _byte_order(start):
+    elif byte_order(start):
         header, pieces = _tiff(data, bare)
     elif start[4:8] == b"jP  " or start[:4] == JPEG2000_START:
         header, pieces = _jpeg_2000(data), [data]
@@ -87,68 +65,7 @@ def read_header(data: memoryview, bare: bool = True) -> tuple[Header, bytes]:
     return header, b"".join(pieces) if bare else b""
 
 
-# ---------------------------------------------------------------------------------------------- EXIF and XMP
-
-
-def orientation_of(exif: list[bytes], xmp: bytes) -> int:
-    """Return the orientation, 1 to 8: what the first EXIF block that knows the orientation says, or XMP as Pillow reads
-    it; else 1."""
-    for block in exif:
-        for _ in range(2):
-            block = block.removeprefix(JPEG_EXIF)
-        order = _byte_order(block[:8])
-        value = first_value(block, _directory(block, order), ORIENTATION, order) if order else None
-        if value is not None:
-            return int(value) if value in range(1, 9) else 1
-    match = xmp and re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
-    return int(match[1]) if match else 1
-
-
-def _byte_order(start: bytes) -> str:
-    """Return "<" or ">" for a TIFF or EXIF block, nothing for anything else."""
-    order = {b"II": "<", b"MM": ">"}.get(start[:2], "")
-    return order if len(start) >= 8 and sorted(start[2:4]) in ([0, 42], [0, 43]) else ""
-
-
-def _directory(block: Any, order: str) -> dict[int, tuple[int, int, int]]:
-    """Read {tag: (type, count, place of its entry)} of the first directory of a TIFF, as far as the block reaches."""
-    big, at = _first_directory(block, order)
-    head, letters = (8, "HHQ8x") if big else (2, "HHL4x")
-    if at + head > len(block):
-        return {}
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), block, at)
-    at, entry = at + head, struct.calcsize(order + letters)
-    whole = min(count, (len(block) - at) // entry)
-    table = struct.iter_unpack(order + letters, block[at : at + entry * whole])
-    return {tag: (kind, number, at + entry * k) for k, (tag, kind, number) in enumerate(table)}
-
-
-def _first_directory(block: Any, order: str) -> tuple[bool, int]:
-    """Return (whether it is a BigTIFF, where its first directory begins)."""
-    big = 43 in bytes(block[2:4])
-    if big and len(block) < 16:
-        return True, len(block)
-    return big, struct.unpack_from(order + ("Q" if big else "L"), block, 8 if big else 4)[0]
-
-
-def first_value(block: Any, directory: dict[int, tuple[int, int, int]], tag: int, order: str) -> int | float | None:
-    """Return the first value of a tag, None if it is lacking, no number, or outside the block."""
-    kind, count, at = directory.get(tag, (0, 0, 0))
-    letters = TYPES.get(kind)
-    if letters is None or count < 1:
-        return None
-    big = 43 in bytes(block[2:4])
-    place, room = (at + 12, 8) if big else (at + 8, 4)
-    size = struct.calcsize("<" + letters)
-    if size * count > room:
-        (place,) = struct.unpack_from(order + ("Q" if big else "L"), block, place)
-    if place + size > len(block):
-        return None
-    value, *divisor = struct.unpack_from(order + letters, block, place)
-    return value if not divisor else value / divisor[0] if divisor[0] else None
-
-
-# --------------------------------------------------------------------------------------------------- formats
+JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
@@ -173,7 +90,7 @@ def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
         if 0xE0 <= marker <= 0xEF or marker == 0xFE:
             if marker == 0xE1:
                 body = bytes(data[at + 4 : stop])
-                if body.startswith(JPEG_EXIF):
+                if body.startswith(EXIF):
                     exif.append(body[6:])
                 elif body.startswith(JPEG_XMP):
                     xmp = body
@@ -202,7 +119,15 @@ def _tells_of_colours(marker: int, start: bytes, length: int) -> bool:
     return marker == 0xEE and start[:5] == b"Adobe" and length >= 16
 
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+EXIF_PROFILE = b"Raw profile type exif"  # as ImageMagick writes it: hexadecimal, after a line with its length
+XMP_TEXT = b"XML:com.adobe.xmp"
+MOST_TEXT = 1 << 22  # bytes of one compressed text that are looked at
+
+
 def _png(data: memoryview) -> tuple[Header, list[Any]]:
+    """Read the chunks up to the end of the picture."""
     header, pieces = Header("PNG"), [data[:8]]
     exif: dict[bytes, bytes] = {}
     xmp, at = b"", 8
@@ -248,10 +173,15 @@ def _text(kind: bytes, body: memoryview) -> bytes:
 
 
 def _from_profile(text: bytes) -> bytes:
+    """Return the EXIF block in a text with three lines before it; nothing if it is not hexadecimal."""
     try:
         return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
         return b""
+
+
+WEBP_PIXELS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
+WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of a WebP: profile, EXIF, XMP
 
 
 def _webp(data: memoryview) -> tuple[Header, list[Any]]:
@@ -295,42 +225,45 @@ def _webp_size(kind: bytes, body: bytes) -> tuple[int | None, int | None]:
     return None, None
 
 
+XMP = 700  # tags of a TIFF
+WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES = 256, 257, 258, 262, 277
+LOWEST, HIGHEST = (340, 280), (341, 281)  # SMinSampleValue, MinSampleValue; SMaxSampleValue, MaxSampleValue
+SAMPLE_FORMAT = 339
+UNSIGNED = 1  # a sample format
+# The tags that say how pixels are stored: TIFF 6.0, with JPEG, LERC and old JPEG.
+STRUCTURE = {
+    *(254, WIDTH, HEIGHT, BITS, 259, PHOTOMETRIC, 266, 273, SAMPLES, 278, 279, 284, 290, 291, 292, 293, 317, 320),
+    *(322, 323, 324, 325, 332, 334, 338, SAMPLE_FORMAT, 347, *range(512, 522), 529, 530, 531, 532, 50674, 0xBC01),
+}
+
+
 def _tiff(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
     """Read the first page. Its directory is written anew without the tags that do not tell of pixels."""
-    header, order = Header("TIFF"), _byte_order(bytes(data[:8]))
-    tags = _directory(data, order)
-
-    def value(*candidates: int) -> Any:
-        values = (first_value(data, tags, tag, order) for tag in candidates)
-        return next((value for value in values if value is not None), None)
-
-    header.width, header.height = value(WIDTH), value(HEIGHT)
-    header.bits = int(value(BITS) or 1)
-    header.deep, header.inverted = header.bits == 16, value(PHOTOMETRIC) == 0
-    header.unsigned = (value(SAMPLE_FORMAT) or UNSIGNED) == UNSIGNED
-    header.lowest, header.highest = value(*LOWEST), value(*HIGHEST)
-    turned, xmp = value(ORIENTATION), b""
-    if turned is None and XMP in tags:
-        xmp = _block(data, tags[XMP], order)
-    header.orientation = orientation_of([], xmp) if turned is None else int(turned) if turned in range(1, 9) else 1
-    if not bare or not tags:
+    header, tags = Header("TIFF"), Directory(data)
+    header.width, header.height = tags.value(WIDTH), tags.value(HEIGHT)
+    header.bits = int(tags.value(BITS) or 1)
+    header.deep, header.inverted = header.bits == 16, tags.value(PHOTOMETRIC) == 0
+    header.unsigned = (tags.value(SAMPLE_FORMAT) or UNSIGNED) == UNSIGNED
+    header.lowest, header.highest = tags.value(*LOWEST), tags.value(*HIGHEST)
+    stored = tags.value(ORIENTATION)
+    header.orientation = (
+        orientation_of([], tags.bytes_of(XMP, MOST_TEXT)) if stored is None else known_orientation(stored)
+    )
+    if not bare or not tags.entries:
         return header, [data]
-    big, at = _first_directory(data, order)
-    size, count, after = (20, "Q", "Q") if big else (12, "H", "L")
-    kept = [bytes(data[place : place + size]) for tag, (_, _, place) in sorted(tags.items()) if tag in STRUCTURE]
-    table = struct.pack(order + count, len(kept)) + b"".join(kept) + struct.pack(order + after, 0)
-    return header, [data[:at], table, data[at + len(table) :]]
+    entries = sorted((tag, place) for tag, (_, _, place) in tags.entries.items() if tag in STRUCTURE)
+    kept = [bytes(data[place : place + tags.entry_size]) for _, place in entries]
+    next_page = struct.pack(tags.order + tags.offset, 0)
+    table = struct.pack(tags.order + tags.count, len(kept)) + b"".join(kept) + next_page
+    return header, [data[: tags.start], table, data[tags.start + len(table) :]]
 
 
-def _block(data: memoryview, entry: tuple[int, int, int], order: str) -> bytes:
-    """Return the bytes of a tag that is kept as bytes, at most MOST_TEXT."""
-    big = 43 in bytes(data[2:4])
-    _, count, at = entry
-    (place,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + (12 if big else 8))
-    return bytes(data[place : place + min(count, MOST_TEXT)])
+MOST_BOXES = 1 << 16  # bytes of a file of boxes that are searched
+JPEG2000_START = b"\xff\x4f\xff\x51"  # of its code stream, which begins with the sizes
 
 
 def _jpeg_2000(data: memoryview) -> Header:
+    """Read the sizes in the code stream."""
     header = Header("JPEG2000")
     start = bytes(data[:MOST_BOXES])
     at = start.find(JPEG2000_START)
