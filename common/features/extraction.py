@@ -216,14 +216,19 @@ def _features(
 ) -> dict[str, Tensor]:
     dtype, kind = DTYPES[precision], torch.device(device).type
     with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-        deep = backbone.layers(batch.to(device), min(blocks, depth(backbone)), plan)
-    found = {}
-    for name, layers in {"": deep[-1:], str(blocks): deep if blocks > 1 else []}.items():
-        if layers:
-            found[f"mean{name}"] = torch.cat([layer.tokens.float().mean(1) for layer in layers], 1).cpu()
-        if layers and all(layer.prefix.shape[1] for layer in layers):
-            found[f"class{name}"] = torch.cat([layer.prefix[:, 0].float() for layer in layers], 1).cpu()
-    return found
+        features = pooled_blocks(backbone, plan, batch.to(device), blocks)
+    return {name: tensor.cpu() for name, tensor in features.items()}
+
+
+def pooled_blocks(backbone: Backbone, plan: TokenPlan | None, images: Tensor, blocks: int) -> dict[str, Tensor]:
+    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), float32, as `extract` tells
+    of them, on the device of the images."""
+    layers = [layer.float() for layer in backbone.layers(images, min(blocks, depth(backbone)), plan)]
+    features: dict[str, Tensor] = {}
+    for suffix, several in [("", layers[-1:])] + ([(str(blocks), layers)] if blocks > 1 else []):
+        kinds = ("mean", "class") if all(layer.prefix.shape[1] for layer in several) else ("mean",)
+        features |= {f"{kind}{suffix}": torch.cat([layer.pooled(kind) for layer in several], 1) for kind in kinds}
+    return features
 
 
 def depth(backbone: Backbone) -> int:

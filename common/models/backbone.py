@@ -6,7 +6,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 import inspect
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,17 @@ class Features:
     prefix: Tensor  # (B, P, D) class, distillation, register tokens; P may be 0
     grid: tuple[int, int]  # (h, w), N = h*w
     plan: TokenPlan = WHOLE  # which patches these are, and what they knew of their place
+
+    def pooled(self, kind: str = "class") -> Tensor:
+        """One vector for each image: the "class" token (B, D), or the mean patch of a backbone without one; the "mean"
+        patch (B, D); or "both", side by side (B, 2 D)."""
+        if kind == "both":
+            return torch.cat([self.pooled("class"), self.pooled("mean")], 1)
+        return self.prefix[:, 0] if kind == "class" and self.prefix.shape[1] else self.tokens.mean(1)
+
+    def float(self) -> "Features":
+        """The same features in float32."""
+        return replace(self, tokens=self.tokens.float(), prefix=self.prefix.float())
 
 
 class Backbone(nn.Module):

@@ -35,11 +35,6 @@ class Attended:
     relevances: list[Tensor] = field(default_factory=list)  # of the score, as gradients; empty without rules for them
 
 
-def pool(features: Features, pooling: str) -> Tensor:
-    """(B, D): the class token where `pooling` is "class" and there is one, else the mean patch."""
-    return features.prefix[:, 0] if pooling == "class" and features.prefix.shape[1] else features.tokens.mean(1)
-
-
 def attend(
     backbone: Backbone, images: Tensor, plan: TokenPlan | None = None, pooling: str = "mean", score: Score | None = None
 ) -> Attended:
@@ -65,7 +60,7 @@ def attend(
                     images = (images.float() / 255 - backbone.mean) / backbone.std
                 images = images.detach().requires_grad_(True)
             features = backbone(images, plan)
-            pooled = pool(features, pooling)
+            pooled = features.pooled(pooling)
             scores = score(pooled) if score is not None else None
             gradients: Sequence[Tensor] = ()
             if scores is not None:  # images do not meet in eval mode: the sum's gradient is each one's own
@@ -95,7 +90,7 @@ def _start(features: Features, pooling: str, score: Score) -> Tensor:
     """(B, T, D): relevance of the final tokens."""
     P = features.prefix.shape[1]
     tokens = torch.cat([features.prefix, features.tokens], 1).detach().requires_grad_(True)
-    pooled = pool(replace(features, prefix=tokens[:, :P], tokens=tokens[:, P:]), pooling)
+    pooled = replace(features, prefix=tokens[:, :P], tokens=tokens[:, P:]).pooled(pooling)
     (slope,) = torch.autograd.grad(score(pooled).sum(), tokens)
     return lrp.start(tokens.detach(), slope)
 
@@ -219,7 +214,7 @@ def deletion(
         gone = torch.zeros(B, h * w, dtype=torch.bool, device=images.device)
         gone.scatter_(1, orders[:, : round(share * h * w)], True)
         mask = gone.view(B, 1, h, w).repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)
-        results.append(score(pool(backbone(torch.where(mask, colours, images), plan), pooling)))
+        results.append(score(backbone(torch.where(mask, colours, images), plan).pooled(pooling)))
     return torch.stack(results, 1)
 
 

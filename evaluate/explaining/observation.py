@@ -64,7 +64,7 @@ def observe(job: Evaluation, backbone: Backbone) -> Observation:
     )
     images, index = (torch.cat([batch[at] for batch in batches]) for at in (0, 1))
     with torch.no_grad():
-        plain = [attribution.pool(backbone(batch.to(job.device), plan), kind) for batch in images.split(BATCH)]
+        plain = [backbone(batch.to(job.device), plan).pooled(kind) for batch in images.split(BATCH)]
     pooled = torch.cat(plain)
     job.refuse_not_finite({"pooled": pooled, "index": index}, job.test, job.subject.name, backbone, plan)
     centre = centre_of(references["pooled"])

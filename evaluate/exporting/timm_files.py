@@ -27,7 +27,6 @@ from common.errors import Refusal
 from common.models import Backbone, Features
 from common.models.create import timm_arguments
 from common.models.irpe import PUBLISHED
-from evaluate.finetuning.classifier import pool
 
 FILES = ("model.safetensors", "config.json")
 SWIN_AS_IN_TIMM = {"swin_conv": False, "swin_bias": True, "swin_merge_last": True}
@@ -183,7 +182,7 @@ def _pools(model: Any, backbone: Backbone, about: Mapping[str, Any], head: dict[
 
 def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
     """The pooled features (B, D), or with a `head` its logits (B, K)."""
-    pooled = pool(features, pooling)
+    pooled = features.pooled(pooling)
     return pooled if head is None else F.linear(pooled, head["weight"].float(), head["bias"].float())
 
 

@@ -3,19 +3,10 @@
 Letters: B images, D width, K classes.
 """
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import Refusal
-from common.models import Backbone, Features
-
-
-def pool(features: Features, pooling: str) -> Tensor:
-    """One vector for each image: the "class" token (B, D), the "mean" of the patches (B, D), or "both" (B, 2 D)."""
-    parts = {"mean": features.tokens.mean(1)}
-    if pooling != "mean":
-        parts["class"] = features.prefix[:, 0]
-    return torch.cat([parts[kind] for kind in ("class", "mean") if pooling in (kind, "both")], 1)
+from common.models import Backbone
 
 
 class Classifier(nn.Module):
@@ -32,4 +23,4 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> logits (B, K), float32."""
-        return self.head(pool(self.backbone(images), self.pooling)).float()
+        return self.head(self.backbone(images).pooled(self.pooling)).float()

@@ -12,7 +12,7 @@ from common.batches.sampling import Samples, StepSampler, loader
 from common.batches.transforms import View
 from common.data import Images
 from common.errors import Refusal
-from common.features.extraction import depth
+from common.features.extraction import pooled_blocks
 from common.features.finite import IN_FP32, not_finite
 from common.models import Backbone
 from common.models.plan import TokenPlan
@@ -29,19 +29,6 @@ def view(size: Sequence[int], interpolation: str) -> View:
 
 
 @torch.no_grad()
-def parts_of(backbone: Backbone, plan: TokenPlan | None, images: Tensor, blocks: int) -> dict[str, Tensor]:
-    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), as `features.extract`'s, on
-    the device of the images."""
-    deep = backbone.layers(images, min(blocks, depth(backbone)), plan)
-    found = {}
-    for name, layers in {"": deep[-1:], str(blocks): deep if blocks > 1 else []}.items():
-        if layers:
-            found[f"mean{name}"] = torch.cat([layer.tokens.float().mean(1) for layer in layers], 1)
-        if layers and all(layer.prefix.shape[1] for layer in layers):
-            found[f"class{name}"] = torch.cat([layer.prefix[:, 0].float() for layer in layers], 1)
-    return found
-
-
 def batches(
     backbone: Backbone,
     plan: TokenPlan | None,
@@ -66,7 +53,7 @@ def batches(
     for each in loader(samples, sampler, workers, pin=device.type == "cuda"):
         there = each.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            parts = parts_of(backbone, plan, there.views["global"], blocks)
+            parts = pooled_blocks(backbone, plan, there.views["global"], blocks)
         if (bad := not_finite(parts)).any():
             raise Refusal(
                 f"the features of {int(bad.sum()):,} of {len(bad):,} crops of {images.where} are not finite: numbers "

@@ -18,7 +18,6 @@ from common.features.finite import not_finite
 from common.features.metrics import accuracy, rankme
 from common.features.neighbors import FIELD, knn
 from common.features.ridge import ridge
-from common.models import Backbone
 from common.models.plan import TokenPlan
 from common.processes import collectives
 from common.training.loop import Report
@@ -302,12 +301,8 @@ def _extracted(
         place = slice(done, done := done + len(at))
         index[place] = torch.from_numpy(share)[at].to(device)
         for who, backbone in backbones.items():
-            rows[who][place] = _pooled(backbone, batch.to(device), task)
+            features = backbone(batch.to(device), TokenPlan(task.position))
+            rows[who][place] = features.pooled(task.pooling).float()
     index = collectives.gathered(index).cpu()
     there = index >= 0
     return {who: (collectives.gathered(values).cpu()[there], index[there]) for who, values in rows.items()}
-
-
-def _pooled(backbone: Backbone, images: Tensor, task: Pretraining) -> Tensor:
-    features = backbone(images, TokenPlan(task.position))
-    return (features.prefix[:, 0] if task.pooling == "class" else features.tokens.mean(1)).float()

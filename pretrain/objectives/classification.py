@@ -81,8 +81,7 @@ class Classification(Objective):
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32."""
-        image = features["image"]
-        return wide(self.head(image.prefix[:, 0] if self.pooled == "class" else image.tokens.mean(1)))
+        return wide(self.head(features["image"].pooled(self.pooled)))
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, smoothing included), accuracy, and chance: that of a guess among classes of equal size.

@@ -153,10 +153,10 @@ class Dino(Objective):
         feature_std (of class tokens of length 1, per channel, times sqrt(D): 1 when spread evenly), rankme (dimensions
         that they fill), student_teacher_cosine.
         """
-        student, teacher = (summary(features[name]) for name in ("student", "teacher"))
+        student, teacher = (features[name].pooled() for name in ("student", "teacher"))
         B = len(student) // self.crops
         self.images = B * collectives.processes()
-        rows = torch.cat([student, summary(features["local"])]) if "local" in features else student
+        rows = torch.cat([student, features["local"].pooled()]) if "local" in features else student
         logits = self.head(rows)
         with torch.no_grad():
             targets = self.targets(self.teacher_head(teacher))
@@ -200,11 +200,6 @@ class Dino(Objective):
         if self.winners:
             marked[collectives.gathered(torch.cat(self.winners))] = True
         return marked
-
-
-def summary(features: Features) -> Tensor:
-    """What stands for an image: the class token, or the mean of the patches where there is none, (B, D)."""
-    return features.prefix[:, 0] if features.prefix.shape[1] else features.tokens.mean(1)
 
 
 def _refuse_impossible(options: DinoOptions) -> None:

@@ -60,8 +60,7 @@ class Koleo(Objective):
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats; below 0 where neighbours are further than 1 apart) and, where measured, distance: the mean
         distance to the nearest neighbour, of at most 2. Raises Refusal for a single image."""
-        student = features["student"]
-        rows = student.prefix[:, 0] if student.prefix.shape[1] else student.tokens.mean(1)
+        rows = features["student"].pooled()
         with torch.autocast(rows.device.type, enabled=False):
             rows = F.normalize(wide(rows), dim=-1, eps=EPSILON)
             distances = torch.stack([self._distances(rows_BD) for rows_BD in rows.chunk(self.crops)])

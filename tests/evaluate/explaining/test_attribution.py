@@ -131,7 +131,7 @@ def test_the_only_patch_that_says_anything_is_found(name, pooling):
         part = (at, slice(None), slice(at // w * H // h, (at // w + 1) * H // h))
         planted[(*part, slice(at % w * W // w, (at % w + 1) * W // w))] = torch.tensor([250, 20, 60])[:, None, None]
     with torch.no_grad():
-        without, with_it = (attribution.pool(backbone(batch, plan), pooling) for batch in (blank, planted))
+        without, with_it = (backbone(batch, plan).pooled(pooling) for batch in (blank, planted))
     direction = F.normalize((with_it - without).mean(0), dim=0)  # a linear target that this patch decides
     attended = attend(backbone, planted, plan, pooling, lambda pooled: pooled @ direction)
     maps = attributions(attended, pooling)

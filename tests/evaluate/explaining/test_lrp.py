@@ -9,7 +9,7 @@ from backbones import ROWS
 from common.models import ModelConfig, create
 from common.models.plan import TokenPlan
 from evaluate.explaining import lrp
-from evaluate.explaining.attribution import attend, attributions, pool, to_patches, unsupported
+from evaluate.explaining.attribution import attend, attributions, to_patches, unsupported
 
 RULED = ["vit", "vit, no class token", "vit, registers", "vit, qk norm", "deit, distilled", "lv-vit"]
 
@@ -200,7 +200,7 @@ def test_the_score_starts_with_one_on_the_tokens_that_are_pooled():
     tokens = torch.cat([(features := backbone(images)).prefix, features.tokens], 1).detach().requires_grad_(True)
     for pooling, rest in (("class", slice(1, None)), ("mean", slice(0, 1))):
         features.prefix, features.tokens = tokens[:, :1], tokens[:, 1:]
-        (slope,) = torch.autograd.grad(target()(pool(features, pooling)).sum(), tokens)
+        (slope,) = torch.autograd.grad(target()(features.pooled(pooling)).sum(), tokens)
         found = lrp.start(tokens.detach(), slope)
         assert (found >= 0).all() and not found[:, rest].any()
         torch.testing.assert_close(found.sum((1, 2)), torch.ones(3).double())

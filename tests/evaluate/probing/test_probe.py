@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.features.extraction import pooled_blocks
 from evaluate.probing.probe import (
     EPS,
     Heads,
@@ -20,7 +21,7 @@ from evaluate.probing.probe import (
     steps_of,
     train,
 )
-from evaluate.probing.views import batches, parts_of, view
+from evaluate.probing.views import batches, view
 
 CLASSES = 3
 SETS = {"last": ("class",), "last 4": ("class4",), "last 4 + mean": ("class4", "mean")}
@@ -178,4 +179,4 @@ def test_batches_of_views_are_the_backbones_features_of_random_crops(images) -> 
     assert not torch.equal(first["mean"], made[0][3][0]["mean"])
     seen = torch.cat([labels for _, labels in made[0][:3]])
     assert seen.bincount().tolist() == torch.from_numpy(data.labels).bincount().tolist()  # an epoch
-    assert parts_of(backbone, None, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 1).keys() == {"class", "mean"}
+    assert pooled_blocks(backbone, None, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 1).keys() == {"class", "mean"}
