@@ -72,7 +72,7 @@ def stepper(variant: str, arguments: argparse.Namespace, precision: str) -> Call
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     loss: Callable[[], torch.Tensor]
     if wanted is None:
-        backbone.prepare({PlanSpec(position="none")})
+        backbone.use_plans({PlanSpec(position="none")})
         module: torch.nn.Module = backbone.to(device)
         loss = lambda: backbone(images, TokenPlan("none")).tokens.float().square().mean()  # noqa: E731
     else:

@@ -18,12 +18,12 @@ def path_option(place: Callable[[str], str] | None = None) -> dict[str, Any]:
 
 
 def expanded(text: str) -> str:
-    """`text` with ~ and ~name replaced by that home folder."""
+    """Text with ~ and ~name replaced by that home folder."""
     return os.path.expanduser(text)
 
 
 def absolute(text: str) -> str:
-    """The absolute path, links followed: but for one that leads to a name in no UTF-8, which could not be stored."""
+    """Absolute path with links followed, unless they lead to a name that is not UTF-8, which could not be stored."""
     real = str(Path(expanded(text)).resolve())
     return real if real.isascii() or real.encode(errors="ignore").decode() == real else os.path.abspath(expanded(text))
 
@@ -34,5 +34,5 @@ def if_there(text: str) -> str:
 
 
 def expanded_path(text: str) -> Path:
-    """`expanded`, as a path."""
+    """Path of `expanded`."""
     return Path(expanded(text))

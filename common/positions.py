@@ -112,7 +112,7 @@ def prior_entropy(grid: tuple[int, int], same: float | None = None) -> float:
 
 
 def axis_entropy(grid: tuple[int, int], same: float | None = None) -> float:
-    """The same where row and column of the offset are answered apart and the cross-entropies are added."""
+    """Cross-entropy of `prior_entropy` if row and column of the offset are answered apart: the sum of the two."""
     h, w = grid
     prior = offset_prior(grid, same).view(2 * h - 1, 2 * w - 1)
     return float(torch.special.entr(prior.sum(0)).sum() + torch.special.entr(prior.sum(1)).sum())

@@ -8,7 +8,7 @@ ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, halves of c
 
 
 def printable(name: str | bytes) -> str:
-    """A name in one line that can be written anywhere in UTF-8: what is no text in it stands as `\\xf6` or `\\n`.
+    """Name in one line that can be written anywhere in UTF-8: bytes that are no text become `\\xf6`, a line end `\\n`.
 
     Takes names as Python has them, in which bytes that the locale cannot read are "surrogates" (PEP 383), and gives the
     same under every locale. What is printable already stays as it is.

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         raise Refusal(f"--images {arguments.images}: expected at least 1")
     if arguments.ckpt == RANDOM:
         raise Refusal("--ckpt random: nothing was trained, so there is nothing to export; give a run folder")
-    subject = subjects.find(arguments.ckpt, None, arguments.weights)
+    subject = subjects.subject_of(arguments.ckpt, None, arguments.weights)
     head = public.load_head(arguments.ckpt, subject.description) if arguments.head else None
     kinds = list(dict.fromkeys(arguments.to))
     if "onnx" in kinds:

@@ -154,7 +154,7 @@ def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str
 
 
 def entry_of(by_name: Mapping[str, Mapping[str, list[float]]], headline: str, judged: int) -> dict[str, Any]:
-    """What the report says of one kind of features of one row; accuracies are by draw, and seed after seed."""
+    """Entry of the report for one kind of features of one row; accuracies are by draw, and seed after seed."""
     subsets = {
         name: {classifier: accuracies(shares, judged) for classifier, shares in found.items()}
         for name, found in by_name.items()

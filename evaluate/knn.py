@@ -99,7 +99,7 @@ def possible(wished: Sequence[int] | None, images: int) -> list[int]:
 
 
 def entry_of(by_treatment: Mapping[str, Mapping[int, list[float]]], headline: int, judged: int) -> dict[str, Any]:
-    """What the report says of one kind of features: headline and every k, centred; "field": the same, not centred."""
+    """Entry of the report for one kind of features: headline and every k, centred; "field": the same, not centred."""
     each = {
         treatment: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in by_k}}
         for treatment, by_k in by_treatment.items()

@@ -121,7 +121,7 @@ def try_out(config: SegmentationConfig, subject: Subject, num_classes: int) -> N
 
 
 def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[tuple[str, Subject]]:
-    """What is compared: the subject, an untrained backbone and, where no backbone is trained, patches of raw pixels."""
+    """Rows to compare: the subject, an untrained backbone and, where no backbone is trained, patches of raw pixels."""
     chosen = [("subject", subject)] if subject.state is not None else []
     if baselines or not chosen:
         chosen.append(("random", subject.untrained()))

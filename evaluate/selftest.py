@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     if given.weights is None:
         print(plan(checks, given))
         return 0
-    subject = subjects.find(MODEL, weights=given.weights)
+    subject = subjects.subject_of(MODEL, weights=given.weights)
     model = subject.backbone().model
     found = sum(parameter.numel() for parameter in model.parameters())
     if found != PARAMETERS:
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 
 def plan(checks: list[Check], given: argparse.Namespace) -> str:
-    """What would be done, in words."""
+    """Describe what would be done."""
     lines = ["nothing was checked: --weights is missing. What would be:", ""]
     lines += [f"weights     DINO's ViT-S/16 (arXiv 2104.14294), {PARAMETERS:,} parameters: --weights FILE"]
     lines += [f"data        ImageNet-1k, {TRAIN:,} training and {TEST:,} validation images: --data IMAGENET"]

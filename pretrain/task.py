@@ -242,7 +242,7 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     if idle := views.keys() - asked.keys() - spared:
         raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
     _check_passes(backbone, built, views)
-    backbone.prepare({want.plan for objective in built.values() for want in objective.passes.values()})
+    backbone.use_plans({want.plan for objective in built.values() for want in objective.passes.values()})
     return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone
 
 
@@ -269,7 +269,7 @@ def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Map
                 )
             if want.crops != 1 and not want.plan.whole:
                 raise ValueError(f"{name}: plans are drawn for one crop of an image, and {want} has several")
-            if size != backbone.size and (reason := backbone.takes(size)):
+            if size != backbone.size and (reason := backbone.why_not(size)):
                 raise Refusal(
                     f"objectives.{name} looks at view {want.view}, {size[0]}x{size[1]}, and model "
                     f"{backbone.config.name!r}, built for {backbone.size[0]}x{backbone.size[1]}, refuses that size "

@@ -228,7 +228,7 @@ def load_backbone(checkpoint: str | Path) -> tuple[Backbone, TokenPlan, dict[str
 def build(description: dict[str, Any]) -> Backbone:
     """Create a freshly initialised backbone of the architecture that `description` names."""
     backbone = create(_config_of(description), list(description["size"]))
-    backbone.prepare({PlanSpec(position=description["position"])})
+    backbone.use_plans({PlanSpec(position=description["position"])})
     return backbone
 
 

@@ -105,7 +105,7 @@ def _cut(rows: range, most: int) -> list[range]:
 
 @dataclass
 class Part:
-    """What `extract` returns, of some of the images."""
+    """Features of some of the images, as `extract` returns them."""
 
     rows: range  # which images were to be read
     features: dict[str, Tensor]
@@ -232,7 +232,7 @@ def pooled_blocks(backbone: Backbone, plan: TokenPlan | None, images: Tensor, bl
 
 
 def depth(backbone: Backbone) -> int:
-    """How many blocks there are; of a hierarchical model: stages."""
+    """Number of blocks; of a hierarchical model: of stages."""
     model = backbone.model
     return len(model.blocks if hasattr(model, "blocks") else model.feature_info)
 
@@ -286,8 +286,8 @@ def parts_of_images(
     features_of: Callable[[Tensor], dict[str, Tensor]],
     **options: Any,
 ) -> Iterator[Part]:
-    """What `features_of` makes of batches uint8 (b, C, h, w) of `images`, of one part of them after another; `options`:
-    workers, limit and seen, see `extract_parts`."""
+    """Apply `features_of` to batches uint8 (b, C, h, w) of `images`, one part after another; `options`: workers,
+    limit and seen, see `extract_parts`."""
     return _parts(_Shown(images, size, crop, channels), parts, features_of, **options)
 
 
@@ -317,7 +317,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def cache_key(
     backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str, blocks: int = 1
 ) -> dict[str, Any]:
-    """All that decides what `extract` returns."""
+    """Settings that determine what `extract` returns."""
     config = backbone.config
     return {
         "weights": digest(backbone.model.state_dict()),
@@ -330,11 +330,11 @@ def cache_key(
 
 
 def pixel_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
-    """All that decides what `pixels` returns."""
+    """Settings that determine what `pixels` returns."""
     return {"pixels": PIXELS} | shown_key(images, size, crop, channels)
 
 
 def shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
-    """What decides about the images that are shown, as part of a cache's key."""
+    """Settings that determine the images shown, as part of a cache's key."""
     transform = ["evaluation", list(size), crop, channels]
     return {"format": FORMAT, "data": images.fingerprint(), "transform": transform}

@@ -54,7 +54,7 @@ def is_constant(features: Tensor) -> bool:
 
 
 def spoiled(state: Mapping[str, Tensor]) -> str:
-    """Which weights are not finite, in words; nothing if all are."""
+    """Describe the weights that are not finite; empty if all are."""
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if not bad:
         return ""
@@ -101,7 +101,7 @@ def refuse_not_finite(
 
 
 def _cause(backbone: Backbone, plan: TokenPlan | None, image: Images, precision: str, cache: Path | None) -> str:
-    """Why the features of the one `image` are not finite, and what to do."""
+    """Reason why the features of `image` are not finite, and what to do."""
     if words := spoiled(backbone.model.state_dict()):
         return f"the weights are not finite in {words}; {OTHER_WEIGHTS}"
     how: dict[str, Any] = {"device": backbone.mean.device, "warn": lambda line: None}

@@ -24,7 +24,7 @@ PORTION = 65_536  # features that are summed at a time, in float64
 
 @torch.no_grad()
 def centre_of(bank: Tensor, treatment: str = CENTRED) -> Tensor:
-    """What is subtracted from all features before their cosine, (D,) float32: the mean of `bank` (M, D), or zeros."""
+    """Centre to subtract from all features before their cosine, (D,) float32: the mean of `bank` (M, D), or zeros."""
     if treatment not in TREATMENTS:
         raise ValueError(f"treatment {treatment!r}: expected one of {', '.join(TREATMENTS)}")
     total = bank.new_zeros(bank.shape[1], dtype=torch.float64)

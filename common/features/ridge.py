@@ -19,7 +19,7 @@ def ridge(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = PE
 
 @torch.no_grad()
 def scores(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = PENALTY) -> tuple[Tensor, Tensor]:
-    """(the classes among `labels`, in order (C,); the scores of every query (Q, C), float64).
+    """Classes among `labels`, in order (C,), and scores of every query (Q, C), float64.
 
     features (M, D), labels (M,), queries (Q, D). Each feature is brought to mean 0 and standard deviation 1 over the M
     images; the targets are 1 for an image's own class and -1 for others; the intercept is not penalised. The squared

@@ -101,8 +101,8 @@ def _explicit(
 
 
 class _Fused(torch.autograd.Function):
-    """The same a slice of images and heads at a time, whose scores never leave the cache. In the backward pass they are
-    computed again, unless the probabilities of all slices were few enough to keep."""
+    """Compute `_explicit` a slice of images and heads at a time, whose scores never leave the cache. The backward pass
+    computes them again, unless the probabilities of all slices were few enough to keep."""
 
     @staticmethod
     def forward(  # type: ignore[override]

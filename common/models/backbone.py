@@ -78,7 +78,7 @@ class ModelConfig:
 
 @dataclass
 class Features:
-    """What a backbone says about B images."""
+    """Output of a backbone for B images."""
 
     tokens: Tensor  # (B, N, D) patches, row-major, final norm applied; (B, K, D) where a plan keeps some
     prefix: Tensor  # (B, P, D) class, distillation, register tokens; P may be 0
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
 
     Images are uint8 (normalised here, on the device, in float32) or already normalised floats, (B, C, H, W).
     Plain ViTs choose per pass whether position embeddings are added. Swin, NesT, BEiT and EVA carry position inside
-    their blocks, where it can only be on or off for the whole model: see `prepare`.
+    their blocks, where it can only be on or off for the whole model: see `use_plans`.
     """
 
     mean: Tensor
@@ -116,10 +116,10 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
         self.plain = isinstance(model, VisionTransformer) and not isinstance(model, LvVit)  # takes every token plan
-        self.tells_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
+        self.returns_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
         self.width: int = model.num_features  # type: ignore[assignment]
         self.without_position = False  # of Swin, NesT, BEiT and EVA: their encodings were removed for good
-        self.indifferent = False  # of those: there is no encoding, so that "full" and "none" are the same
+        self.has_no_encoding = False  # of those: without an encoding "full" and "none" are the same
         self.grid, self.num_prefix_tokens = self._probe()
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Input channels."""
+        """Number of input channels."""
         return len(self.config.mean)
 
     def forward(
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         hidden: Tensor | None = None,
         masked: token_plans.Masked | None = None,
     ) -> Features:
-        """Final-norm features. `plan=None`: every patch, with position encoding unless `prepare` removed it.
+        """Final-norm features. `plan=None`: every patch, with position encoding unless `use_plans` removed it.
 
         `hidden` (D,): stands for the position embeddings that a plan with position "partial" hides. `masked`: (B, N)
         bool and (D,): patches that are not shown, and the mask token in their place; plain ViTs only.
@@ -175,12 +175,12 @@ class Backbone(nn.Module):
             P = self.model.num_prefix_tokens
             outputs = token_plans.run(self.model, images, wanted, plan, hidden, masked, norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
-        if (plan.position == "none") != self.without_position and not self.indifferent:
+        if (plan.position == "none") != self.without_position and not self.has_no_encoding:
             raise ValueError(
                 f"{self.config.name} was prepared for whole grids "
                 f"{'without' if self.without_position else 'with'} position"
             )
-        options: dict[str, Any] = {"return_prefix_tokens": True} if self.tells_prefix else {}
+        options: dict[str, Any] = {"return_prefix_tokens": True} if self.returns_prefix else {}
         if not isinstance(last, int):
             last, options = list(last), options | {"stop_early": True}
         maps = self.model.forward_intermediates(
@@ -189,15 +189,15 @@ class Backbone(nn.Module):
         return [_from_map(plan, *output) if isinstance(output, tuple) else _from_map(plan, output) for output in maps]
 
     def _wanted(self, last: int | Sequence[int]) -> list[int]:
-        """Blocks of a plain ViT, from 0, that `layers` is asked for."""
+        """Numbers, from 0, of the blocks of a plain ViT that `last` asks for."""
         depth = len(self.model.blocks)
         wanted = list(range(depth - last, depth) if isinstance(last, int) else last)
         if not wanted or wanted[0] < 0 or wanted[-1] >= depth or sorted(set(wanted)) != wanted:
             raise ValueError(f"{self.config.name} has {depth} blocks; {last} were asked for")
         return wanted
 
-    def prepare(self, plans: Set[PlanSpec]) -> None:
-        """Tell the backbone which plans its passes will use, before it is trained.
+    def use_plans(self, plans: Set[PlanSpec]) -> None:
+        """Prepare the backbone for the plans that its passes will use, before it is trained.
 
         A position embedding that no pass adds is frozen, so that no parameter is left without a gradient; so are iRPE's
         tables and SP-ViT's prior and convolutions, which a pass without position does without. The relative
@@ -224,7 +224,7 @@ class Backbone(nn.Module):
         rope: Any = getattr(self.model, "rope", None)
         carriers = [p for name, p in self.model.named_parameters() if name.endswith(CARRIERS)]
         if not carriers and rope is None:  # a Swin without its bias
-            self.indifferent = True
+            self.has_no_encoding = True
             return
         if positions != {"none"}:
             raise Refusal(
@@ -240,8 +240,8 @@ class Backbone(nn.Module):
         self.without_position = True
 
     @torch.no_grad()
-    def takes(self, size: tuple[int, int]) -> str | None:
-        """Why this architecture cannot run on images of `size`, height and width in pixels; None if it can."""
+    def why_not(self, size: tuple[int, int]) -> str | None:
+        """Reason why this architecture cannot run on images of `size` (height, width in pixels); None if it can."""
         was_training = self.training
         try:
             self.eval()(torch.zeros(1, self.channels, *size, device=self.mean.device))

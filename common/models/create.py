@@ -31,7 +31,7 @@ OF_THE_FACTORY = {  # what timm.create_model takes for itself: files, the networ
 
 
 def create(config: ModelConfig, size: Any) -> Backbone:
-    """The backbone of `config` for images of `size` (pixels: one number, or height and width), freshly initialised.
+    """Create the backbone of `config` for images of `size` (pixels: one number, or height and width), with new weights.
 
     Raises Refusal for an unknown name, an argument timm does not take, or a size the
     architecture cannot be built for.
@@ -104,7 +104,7 @@ def create(config: ModelConfig, size: Any) -> Backbone:
 
 
 def no_architecture(name: Any) -> str | None:
-    """Why `name` is not the name of an architecture, with or without a tag; None if it is."""
+    """Reason why `name` is no architecture, with or without a tag; None if it is one."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return "expected a plain name, such as vit_small_patch16_224.dino: neither hf-hub: nor local-dir: nor a path"
     if not timm.is_model(name):
@@ -140,7 +140,7 @@ def _plain(value: Any) -> bool:
 
 
 def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[str, torch.Tensor] | None:
-    """The tensors of what `create` would build, without memory for their numbers; None where that cannot be had.
+    """Tensors of the model that `create` would build, without memory for their numbers; None if it cannot be built.
     Raises Refusal as `create` does for names and arguments."""
     if reason := no_architecture(config.name):
         raise Refusal(f"model.name={config.name!r}: {reason}")
@@ -158,8 +158,8 @@ def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[str, torch.Tensor
 
 
 def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]:
-    """The keywords with which timm.create_model makes what `create` builds upon. Raises Refusal if they disagree, or
-    are not for it."""
+    """Keywords with which `create` calls timm.create_model. Raises Refusal if they contradict each other, or if timm
+    does not take one of them."""
     refuse_arguments(config.name, config.kwargs)
     kwargs = {"num_classes": 0, "img_size": size, **config.kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in SWIN}

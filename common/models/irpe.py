@@ -47,7 +47,7 @@ def piecewise(x: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
 
 
 def num_buckets(method: str, ratio: float, num_prefix_tokens: int) -> int:
-    """How many buckets a table has (`cross`: each of its two). One more where there are prefix tokens, shared by them.
+    """Number of buckets of a table (`cross`: of each of its two); one more if there are prefix tokens, which share it.
 
     Raises Refusal for an unknown method or a ratio that is not positive.
     """
@@ -94,7 +94,7 @@ def _check_method(method: str, ratio: float, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Where:
-    """Which tokens an attention is given, and where they lie; one for all layers, which then share its ids."""
+    """Positions of the tokens that enter an attention; all layers share one, and its ids."""
 
     grid: Grid
     kept: Tensor | None = None
@@ -120,7 +120,7 @@ class BucketIds(nn.Module):
         self.seen: dict[int, Grid] = {}
 
     def reset_parameters(self) -> None:
-        """The ids anew; timm calls this where it initialises a model that was made without memory."""
+        """Compute the ids anew; timm calls this where it initialises a model that was made without memory."""
         self.ids = self._build(self.grid, self.ids.device)
 
     def _build(self, grid: Grid, device: Any) -> Tensor:
@@ -137,7 +137,7 @@ class BucketIds(nn.Module):
             self.seen[h * w] = h, w
 
     def forward(self, x: Tensor, where: Where | None) -> tuple[Tensor, Tensor]:
-        """Of tokens x (B, T, D): ids [query, key] (R, 1 or B, T, S), and [key, query] (R, 1 or B, S, T) as keys see it.
+        """Ids for tokens x (B, T, D): [query, key] (R, 1 or B, T, S), and [key, query] (R, 1 or B, S, T) for keys.
 
         Raises ValueError if the tokens do not fit the grid.
         """
@@ -183,7 +183,7 @@ class Table(nn.Module):
         self.register_parameter(self.name, nn.Parameter(torch.zeros(shape, **options)))
 
     def reset_parameters(self) -> None:
-        """Back to zero; timm calls this where it initialises a model that was made without memory."""
+        """Zero the table; timm calls this where it initialises a model that was made without memory."""
         nn.init.zeros_(getattr(self, self.name))
 
     def forward(self) -> Tensor:
@@ -269,7 +269,7 @@ class RelativeAttention(Attention):
         return q, k, v
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        """What each bucket would add to the scores of queries or keys x (B, H, T, d): (B, H, T, n)."""
+        """Amounts that each bucket would add to the scores of queries or keys x (B, H, T, d): (B, H, T, n)."""
         if self.mode == "bias":
             return table[:, None].expand(*x.shape[:3], -1)
         # one table for all heads: one product, over tokens whose heads lie beside each other

@@ -103,7 +103,7 @@ class Stem(PatchEmbed):
         self.proj = nn.Conv2d(width, embed_dim, STRIDE // 2, STRIDE // 2, bias=kwargs.get("bias", True), **dd)  # type: ignore[arg-type]
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """As timm's: another image size. Raises Refusal as the constructor does."""
+        """Change the image size, as timm's method does. Raises Refusal as the constructor does."""
         self.check(img_size, patch_size)
         super().set_input_size(img_size)
 
@@ -231,7 +231,7 @@ class LvVit(VisionTransformer):
         return head
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """As published: linear layers, class token and position embedding from a normal of deviation 0.02 cut off at 2,
+        """Initialise as published: linear layers, class token, position embedding by a normal of 0.02 cut at 2,
         biases and `aux_head` 0; convolutions, batch and layer norms in torch's way (`needs_reset`: again)."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
@@ -249,14 +249,14 @@ class LvVit(VisionTransformer):
         return {"pos_embed", "cls_token"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's, for both heads: `head` freshly drawn, `aux_head` at zero, both gone for num_classes=0."""
+        """Replace both heads: `head` freshly drawn, `aux_head` at zero; both are removed for num_classes=0."""
         super().reset_classifier(num_classes, global_pool)
         if isinstance(self.head, nn.Linear):
             _init_linear(self.head.to(self.patch_embed.proj.weight))  # timm 1.0.20 makes it in float32, on the CPU
         self.aux_head = self._aux_head()
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """As timm's: another image size; the position embedding is resized as the authors resize it."""
+        """Change the image size; the position embedding is resized as the authors resize it."""
         old = self.patch_embed.grid_size
         embedding, self.pos_embed = self.pos_embed, None
         try:  # without it: timm would resize with antialiasing
@@ -410,7 +410,7 @@ L = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_widt
 
 
 def build(kind: type[LvVit], name: str, pretrained: bool, **kwargs: Any) -> LvVit:
-    """What timm.create_model(name, ...) returns; with features_only, a wrapper that returns maps."""
+    """Build the model of timm.create_model(name, ...); with features_only, a wrapper that returns maps."""
     return build_model_with_cfg(
         kind,
         name,

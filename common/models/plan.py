@@ -23,12 +23,12 @@ POSITIONS = ("none", "full", "partial")
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """How a pass of the backbone is run.
+    """Request for a pass of the backbone: which patches, with which position encoding.
 
     keep: share of the patches that enter the encoder at all. position: "full" adds whatever position encoding the
     backbone has, "none" runs it without, "partial" shows the position embeddings of `position_keep` of the kept patches
     and hides the others'. context: share of the kept patches that serve as keys and values, in every layer.
-    Raises Refusal for values that mean nothing.
+    Raises Refusal for values out of range.
     """
 
     keep: float = 1.0
@@ -56,9 +56,9 @@ class PlanSpec:
             )
 
     def __str__(self) -> str:
-        told = f" ({self.position_keep:g} of them)" if self.position == "partial" else ""
-        words = [f"keep {self.keep:g}"] * (self.keep < 1) + [f"position {self.position}{told}"]
-        return ", ".join(words + [f"context {self.context:g}"] * (self.context < 1))
+        share = f" ({self.position_keep:g} of them)" if self.position == "partial" else ""
+        parts = [f"keep {self.keep:g}"] * (self.keep < 1) + [f"position {self.position}{share}"]
+        return ", ".join(parts + [f"context {self.context:g}"] * (self.context < 1))
 
     @property
     def whole(self) -> bool:
@@ -108,7 +108,7 @@ def _choose(rng: Any, count: int, some: int) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """A plan as it was drawn for a batch; what is None concerns every patch."""
+    """Plan that was drawn for a batch; a field that is None concerns every patch."""
 
     position: str = "full"
     kept: Tensor | None = None  # (B, K) row-major indices of the patches that enter the encoder

@@ -61,18 +61,18 @@ class Offsets(nn.Module):
         self.set_grid(grid, device)
 
     def reset_parameters(self) -> None:
-        """The same again, where memory was newly allocated: a model that was made on the meta device."""
+        """Compute both again, where memory was newly allocated: a model that was made on the meta device."""
         self.set_grid(self.grid, self.offsets.device)
 
     def set_grid(self, grid: Grid, device: Any = None) -> None:
-        """Another grid, in place: for every layer."""
+        """Change the grid in place, for every layer."""
         self.grid: Grid = (int(grid[0]), int(grid[1]))
         offsets, index = tabulate(self.grid, self.reference, device)
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("index", index, persistent=False)
 
     def at(self, grid: Grid) -> "Offsets":
-        """Of `grid`: itself where that is its own, else made anew (dynamic_img_size)."""
+        """Offsets of `grid`: these, or new ones if it is another grid (dynamic_img_size)."""
         return self if tuple(grid) == self.grid else Offsets(grid, self.reference, self.offsets.device).to(self.offsets)
 
 
@@ -104,7 +104,7 @@ class SpAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A prior of 1."""
+        """Make the prior 1."""
         nn.init.zeros_(self.w2)
         nn.init.ones_(self.b2)
 
@@ -181,7 +181,7 @@ class SpBlock(Block):
 
 
 class SpVit(LvVit):
-    """SP-ViT: what LvVit is, with `local_blocks` blocks of SP-SA and then the class token.
+    """SP-ViT: an LvVit with `local_blocks` blocks of SP-SA before its class token joins.
 
     local_blocks: None is depth - 2, the paper's 14 (S) and 22 (L), and 18 for M, for which the authors' script says 10
     by giving no number. 0: no prior, and the class token and its position embedding are there from the beginning.
@@ -226,7 +226,7 @@ class SpVit(LvVit):
         self.local_blocks = local
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """As timm's: another image size; the prior needs no resizing, its network is asked at other offsets."""
+        """Change the image size; the prior needs no resizing, its network is asked at other offsets."""
         super().set_input_size(img_size, patch_size)
         self.where.set_grid(self.patch_embed.grid_size, self.where.index.device)
         self.where.to(self.patch_embed.proj.weight.dtype)
@@ -264,7 +264,7 @@ class SpVit(LvVit):
                 return
 
     def forward_features(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, box: Box = NO_BOX) -> Tensor:
-        """As LvVit's. Raises ValueError for a mask: before the class token joins it would fit no block."""
+        """Compute features as LvVit does. Raises ValueError for a mask: it fits no block before the class token joins."""
         _refuse_masks(attn_mask, is_causal)
         tokens = x
         for tokens, _, _ in self._layers(x, box=box):  # noqa: B007
@@ -284,7 +284,7 @@ class SpVit(LvVit):
         attn_mask: Any = None,
         is_causal: bool = False,
     ) -> Any:
-        """As timm's VisionTransformer; the prefix tokens (B, P, D) of a block before the class token joins are none."""
+        """Return intermediates as VisionTransformer does; blocks before the class token joins have no prefix tokens."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}: expected NCHW or NLC")
         _refuse_masks(attn_mask, is_causal)

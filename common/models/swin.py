@@ -111,7 +111,7 @@ class UnbiasedAttention(WindowAttention):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(X, M, -1)))
 
     def set_window_size(self, window_size: Any) -> None:
-        """As timm's, which has a table to resize."""
+        """Change the window size; unlike timm's, there is no table to resize."""
         self.window_size = to_2tuple(window_size)
         self.window_area = self.window_size[0] * self.window_size[1]
 
@@ -126,8 +126,8 @@ class UnbiasedAttention(WindowAttention):
 
 
 class Widening(nn.Module):
-    """As many patches, and twice the channels, in place of the last PatchMerging: so had it the authors' Swin-T with
-    absolute labels, whose code they have deleted; their released Swin-T, with relative labels, merges there too."""
+    """Layer in place of the last PatchMerging that keeps patches and doubles channels, as in the authors' Swin-T with
+    absolute labels (its code is deleted); their released Swin-T, with relative labels, merges there too."""
 
     def __init__(self, norm: nn.Module, reduction: nn.Linear) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class KeptStage(SwinTransformerStage):
     """A stage that keeps the grid it is given."""
 
     def set_input_size(self, feat_size: Any, window_size: Any, always_partition: bool | None = None) -> None:
-        """As timm's, which takes what is no Identity at a stage's beginning for a merging."""
+        """Change the input size; timm's method takes whatever is no Identity at a stage's beginning for a merging."""
         self.input_resolution = self.output_resolution = feat_size
         for block in self.blocks:
             block.set_input_size(feat_size, window_size, always_partition)  # type: ignore[operator]
@@ -152,7 +152,7 @@ class KeptSwin(SwinTransformer):
     """A Swin whose last stage keeps its grid."""
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's. A window size that is given holds for the last stage, too; none scales what each stage has."""
+        """Set the input size as timm does. A given window size holds for the last stage, too; else each one scales."""
         super().set_input_size(*args, **kwargs)
         self.feature_info[-1]["reduction"] = self.feature_info[-2]["reduction"]
 
@@ -220,7 +220,7 @@ def published_form(state: Mapping[str, Tensor]) -> dict[str, bool]:
 
 
 def form(model: nn.Module) -> dict[str, bool]:
-    """How `model` was altered, as model.kwargs; nothing if it was not."""
+    """Keywords of model.kwargs by which `model` was altered; empty if it was not."""
     if not isinstance(model, SwinTransformer):
         return {}
     block: Any = model.layers[0].blocks[0]  # type: ignore[index, union-attr]

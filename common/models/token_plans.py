@@ -143,7 +143,7 @@ def _attend(attention: Any, tokens: Tensor, keys: Tensor) -> Tensor:
 
 
 def without_context(model: Any) -> str | None:
-    """Why `context` cannot be had on this model; None if it can."""
+    """Reason why this model cannot run with `context`; None if it can."""
     for block in model.blocks:
         attention = getattr(block, "attn", None)
         if (

@@ -25,7 +25,7 @@ PERCENTILES = (0.01, 0.99)  # of a principal component: they become black and fu
 
 @dataclass
 class Attended:
-    """One pass over B images."""
+    """Attention, gradients and features of one pass over B images."""
 
     probabilities: list[Tensor]  # (B, H, T, T) of each block, shallowest first; a query's row sums to 1
     gradients: list[Tensor]  # of the score, by the probabilities; empty without a score
@@ -81,7 +81,7 @@ def attend(
 
 
 def unsupported(backbone: Backbone) -> str | None:
-    """Why there is no transformer attribution for `backbone`; None if there is."""
+    """Reason why there is no transformer attribution for `backbone`; None if there is."""
     reason = lrp.unsupported(backbone.model)
     return reason and f"{backbone.config.name} has no transformer attribution: {reason}"
 
@@ -127,7 +127,7 @@ def _padded(maps: Tensor, tokens: int) -> Tensor:
 
 
 def to_patches(relevance: Tensor, num_prefix_tokens: int, pooling: str) -> Tensor:
-    """Of relevance (..., T queries, T keys), what stands for the image gets from each patch: (..., N).
+    """Relevance (..., N) of each patch for the image, from relevance (..., T queries, T keys).
 
     The class token's row where `pooling` is "class" and there is one, else the mean over the patches' rows.
     """
@@ -185,7 +185,7 @@ def similarity(neighbors: Tensor, centre: Tensor) -> Score:
 
 
 def logit(weight: Tensor, bias: Tensor, labels: Tensor) -> Score:
-    """What a linear head, weight (C, D) and bias (C,), says of the class of each image, labels (B,)."""
+    """Logit that a linear head, weight (C, D) and bias (C,), gives the class of each image, labels (B,)."""
     return lambda pooled: (pooled * weight[labels]).sum(-1) + bias[labels]
 
 

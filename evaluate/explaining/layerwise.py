@@ -29,7 +29,7 @@ FLOOR = 1e-6  # of the mean variance: below it a direction is rounding, such as 
 
 @dataclass
 class Layer:
-    """What one layer says of K images."""
+    """Tokens of K images after one layer."""
 
     tokens: Tensor  # (K, T, D), each from a random place
     places: Tensor  # (K, T) in [0, N)
@@ -40,20 +40,20 @@ class Layer:
 
 @dataclass
 class Reading:
-    """How well a linear probe reads position from single tokens of K images that it was not trained on."""
+    """Result of a linear probe that reads position from single tokens of K images that it was not trained on."""
 
-    right: Tensor  # (K,) share of an image's tokens whose place it told
-    distance: float  # from the place it told to the true one, mean over tokens, in patches
+    right: Tensor  # (K,) share of an image's tokens whose place was read
+    distance: float  # from the place that was read to the true one, mean over tokens, in patches
     rate: float  # learning rate, chosen on a tenth of the training tokens
 
     @property
     def accuracy(self) -> float:
-        """Share of the tokens whose place was told."""
+        """Share of the tokens whose place was read."""
         return self.right.mean().item()
 
 
 def drawn(images: int, num_patches: int, test: bool) -> int:
-    """T: how many tokens of each of so many images are drawn, at least one and at most all."""
+    """Number T of tokens to draw from each of so many images, at least one and at most all."""
     wanted = min(TEST_TOKENS, ANSWERS // num_patches) if test else TRAIN_TOKENS
     return min(num_patches, math.ceil(wanted / images))
 
@@ -83,7 +83,7 @@ def sample(
     warn: Callable[[str], None] = print,
     limit: Limit = USUAL,
 ) -> list[Layer]:
-    """What the layers that `see` shows, uint8 (B, C, H, W) -> one `Features` each, say of all of `images`.
+    """Sample tokens of all of `images` from the layers that `see` returns: uint8 (B, C, H, W) -> `Features` of each.
 
     The places do not depend on the layer, as long as the grid is the same. Tokens stay on the device they are on.
     """
@@ -120,7 +120,7 @@ def groups(sizes: Sequence[int], most: int) -> Iterator[range]:
 
 
 def whiten(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (M, D) -> (M, d <= D) in the directions in which `train` varies, each with unit variance.
+    """Whiten both (M, D) -> (M, d <= D) in the directions in which `train` varies, each with unit variance.
 
     What a linear classifier can tell is the same before and after. What gradient descent finds in a fixed number of
     steps is not: dimensions of early layers are so correlated that without this they seem to know less than they do.
@@ -149,7 +149,7 @@ def read_position(train: Layer, test: Layer, seed: int = 0) -> Reading:
 
 
 def independent(right: Tensor, tokens: int) -> int:
-    """How many independent tokens would say as much as K images' shares `right` (K,) of `tokens` tokens each.
+    """Number of independent tokens that say as much as K images' shares `right` (K,) of `tokens` tokens each.
 
     Tokens of one image succeed and fail together: between K and K * tokens, by the variance between images.
     """

@@ -27,7 +27,7 @@ def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def linear(relevance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Of x (..., I), from the relevance (..., O) of what `weight` (O, I) makes of it; the bias has no part in it.
+    """Relevance of x (..., I) from that (..., O) of its product with `weight` (O, I); the bias has no part in it.
 
     Only positive contributions x_i w_oi count (alpha 1, beta 0), all of an output by one normaliser (section 3.1 of the
     paper).
@@ -39,14 +39,14 @@ def linear(relevance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a (..., I, J) and b (..., J, K), from the relevance (..., I, K) of a @ b: a half each, in proportion to the
+    """Relevances of a (..., I, J) and b (..., J, K) from that (..., I, K) of a @ b: a half each, in proportion to the
     terms a_ij b_jk of any sign."""
     share = divided(relevance, a @ b)
     return a * (share @ b.mT) / 2, b * (a.mT @ share) / 2
 
 
 def added(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a and b (B, T, D), from the relevance of a + b: in proportion, then rescaled.
+    """Relevances of a and b (B, T, D) from that of a + b: in proportion, then rescaled.
 
     The sums of the two over an image's T and D become |sum of a's| to |sum of b's| parts of all relevance: otherwise
     terms that cancel would grow without bound (section 3.2 of the paper).
@@ -63,12 +63,12 @@ def added(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cloned(relevances: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of x, from the relevances of its copies: their sum, x * sum of (R / x); nothing where x is 0."""
+    """Relevance of x from those of its copies: x * sum of (R / x); 0 where x is 0."""
     return x * sum(divided(each, x) for each in relevances)
 
 
 def start(tokens: Tensor, slope: Tensor) -> Tensor:
-    """Of the final tokens (B, T, D), from a relevance of 1 of each image's score; they sum to 1.
+    """Relevance of the final tokens (B, T, D) from a relevance of 1 of each image's score; they sum to 1.
 
     The score is taken for what it is next to the tokens: linear in them, with its gradient there, `slope` (B, T, D), as
     the weights of `linear`. Of a class' logit this is exact, and what the paper does. Pooling and head are one linear
@@ -82,7 +82,7 @@ def start(tokens: Tensor, slope: Tensor) -> Tensor:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why there are no rules for the blocks of `model`; None if there are."""
+    """Reason why there are no rules for the blocks of `model`; None if there are."""
     for block in getattr(model, "blocks", None) or [None]:
         attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         gated = getattr(attention, "gate", None) is not None
@@ -148,7 +148,7 @@ def relevances(model: Any, seen: Sequence[Seen], relevance: Tensor) -> list[Tens
 
 
 def _block(block: Any, seen: Seen, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """(of the tokens that enter the block (B, T, D), of its attention (B, H, T, T))."""
+    """Relevances of the tokens that enter the block (B, T, D), and of its attention (B, H, T, T)."""
     skipped, thought = added(relevance, seen["between"], seen["thought"])
     hidden = linear(thought, seen["hidden"], block.mlp.fc2.weight.double())
     normed = linear(hidden, seen["normed2"], block.mlp.fc1.weight.double())
@@ -159,7 +159,7 @@ def _block(block: Any, seen: Seen, relevance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention(attention: Any, seen: Seen, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """(of what enters the attention (B, T, D), of its probabilities (B, H, T, T))."""
+    """Relevances of the tokens that enter the attention (B, T, D), and of its probabilities (B, H, T, T)."""
     B, T, _ = seen["qkv"].shape
     H, d = attention.num_heads, attention.head_dim
     q, k, v = seen["qkv"].view(B, T, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)

@@ -54,7 +54,7 @@ class Source:
 
 @dataclass
 class Shown:
-    """How far timm's own transform is from ours, on the same pictures."""
+    """Differences between timm's own transform and ours, on the same pictures."""
 
     levels: float  # mean difference of a value, of 255, in the image where it is largest
     most: float  # largest difference of a value, of 255

@@ -1,4 +1,4 @@
-"""What timm needs to rebuild a trained backbone by itself: model.safetensors, and config.json with its architecture,
+"""Files from which timm rebuilds a trained backbone: model.safetensors, and config.json with its architecture,
 its normalisation, size and crop, and, of a finetuned classifier, the names of its classes.
 
 Letters: B images, N patches, P prefix tokens, D width, K classes.
@@ -37,7 +37,7 @@ INTERPOLATION, CROP_MODE = "bicubic", "center"  # of the one evaluation transfor
 
 @dataclass
 class Recipe:
-    """How timm builds a backbone: timm.create_model(name, **kwargs)."""
+    """Recipe by which timm builds a backbone: timm.create_model(name, **kwargs)."""
 
     name: str
     kwargs: dict[str, Any]
@@ -52,7 +52,7 @@ class Recipe:
 
 
 def recipe(about: Mapping[str, Any]) -> Recipe:
-    """How timm builds what the backbone of the description `about` has inside. Raises Refusal where it cannot."""
+    """Recipe by which timm builds the network of the description `about`. Raises Refusal if timm cannot."""
     elsewhere = "use --to safetensors or onnx"
     if about.get("irpe") is not None:
         raise Refusal(
@@ -90,7 +90,7 @@ def state_for_timm(backbone: Backbone, position: str) -> dict[str, Tensor]:
 
 
 def data_config(about: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are put into the backbone, in the words of timm's pretrained_cfg."""
+    """Input transform of the backbone, in the words of timm's pretrained_cfg."""
     return {
         "input_size": [len(about["mean"]), *about["size"]],
         "mean": list(about["mean"]),
@@ -187,7 +187,7 @@ def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) 
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest, of logits as a share of the largest if that is beyond 1."""
+    """Largest difference; of logits, as a share of the largest if that is beyond 1."""
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
@@ -226,7 +226,7 @@ def shaped(picture: Tensor, size: tuple[int, int], crop: float) -> Tensor:
 
 
 def import_line(made: Recipe) -> str | None:
-    """What has to be imported before timm knows the architecture; None if timm has it."""
+    """Import line that makes timm know the architecture; None if timm has it."""
     if not made.ours:
         return None
     module = Backbone.__module__.rpartition(".")[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one batch is mixed by."""
+    """Draw by which one batch is mixed."""
 
     share: float  # of an image's own label; of its own pixels too
     box: tuple[int, int, int, int] | None = None  # CutMix: top, bottom, left, right of what is pasted; None is mixup
@@ -31,7 +31,7 @@ def draw(
     probability: float = 1.0,
     switch: float = 0.5,
 ) -> Mixture | None:
-    """How a batch of images of `height` x `width` pixels is mixed; None if it is not.
+    """Draw how to mix a batch of images of `height` x `width` pixels; None if it is not mixed.
 
     `mixup`, `cutmix`: alphas of Beta(alpha, alpha), 0 is off. `probability`: that a batch is mixed at all; `switch`:
     that it is CutMix, where both are on. Always takes the same number of draws, but for Beta's own.

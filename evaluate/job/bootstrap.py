@@ -1,4 +1,4 @@
-"""How far other test images could move a number, and the difference of two: the percentile bootstrap over images.
+"""Intervals of a number, and of the difference of two, over other test images: the percentile bootstrap.
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13. K test images are drawn K times with
 replacement, and the metric is computed of those drawn; the interval lies between quantiles of such draws. What is
@@ -42,7 +42,7 @@ def miou(sums: np.ndarray, images: int) -> np.ndarray:
 
 
 def metric_of(outcomes: np.ndarray) -> Metric:
-    """What these outcomes are summed up to."""
+    """Metric that suits the shape of the outcomes: mean or miou."""
     return mean if np.ndim(outcomes) <= 2 else miou
 
 
@@ -89,7 +89,7 @@ def distribution(
 def interval(
     outcomes: np.ndarray, metric: Metric | None = None, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float]:
-    """(low, high) of the metric of `outcomes`, for other test images of the same kind."""
+    """Interval (low, high) of the metric of `outcomes`, for other test images of the same kind."""
     return quantiles(distribution([outcomes], metric, draws, seed)[0], level)
 
 
@@ -101,8 +101,9 @@ def difference(
     seed: int = 0,
     level: float = LEVEL,
 ) -> tuple[float, float, float]:
-    """(a minus b, low, high), paired by image: both are of the same images in the same order. The seeds need not be
-    equally many."""
+    """Difference (a minus b, low, high), paired by image: both are of the same images in the same order.
+
+    The seeds need not be equally many."""
     of_a, of_b = distribution([a, b], metric, draws, seed)
     return estimate(a, metric) - estimate(b, metric), *quantiles(of_a - of_b, level)
 

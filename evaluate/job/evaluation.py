@@ -185,7 +185,7 @@ def begin(
     crop = getattr(arguments, "crop", None)
     if crop is not None and not 0 < crop <= 1:
         raise Refusal(f"--crop {crop}: expected a share of the short side, above 0 and up to 1")
-    subject = subjects.find(arguments.ckpt, arguments.like, arguments.weights, raw)
+    subject = subjects.subject_of(arguments.ckpt, arguments.like, arguments.weights, raw)
     if crop is not None:
         subject = dataclasses.replace(subject, description=subject.description | {"crop": crop})
     training = subject.description.get("training", {})

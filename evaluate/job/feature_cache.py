@@ -53,7 +53,7 @@ def cached(
     limit: Limit = USUAL,
     part: int | None = None,
 ) -> dict[str, Tensor]:
-    """The features that `key` stands for, mapped into memory from a folder in `folder`; extracted first if need be.
+    """Features of `key`, mapped into memory from a folder in `folder`; extracted first if they are not there.
 
     Extraction goes part by part, `part` images each, and every part is kept at once: one that is interrupted goes on
     with the parts that are missing. The processes of a job divide the parts among them and all wait for the last; each
@@ -111,7 +111,7 @@ def _file(home: Path, rows: range) -> Path:
 
 
 def _checked(home: Path, text: str, say: Callable[[str], None]) -> dict[str, Tensor] | None:
-    """What is complete and unchanged; None if nothing is, said to be so if it once was."""
+    """Load the features if they are complete and unchanged, else None; says if they were damaged."""
     if not (home / COMPLETE).exists():
         return None
     try:
@@ -148,7 +148,7 @@ def _mapped(home: Path) -> dict[str, Tensor]:
 
 
 def _missing(home: Path, text: str, ranges: Sequence[range], say: Callable[[str], None]) -> list[range]:
-    """Those of the parts that have to be extracted; of the others, how many there are is said."""
+    """Parts still to extract; also prints how many are done."""
     missing, damaged = [], []
     for rows in ranges:
         file = _file(home, rows)
@@ -200,7 +200,7 @@ def _write(path: Path, part: Part, text: str) -> None:
 
 
 def _progress(images: int, processes: int, say: Callable[[str], None]) -> Callable[[int], None]:
-    """A function that is told of every few images and, now and then, says how far this process has come."""
+    """Function to call after every few images, which now and then prints how far this process has come."""
     began = said = time.monotonic()
     done = 0
 
@@ -271,7 +271,7 @@ def _refuse(problem: str) -> None:
 
 
 def _everybody(said: T) -> list[T]:
-    """What every process says, by rank; it is waited for."""
+    """Gather a value from every process, by rank."""
     if collectives.processes() == 1:
         return [said]
     everybody: list[Any] = [None] * collectives.processes()
@@ -281,5 +281,5 @@ def _everybody(said: T) -> list[T]:
 
 @functools.cache
 def _patient() -> Any:
-    """All processes, on the CPU, and with days of patience: a large backbone may take an hour for a part."""
+    """Group of all processes on the CPU that waits for days: a large backbone may take an hour for a part."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))

@@ -90,7 +90,7 @@ def _of_random(job: Evaluation, untrained: Subject, seed: int | None, blocks: in
 
 
 def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, blocks: int) -> Features:
-    """From the cache."""
+    """Features of a network, from the cache."""
     backbone = subject.backbone(seed or 0).to(job.device)
     name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
     found = []
@@ -120,7 +120,7 @@ def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, b
 
 
 def _of_pixels(job: Evaluation, alone: bool = True) -> Features:
-    """From the cache if they are many, and nothing else if not `alone`."""
+    """Take raw pixels from the cache if they are many, else from the images; if not `alone`, the cache only."""
     channels, size, workers = _channels(job), job.size, job.arguments.workers
     found = []
     for images in (job.train, job.test):
@@ -136,7 +136,7 @@ def _of_pixels(job: Evaluation, alone: bool = True) -> Features:
 
 
 def _of_patches(job: Evaluation, seed: int, alone: bool) -> Features:
-    """From the cache."""
+    """Features of patches, from the cache."""
     channels, found = _channels(job), []
     for images in (job.train, job.test):
         extract = functools.partial(

@@ -26,7 +26,7 @@ AT_ONCE = 32  # images whose answers are in memory: 2.3 MB each
 
 @dataclass(frozen=True)
 class Filters:
-    """What patches are compared with, of images of `size` pixels."""
+    """Filters that patches of images of `size` pixels are compared with."""
 
     weights: Tensor  # (F, C, side, side): whitening and filter in one
     offsets: Tensor  # (F,): what the mean patch answers
@@ -55,7 +55,7 @@ class Filters:
 
 
 def halved(length: int) -> tuple[slice, slice]:
-    """Both halves of so many positions; of an odd number both have the one in the middle."""
+    """Halves of so many positions; of an odd number, both have the one in the middle."""
     return slice(0, -(-length // 2)), slice(length // 2, length)
 
 
@@ -66,13 +66,13 @@ def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def working_size(size: tuple[int, int]) -> tuple[int, int]:
-    """The pixels that are looked at: a side longer than 32 is averaged down to 32, as that of raw pixels."""
+    """Size after averaging: a side longer than 32 pixels becomes 32, as for raw pixels."""
     return min(size[0], PIXELS), min(size[1], PIXELS)
 
 
 @torch.no_grad()
 def learned(images: Images, size: tuple[int, int], crop: float, channels: int, seed: int, workers: int = 0) -> Filters:
-    """The filters of training `images` under the evaluation transform; what is drawn is drawn from `seed`."""
+    """Learn filters from training `images` under the evaluation transform; `seed` decides what is drawn."""
     small = working_size(size)
     side, other = min(SIDE, small[0]), min(SIDE, small[1])
     some = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
@@ -124,13 +124,13 @@ def patch_parts(
 
 
 def patch_key(train: Images, images: Images, size: tuple[int, int], crop: float, channels: int, seed: int) -> Any:
-    """All that decides what `patch_parts` returns."""
+    """Settings that determine what `patch_parts` returns."""
     numbers = [FILTERS, SIDE, THRESHOLD, CONTRAST, WHITENING, IMAGES, DRAWN, PIXELS]
     return {"patches": numbers, "of": train.fingerprint(), "seed": seed} | shown_key(images, size, crop, channels)
 
 
 def described() -> str:
-    """What a report says of them."""
+    """Description of the filters for a report."""
     return (
         f"{FILTERS} random {SIDE}x{SIDE} patches of the training images, contrast-normalised (variance + "
         f"{CONTRAST:g}), ZCA-whitened (+ {WHITENING:g}), of unit length; soft threshold {THRESHOLD:g}, "

@@ -149,7 +149,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def folder_of(job: Evaluation) -> Path:
-    """Where the trainings of a report lie."""
+    """Folder of the trainings of a report."""
     return job.out.with_suffix("")
 
 
@@ -187,7 +187,7 @@ def interrupted(folder: Path, report: Path) -> list[Path]:
 
 
 def identity(job: Evaluation, batch: int) -> dict[str, Any]:
-    """What trainings must have in common with those they go on with."""
+    """Facts that a training must have in common with the one it continues."""
     return {
         "classes": len(job.classes),
         "data": job.spec,
@@ -201,7 +201,7 @@ def identity(job: Evaluation, batch: int) -> dict[str, Any]:
 
 
 def earlier(job: Evaluation, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier version stored in `identity` of the same images: fingerprints of the first kind."""
+    """Identity that an earlier version stored for the same images: fingerprints of the first kind."""
     sides = {"training images": job.train, "test images": job.test}
     return {name: identity[name] for name, each in sides.items() if each.has_fingerprint(str(identity.get(name)))}
 

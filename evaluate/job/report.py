@@ -158,7 +158,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 class Outcomes:
-    """Gathers what became of each test image, row by row and seed by seed, for `write`."""
+    """Collector of the outcome of each test image, row by row and seed by seed, for `write`."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -174,7 +174,7 @@ class Outcomes:
 
 
 def leak_note(description: Mapping[str, Any]) -> str:
-    """What every table says of a checkpoint whose recipe gave the answer away; else nothing."""
+    """Note for tables of a checkpoint whose recipe leaks the answer; else empty."""
     if description.get("training", {}).get("audit") != "leak":
         return ""
     return "its recipe leaks the answer of its position task, and was run with allow_leak=true"
@@ -199,7 +199,7 @@ def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
 
 
 def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:
-    """What a report says of one number: its mean over seeds, each of them, their spread, the interval of the mean."""
+    """Entry of a report for one number: its mean over seeds, each of them, their spread, the interval of the mean."""
     mean = statistics.fmean(values)
     low, high = wilson(mean, test_images)
     spread = statistics.stdev(values) if len(values) > 1 else None
@@ -238,7 +238,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def kind_name(row: str, kind: str, size: Sequence[int]) -> str:
-    """How a table calls a kind of features."""
+    """Name of a kind of features in tables."""
     if row == "patches":
         return f"{FILTERS} of {SIDE}x{SIDE}"
     if row == "pixels":
@@ -247,7 +247,7 @@ def kind_name(row: str, kind: str, size: Sequence[int]) -> str:
 
 
 def hardware(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the evaluation ran on."""
+    """Hardware that the evaluation ran on."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration, IndexError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -257,6 +257,6 @@ def hardware(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers may depend on."""
+    """Versions that the numbers may depend on."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, "torch": torch.__version__, "timm": timm.__version__, "PIL": active_pil()}

@@ -32,7 +32,7 @@ OF_CLASS_TOKENS = (
 
 @dataclass
 class Subject:
-    """Something to judge: how it is built, and its weights unless it has none."""
+    """Subject of an evaluation: how it is built, and its weights unless it has none."""
 
     name: str
     description: dict[str, Any]  # as in backbone.json
@@ -41,21 +41,21 @@ class Subject:
 
     @property
     def plan(self) -> TokenPlan:
-        """How its frozen features are computed: as they were trained."""
+        """Plan of its frozen features: the one it was trained under."""
         return TokenPlan(self.description["position"])
 
     @property
     def weights_sha256(self) -> str | None:
-        """Of the weights' file; None if there is none."""
+        """SHA-256 of the file of weights; None if there is none."""
         return self.description.get("weights_sha256") if self.state is not None else None
 
     @property
     def notes(self) -> list[str]:
-        """What was left out of published weights, or resized, when they were loaded."""
+        """Notes on what was left out of published weights, or resized, when they were loaded."""
         return self.description.get("loaded", [])
 
     def backbone(self, seed: int = 0) -> Backbone:
-        """The frozen backbone, in eval mode; an untrained one is drawn from `seed`."""
+        """Build the frozen backbone, in eval mode; an untrained one is drawn from `seed`."""
         torch.manual_seed(seed)
         backbone = build(self.description)
         if self.state is not None:
@@ -85,8 +85,8 @@ class Subject:
         return backbone, note
 
 
-def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bool = False) -> Subject:
-    """The subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
+def subject_of(ckpt: str, like: str | None = None, weights: str | None = None, raw: bool = False) -> Subject:
+    """Subject of --ckpt: a run folder, a weights file, `random` (of the architecture of `like`), `timm:NAME` or, if
     `raw`, `pixels` or `patches` (in the size of `like`).
 
     `like`: a run, or a pretraining recipe, for `random`, `pixels`, `patches`. `weights`: a local file with the weights
@@ -122,7 +122,7 @@ def find(ckpt: str, like: str | None = None, weights: str | None = None, raw: bo
 
 @dataclass
 class _Recipe:
-    """Of a pretraining recipe, the texts that are read here."""
+    """Options of a pretraining recipe that are read here."""
 
     data: str
     data_root: str | None
@@ -136,7 +136,7 @@ class _Recipe:
 
 
 def _like(word: str) -> dict[str, Any]:
-    """The description of an untrained backbone, from a checkpoint's own or from a pretraining recipe."""
+    """Description of an untrained backbone, from a checkpoint's own or from a pretraining recipe."""
     path = Path(expanded(word))
     recipe_file = configuration.find_recipe(word, "pretrain")
     if path.suffix == ".safetensors" or (path.is_dir() and not recipe_file.is_file()):
@@ -166,7 +166,7 @@ def _like(word: str) -> dict[str, Any]:
 
 
 def _published(name: str, weights: str | None) -> Subject:
-    """timm's own weights: from the file `weights`, timm's cache, or the hub."""
+    """Load timm's own weights: from the file `weights`, timm's cache, or the hub."""
     if reason := no_architecture(name):
         raise Refusal(f"--ckpt {TIMM}{name}: {reason}")
     model, notes, file = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")

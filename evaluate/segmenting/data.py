@@ -44,7 +44,7 @@ PLACES = 10  # tried for an item; the one that covers the least of others is tak
 
 
 class Masks(Protocol):
-    """Where masks come from. Must survive pickling, because spawned workers get a copy."""
+    """Source of masks. It must survive pickling, because spawned workers get a copy."""
 
     def read(self, i: int) -> np.ndarray:
         """int16 (H, W) of classes, or IGNORED."""
@@ -120,7 +120,7 @@ def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scene
 
 
 def _in_range(train: Scenes, test: Scenes, note: str, where: Location) -> tuple[Scenes, Scenes, str]:
-    """The same, with the range of deep pictures that the location names, if it does."""
+    """Apply the range of deep pictures that the location names, if it does."""
     if where.span is not None:
         for scenes in (train, test):
             scenes.set_range(parse_range(where.span))
@@ -223,7 +223,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _with_classes(train: Scenes, test: Scenes, spec: str, names: Sequence[str] | None) -> tuple[Scenes, Scenes]:
-    """Both with the same classes; without names it is those whose labels occur. Raises Refusal."""
+    """Give both splits the same classes; without names, those whose labels occur. Raises Refusal."""
     if names is None:
         seen = [[(split.classes or ())[k] for k in np.flatnonzero(split.pixels.sum(0))] for split in (train, test)]
         if not set(seen[1]) <= set(seen[0]):
@@ -287,7 +287,7 @@ class ArrayMasks:
         return self.values[i].copy()
 
     def identity(self) -> bytes:
-        """Of the values and their shape."""
+        """Digest of the values and their shape."""
         return hashlib.sha256(repr(self.values.shape).encode() + self.values.tobytes()).digest()
 
 

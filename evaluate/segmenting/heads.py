@@ -126,7 +126,7 @@ def _pyramid(width: int, channels: int) -> nn.Module:
 
 
 def _together(module: nn.Module) -> bool:
-    """Whether batch norms see the images of other processes, too: then they are of other classes."""
+    """Whether batch norms also see the images of other processes: then they are of other classes."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) is not nn.BatchNorm2d
                for part in module.modules())  # fmt: skip
 
@@ -159,7 +159,7 @@ class Segmenter(nn.Module):
             _freeze_unseen(backbone, self.blocks, decoder.normed)
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """As every module; a frozen backbone stays in eval mode."""
+        """Like nn.Module.train, except that a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -222,7 +222,7 @@ def usual_blocks(backbone: Backbone) -> list[int]:
 
 def _checked(backbone: Backbone, blocks: Sequence[int] | None) -> list[int]:
     name, model = backbone.config.name, backbone.model
-    if not isinstance(model, VisionTransformer) and not backbone.tells_prefix:
+    if not isinstance(model, VisionTransformer) and not backbone.returns_prefix:
         raise Refusal(
             f"--head upernet makes a pyramid of four blocks of one grid, and {name} ({type(model).__name__}) has a "
             "grid for each stage: use --head linear, or a plain ViT, DeiT, BEiT, EVA, LV-ViT or SP-ViT"

@@ -34,7 +34,7 @@ CLASSES = 32  # resized at once
 
 @dataclass(frozen=True)
 class View:
-    """How a test image is shown to a model. `votes`: the model answers with probabilities, not logits."""
+    """Way in which a test image is shown to a model. `votes`: the model answers with probabilities, not logits."""
 
     window: tuple[int, int]
     stride: tuple[int, int]
@@ -48,7 +48,7 @@ class View:
 
 
 def view_of(config: SegmentationConfig, backbone: Any) -> View:
-    """How `config` tests, with the mean and the patches of `backbone`."""
+    """View in which `config` tests, with the mean and the patches of `backbone`."""
     window = tuple(backbone.size)
     return View(
         window,
@@ -64,7 +64,7 @@ def view_of(config: SegmentationConfig, backbone: Any) -> View:
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every `stride` pixels, the last one at the very end."""
+    """Starts of the windows along a side: every `stride` pixels, the last one at the very end."""
     if length <= window:
         return [0]
     return [min(at, length - window) for at in range(0, length - window + stride, stride)]
@@ -102,7 +102,7 @@ def whole(model: Callable[[Tensor], Mapping[str, Tensor]], image: Tensor, view: 
 
 
 class NotFinite(ArithmeticError):
-    """The scores of an image are not all finite: the largest of them would be a matter of chance."""
+    """Scores of an image that are not all finite: the largest of them would be a matter of chance."""
 
 
 def _scores(model: Any, image: Tensor, view: View, ratio: float) -> Tensor:

@@ -34,7 +34,7 @@ REDUCE_ZERO = ("auto", "yes", "no")
 
 @dataclass(frozen=True)
 class Labels:
-    """How values of masks become classes.
+    """Rule by which values of masks become classes.
 
     reduce_zero  label 0 means none, and label 1 is the first class
     wide         there are more than 255 labels, so that 255 is one of them in masks of more than 8 bits
@@ -122,11 +122,11 @@ class FileMasks:
         return classes.astype(np.int16)
 
     def identity(self) -> bytes:
-        """Of the files, and of what their values mean."""
+        """Digest of the files and of what their values mean."""
         return self.files.identity() + self._meaning()
 
     def first_identity(self) -> bytes:
-        """As it was in the first kind of fingerprints."""
+        """Identity as it was in the first kind of fingerprints."""
         return self.files.first_identity() + self._meaning()
 
     def _meaning(self) -> bytes:
@@ -148,7 +148,7 @@ class Survey:
     left_out: str = ""
 
     def labels(self, wide: bool) -> list[np.ndarray]:
-        """Of each mask the values that are not said to mean none."""
+        """Values in each mask, without those that mean none."""
         rule = Labels(wide=wide)
         return [values[rule.classes(values, deep) >= 0] for values, deep in zip(self.values, self.deep, strict=True)]
 
@@ -200,7 +200,7 @@ def survey(images: Files, masks: Files, left_out: str = "") -> Survey:
 
 
 def _size(path: str) -> tuple[int, int] | None:
-    """(height, width) of a picture, upright; None if it cannot be read, which is told where it is used."""
+    """(height, width) of a picture, upright; None if it cannot be read, which is reported where it is used."""
     try:
         with open_picture(np.fromfile(path, np.uint8)) as (image, header):
             return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
@@ -209,7 +209,7 @@ def _size(path: str) -> tuple[int, int] | None:
 
 
 def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: str, ade: int | None) -> Labels:
-    """What the labels of all masks mean.
+    """Settle what the labels of all masks mean.
 
     names  of the classes, None if they are those that occur
     asked  of REDUCE_ZERO

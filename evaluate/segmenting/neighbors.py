@@ -29,7 +29,7 @@ WINDOWS = 32  # windows of training images that are run at once
 
 
 class RawPatches(nn.Module):
-    """What a backbone is compared with: its patches as they are, their normalised pixels side by side (C * ph * pw)."""
+    """Baseline for a backbone: patches as they are, their normalised pixels side by side (C * ph * pw)."""
 
     mean: Tensor
     std: Tensor
@@ -43,7 +43,7 @@ class RawPatches(nn.Module):
         self.register_buffer("std", torch.tensor(like.config.std).view(-1, 1, 1), persistent=False)
 
     def layers(self, images: Tensor, *_: Any, **__: Any) -> list[Features]:
-        """Of uint8 (B, C, H, W): one layer, as `Backbone.layers`."""
+        """Patches of uint8 (B, C, H, W) as one layer, like `Backbone.layers`."""
         pixels = (images.float() / 255 - self.mean) / self.std
         tokens = F.unfold(pixels, self.patch, stride=self.patch).mT  # (B, N, D)
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]

@@ -59,7 +59,7 @@ def pixel_accuracy(total: np.ndarray) -> float:
 
 
 def summary(several: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """What a report says of the counts (S, K, C, 3) of S seeds; "accuracy", as every report calls its number, is the
+    """Entry of a report for the counts (S, K, C, 3) of S seeds; "accuracy", as every report calls its number, is the
     mIoU. Classes that neither are there nor were called have no IoU (None)."""
     totals = several.sum(1)
     shares = [mean_iou(total) for total in totals]

@@ -138,7 +138,7 @@ class Crops(Samples):
     """(epoch, index) pairs in; out a `Batch` with crops as its first view and their masks, int16 (B, h, w), as MASK."""
 
     def prepare(self, size: tuple[int, int], config: SegmentationConfig, mean: Sequence[float]) -> "Crops":
-        """Itself, for crops of `size`; `mean`: of the channels, in [0, 1]."""
+        """Set the `size` of crops and the `mean` of the channels, in [0, 1]; returns itself."""
         self.size, self.config, self.fill = size, dataclasses.replace(config), fill_of(mean)
         return self
 

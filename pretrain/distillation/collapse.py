@@ -42,7 +42,7 @@ BEFORE, BEFORE_FEATURES = 0.02, 0.1
 
 
 def judge(numbers: Mapping[str, float], images: int, progress: float) -> Verdict | None:
-    """What the statistics of a self-distillation say, measured over `images` images when `progress` of the training was
+    """Judge the statistics of a self-distillation, measured over `images` images when `progress` of the training was
     done. `numbers`: loss, uniform, teacher_entropy, marginal_entropy (nats) and, where they are judged too,
     feature_std, rankme and student_entropy, as `dino` names them. None where it is too early, or one of the first four
     is missing or not finite.

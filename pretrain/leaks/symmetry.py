@@ -1,4 +1,4 @@
-"""Symmetry: do tokens merely follow their patches when these change places? And what stops them, by name.
+"""Symmetry: do tokens merely follow their patches when these change places? If not, the culprits by name.
 
 A backbone that knows nothing of places is equivariant: permuting the patches of an image, and the plan with them,
 permutes the tokens and changes nothing else. Letters: B images, N = h*w patches, K of them kept, P prefix tokens, D
@@ -78,7 +78,7 @@ def copies(backbone: Backbone, objective: Positional, dtype: torch.dtype) -> tup
 
 @dataclass
 class Symmetry:
-    """How far tokens are from following their patches."""
+    """Measure of how far tokens are from following their patches, with the culprits."""
 
     deviation: float  # largest change of a token that a permutation does not explain, relative to the largest token
     breaks: list[str]  # what is to blame, in words; empty where nothing is

@@ -38,7 +38,7 @@ def make_run(tmp_path, data):
         torch.manual_seed(7)
         shape = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "drop_path_rate": 0.0}
         backbone = create(ModelConfig("vit_tiny_patch16_224", shape | kwargs, crop=1.0), 8)
-        backbone.prepare({PlanSpec(position=position)})
+        backbone.use_plans({PlanSpec(position=position)})
         training = {"data": str(data), "data_root": None, "step": 12, "recipe": "tiny", "precision": "fp32"}
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)

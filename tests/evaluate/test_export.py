@@ -40,7 +40,7 @@ def run_of(tmp_path, data):
         backbone = create(config, list(size or row.size))
         for parameter in backbone.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        backbone.prepare({PlanSpec(position=position)})
+        backbone.use_plans({PlanSpec(position=position)})
         run = tmp_path / f"run {name} {position} {pooling} {classes}"
         run.mkdir()
         training = {"data": str(data), "step": 3, "recipe": "tiny"}

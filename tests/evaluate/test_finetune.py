@@ -29,7 +29,7 @@ from evaluate.finetuning import mixing
 from evaluate.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
 from evaluate.finetuning.options import FinetuneConfig
 from evaluate.finetuning.training import HEAD, Classifier, Finetuning, at_size
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "evaluate").glob("finetune_*.yaml"))
@@ -37,7 +37,7 @@ QUICK = ["--steps", "6", "--batch", "12", "--lr", "0.02", "--warmup", "0", "--th
 
 
 def test_layer_decay_scales(make_run, script):
-    backbone, _ = find(str(make_run("full", depth=3))).for_finetuning()
+    backbone, _ = subject_of(str(make_run("full", depth=3))).for_finetuning()
     classifier = Classifier(backbone, "mean", 3)
     scale = {}
     for group in parameter_groups(classifier, 0.05, layer_decay=0.5):
@@ -58,14 +58,14 @@ def test_layer_decay_scales(make_run, script):
 
 
 def test_a_backbone_trained_without_positions_gets_fresh_ones(make_run):
-    subject = find(str(make_run("none")))
+    subject = subject_of(str(make_run("none")))
     assert subject.state is not None
     subject.state["pos_embed"] = torch.full_like(subject.state["pos_embed"], 9.0)  # never trained: must not survive
     backbone, note = subject.for_finetuning(seed=1, drop_path_rate=0.1)
     embedding = backbone.model.pos_embed
     assert "fresh one (pos_embed)" in note and embedding.requires_grad and 0 < embedding.std() < 0.05
     assert torch.equal(backbone.model.blocks[0].attn.qkv.weight, subject.state["blocks.0.attn.qkv.weight"])
-    full, note = find(str(make_run("full"))).for_finetuning()
+    full, note = subject_of(str(make_run("full"))).for_finetuning()
     assert note == "" and full.model.pos_embed.requires_grad
 
 
@@ -198,7 +198,7 @@ def test_repeated_augmentation():
 
 
 def test_the_average_is_a_hand_written_one(make_run):
-    backbone, _ = find(str(make_run(depth=1))).for_finetuning()
+    backbone, _ = subject_of(str(make_run(depth=1))).for_finetuning()
     task = Finetuning(Classifier(backbone, "mean", 3), FinetuneConfig(ema=0.75), 0, 4)
     weights = task.classifier.head.weight
     expected = weights.detach().clone()
@@ -317,7 +317,7 @@ def test_another_size_resizes_the_position_embedding_and_timm_judges_the_same(ma
     report = report_of(run, "finetune")
     assert report["protocol"]["transform"]["size"] == [16, 16] and report["protocol"]["transform"]["crop"] == 1.0
     assert "8x8 px before, 16x16 now: position embedding resized from 2x2 to 4x4 patches" in report["protocol"]["notes"]
-    assert report["weights_digest"] == digest(find(str(run)).state)  # of the checkpoint, not of what was made of it
+    assert report["weights_digest"] == digest(subject_of(str(run)).state)  # the checkpoint, not what was made of it
     (folder,) = (run / "evaluate" / "finetune").glob("*-seed0")
     backbone, _, description = public.load_backbone(folder)
     assert backbone.model.pos_embed.shape == (1, 17, 32) and description["size"] == [16, 16]
@@ -340,7 +340,7 @@ def test_another_size_resizes_the_position_embedding_and_timm_judges_the_same(ma
 
 
 def test_resized_positions_are_interpolated_ones(make_run):
-    subject = find(str(make_run("full", depth=1)))
+    subject = subject_of(str(make_run("full", depth=1)))
     sized, _ = at_size(subject, 16, None)
     old, new = subject.state["pos_embed"], sized.state["pos_embed"]
     grid = old[:, 1:].reshape(1, 2, 2, 32).permute(0, 3, 1, 2)

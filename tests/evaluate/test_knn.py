@@ -13,7 +13,7 @@ from common.checkpoints import storage
 from common.data import open_data
 from common.errors import Refusal
 from common.features.extraction import extract, pixels
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 
 
 def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, data):
@@ -42,7 +42,7 @@ def test_both_treatments_of_every_row_are_those_of_its_features(make_run, script
     """By hand from the features: centred is the headline, the field's is beside it, for all rows alike."""
     run = make_run()
     assert script("knn").main(["--ckpt", str(run), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
-    values, subject = report_of(run, "knn")["values"], find(str(run))
+    values, subject = report_of(run, "knn")["values"], subject_of(str(run))
     train, test = (open_data(str(data), split) for split in ("train", "test"))
     raw = [pixels(images, (8, 8), 1.0)["pixels"] for images in (train, test)]
     rows = {("pixels", "pixels"): raw}
@@ -133,7 +133,7 @@ def test_random_of_a_recipe_and_of_a_run(make_run, script, tmp_path, monkeypatch
 
 def test_a_file_means_the_same_as_its_run(make_run):
     run = make_run()
-    by_file, by_run = find(str(run / "backbone.safetensors")), find(str(run))
+    by_file, by_run = subject_of(str(run / "backbone.safetensors")), subject_of(str(run))
     assert (by_file.name, by_file.folder, by_file.weights_sha256) == (by_run.name, by_run.folder, by_run.weights_sha256)
 
 
@@ -142,16 +142,16 @@ def test_local_weights_for_a_timm_name(tmp_path):
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    subject = find("timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.safetensors"))
+    subject = subject_of("timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.safetensors"))
     assert subject.weights_sha256 == storage.sha256(tmp_path / "weights.safetensors")
     assert (subject.backbone().model.cls_token == model.cls_token).all()
     assert subject.description["pooling"] == "class" and subject.plan.position == "full"
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
     for weights, reason in (("other.safetensors", "is no weights file"), ("none.safetensors", "no such file")):
         with pytest.raises(Refusal, match=reason):
-            find("timm:vit_tiny_patch16_224", weights=str(tmp_path / weights))
+            subject_of("timm:vit_tiny_patch16_224", weights=str(tmp_path / weights))
     with pytest.raises(Refusal, match="did you mean 'vit_tiny_patch16_224'"):
-        find("timm:vit_tiny_patch16_225")
+        subject_of("timm:vit_tiny_patch16_225")
 
 
 def test_each_mistake_is_one_refusal_and_nothing_is_written(make_run, script, tmp_path, data):

@@ -55,7 +55,7 @@ def test_both_and_then_only_one(inside: Main, tiny: list[str]) -> None:
         is_of(place / "student.safetensors", "student", 2)
     manifest = json.loads((newest / "manifest.json").read_text())
     assert sorted(manifest["files"]) == sorted([*BOTH, "state.pt"])
-    assert subjects.find(str(run / "student.safetensors")).plan.position == "full"
+    assert subjects.subject_of(str(run / "student.safetensors")).plan.position == "full"
     assert inside("--resume", run, "steps=3", "export=student") == 0
     is_of(run / "backbone.safetensors", "student", 3)
     assert (

@@ -69,8 +69,8 @@ def test_a_run_is_resumed_from_anywhere(here, monkeypatch):
 def test_a_recipe_goes_before_a_folder_of_its_name(here):
     (here / "quickstart").mkdir()
     assert find_recipe("quickstart", "pretrain").name == "quickstart.yaml"
-    about = subjects.find("random", "quickstart").description["training"]
+    about = subjects.subject_of("random", "quickstart").description["training"]
     assert about == dict.fromkeys(OPTIONS.values()) | {"data": "builtin"}
     (here / "mine.yaml").write_text(RECIPE + "data: 0123\nviews: {global: {size: 32}}\nmodel: {kwargs: {depth: 1}}\n")
-    assert subjects.find("random", "mine.yaml").description["training"]["data"] == "0123"
+    assert subjects.subject_of("random", "mine.yaml").description["training"]["data"] == "0123"
     assert find_recipe("~/x.yaml", "pretrain") == Path(here.parent / "home" / "x.yaml")

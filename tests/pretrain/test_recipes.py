@@ -16,7 +16,7 @@ from common.data import labelled_splits, open_data
 from common.models import ModelConfig, create
 from common.models.plan import PlanSpec
 from common.training.optim import parameter_groups
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 from pretrain.automatic import momentum_for, prototypes_for, temperature_for
 from pretrain.config import load
 from pretrain.heads import HalfHead
@@ -51,7 +51,7 @@ def test_recipes_with_a_teacher(recipe: str, inside: Callable[..., int], images:
     assert {"rankme/student", "rankme/teacher", "knn/student", "ridge/teacher", "weight_decay"} <= last.keys()
     about = json.loads((tmp_path / "run" / "backbone.json").read_text())
     assert about["pooling"] == "class" and about["position"] == "full" and about["training"]["exported"] == "teacher"
-    assert find(str(tmp_path / "run")).backbone().num_prefix_tokens == 1
+    assert subject_of(str(tmp_path / "run")).backbone().num_prefix_tokens == 1
 
 
 # ----------------------------------------------------------------------------------------- the figures in comments

@@ -18,7 +18,7 @@ from common.batches.transforms import View
 from common.config import find_recipe
 from common.data import Images
 from common.models import ModelConfig, create
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 from pretrain.config import load
 from pretrain.objectives.absolute import Absolute
 from pretrain.task import build, resolve
@@ -91,7 +91,7 @@ def test_recipes_train(name: str, inside: Callable[..., int], images: Path, tmp_
     trained = {key.removesuffix("/loss") for key in last if key.endswith("/loss") and not key.startswith("val/")}
     assert trained == {"classification", *(label for recipe, (_, label) in PAIRS.items() if recipe == name)}
     assert 0 < last["classification/loss"] < 5 and last["classification/chance"] == pytest.approx(1 / 3)
-    about = find(str(tmp_path / "run")).description
+    about = subject_of(str(tmp_path / "run")).description
     assert about["pooling"] == ("class" if "deit" in name else "mean")
     assert about["position"] == ("none" if "swin" in name else "full")
     assert about["training"]["audit"] == ("leak" if recipe(name).get("allow_leak") else "clean")

@@ -16,7 +16,7 @@ from common.checkpoints import pretrained, published
 from common.checkpoints.pretrained import begin_from
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 
 SMALL = "test_vit"  # timm's own: 64 wide, 6 deep, 160 pixels, 10x10 patches and a class token
 SWIN = "swin_tiny_patch4_window7_224"
@@ -183,7 +183,7 @@ def test_what_is_resized_is_said_and_stored(state: State, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     large = dict(timm.create_model(SMALL, num_classes=0, img_size=224).state_dict())
     save_file(large, "large.safetensors")
-    found = find(f"timm:{SMALL}", weights="large.safetensors")
+    found = subject_of(f"timm:{SMALL}", weights="large.safetensors")
     assert found.description["loaded"] == ["position embedding resized from 14x14 to 10x10"]
     expected = resample_abs_pos_embed(large["pos_embed"], [10, 10], [14, 14], 1, antialias=False)
     assert found.state is not None and torch.equal(found.state["pos_embed"], expected)
@@ -266,12 +266,12 @@ def test_timms_own_download_goes_the_same_way(state: State, tmp_path: Path, monk
 
     monkeypatch.setattr(pretrained, "hf_hub_download", fetched)
     save_file(dict(state), tmp_path / "hub.safetensors")
-    whole = find(f"timm:{SMALL}.r160_in1k")
+    whole = subject_of(f"timm:{SMALL}.r160_in1k")
     assert asked == [f"timm/{SMALL}.r160_in1k/model.safetensors"]
     assert whole.state is not None and torch.equal(whole.state["norm.bias"], state["norm.bias"])
     assert whole.weights_sha256 is not None
     save_file(deeper(dict(state)), tmp_path / "hub.safetensors")
     with pytest.raises(Refusal, match=r"^--ckpt timm:test_vit\.r160_in1k: .*24 unexpected"):
-        find(f"timm:{SMALL}.r160_in1k")
+        subject_of(f"timm:{SMALL}.r160_in1k")
     with pytest.raises(Refusal, match=r"timm publishes no weights of lvvit_s.*give a local file with --weights FILE"):
-        find("timm:lvvit_s")
+        subject_of("timm:lvvit_s")

@@ -87,7 +87,7 @@ def test_tokens_are_timms_own_final_features(name: str) -> None:
 def test_every_trained_parameter_gets_a_gradient(name: str, position: str) -> None:
     """DDP stops at a parameter without one."""
     backbone = build(name)
-    backbone.prepare({PlanSpec(position=position)})
+    backbone.use_plans({PlanSpec(position=position)})
     backbone(images(backbone), TokenPlan(position)).tokens.square().mean().backward()
     idle = [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
@@ -115,15 +115,15 @@ def test_without_position_patches_permute_with_their_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["swin", "nest"])
 def test_position_none_removes_what_carries_position_inside(name: str) -> None:
     backbone = build(name)
-    backbone.prepare({NONE})
+    backbone.use_plans({NONE})
     encodings = [p for n, p in backbone.named_parameters() if n.endswith(("relative_position_bias_table", "pos_embed"))]
     assert encodings and all(not p.requires_grad and not p.any() for p in encodings)
 
 
 def test_mixed_positions() -> None:
-    build("vit").prepare({NONE, PlanSpec()})  # chosen per pass
+    build("vit").use_plans({NONE, PlanSpec()})  # chosen per pass
     with pytest.raises(Refusal, match="same position"):
-        build("swin").prepare({NONE, PlanSpec()})
+        build("swin").use_plans({NONE, PlanSpec()})
 
 
 @pytest.mark.parametrize("name", ["beit", "eva", "rope"])
@@ -132,7 +132,7 @@ def test_without_what_they_carry_inside_patches_permute_with_their_tokens(name: 
     for without in (True, False):
         backbone = build(name).double().eval()
         if without:
-            backbone.prepare({NONE})
+            backbone.use_plans({NONE})
         for parameter in backbone.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -145,7 +145,7 @@ def test_without_what_they_carry_inside_patches_permute_with_their_tokens(name: 
 def test_a_family_that_cannot_run_without_position_is_refused() -> None:
     backbone = create(ModelConfig("cait_xxs24_224", {"embed_dim": 32, "depth": 1, "num_heads": 2}), 32)
     with pytest.raises(Refusal, match="position=none"):
-        backbone.prepare({NONE})
+        backbone.use_plans({NONE})
 
 
 @pytest.mark.parametrize("name", MATRIX)

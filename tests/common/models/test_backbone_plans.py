@@ -119,7 +119,7 @@ def test_plans_of_relative_attention(name: str) -> None:
 @pytest.mark.parametrize("prepared", [{NONE}, {NONE, FULL}])
 def test_without_position_nothing_relative_is_left(name: str, prepared: set[PlanSpec]) -> None:
     backbone = exact(name)
-    backbone.prepare(prepared)
+    backbone.use_plans(prepared)
     images = pixels(backbone, 1)
     order = torch.tensor([[4, 2, 0, 8, 6, 1, 3, 5, 7]])
     plan = TokenPlan("none")
@@ -138,7 +138,7 @@ def test_without_position_nothing_relative_is_left(name: str, prepared: set[Plan
 def test_what_no_pass_uses_is_frozen(name: str) -> None:
     """DDP stops at a parameter that gets no gradient, and with position none encodings get none."""
     backbone = redraw(build(name))
-    backbone.prepare({NONE})
+    backbone.use_plans({NONE})
     backbone.zero_grad()
     loss(backbone(pixels(backbone), TokenPlan("none"))).backward()
     trained = {name: p.grad for name, p in backbone.model.named_parameters() if p.requires_grad}
@@ -158,7 +158,7 @@ def test_what_no_pass_uses_is_frozen(name: str) -> None:
 def test_parts_of_a_grid_are_refused(name: str, plan: dict[str, Any]) -> None:
     backbone = build(name)
     with pytest.raises(Refusal) as refusal:
-        backbone.prepare({PlanSpec(**{"position": "full", **plan})})
+        backbone.use_plans({PlanSpec(**{"position": "full", **plan})})
     words = str(refusal.value)
     assert "\n" not in words and f"cannot run with {next(iter(plan))}=" in words and "whole grid" in words
 
@@ -167,7 +167,7 @@ def test_parts_of_a_grid_are_refused(name: str, plan: dict[str, Any]) -> None:
 def test_partial_positions_are_refused_beside_relative_ones(name: str) -> None:
     backbone = build(name)
     with pytest.raises(Refusal, match=r"cannot run with position=partial: iRPE tells") as refusal:
-        backbone.prepare({PlanSpec(position="partial", position_keep=0.25)})
+        backbone.use_plans({PlanSpec(position="partial", position_keep=0.25)})
     assert "\n" not in str(refusal.value)
 
 
@@ -175,7 +175,7 @@ def test_partial_positions_are_refused_beside_relative_ones(name: str) -> None:
 def test_without_position_only_the_stem_tells(name: str) -> None:
     """Its windows overlap, so patches are exchanged behind it; what follows must not see that."""
     backbone = exact(name)
-    backbone.prepare({NONE, FULL})
+    backbone.use_plans({NONE, FULL})
     order = torch.tensor([4, 2, 0, 8, 6, 1, 3, 5, 7])
     images = pixels(backbone)
 

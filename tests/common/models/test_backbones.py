@@ -109,7 +109,7 @@ def test_random_in_training_and_not_in_evaluation(name: str) -> None:
 @every
 def test_gradients_reach_every_parameter(name: str) -> None:
     backbone = build(name)
-    backbone.prepare({PlanSpec()})
+    backbone.use_plans({PlanSpec()})
     found = gradients(backbone)
     assert not [name for name, gradient in found.items() if gradient is None]  # DDP stops at one without
     idle = {parameter for parameter in found if re.fullmatch(ROWS[name].idle, parameter)}

@@ -246,14 +246,14 @@ def test_a_plan_that_a_backbone_cannot_run_is_refused(built: tuple, spec: PlanSp
     architecture, kwargs, size = built
     made = create(ModelConfig(architecture, kwargs), size)
     with pytest.raises(Refusal) as refusal:
-        made.prepare({spec})
+        made.use_plans({spec})
     assert words in str(refusal.value)
 
 
 def test_context_needs_plain_blocks() -> None:
     made = create(ModelConfig("vit_small_patch16_18x2_224", TINY), [16, 24])
     with pytest.raises(Refusal, match=r"its blocks are ParallelThingsBlock .* context=1"):
-        made.prepare({PlanSpec(position="none", context=0.5)})
+        made.use_plans({PlanSpec(position="none", context=0.5)})
 
 
 def test_timms_own_patch_dropout_is_refused() -> None:
@@ -263,5 +263,5 @@ def test_timms_own_patch_dropout_is_refused() -> None:
 
 def test_an_embedding_that_is_shown_in_part_stays_trained() -> None:
     made = create(ModelConfig("vit_tiny_patch16_224", TINY), [16, 24])
-    made.prepare({PlanSpec(position="partial"), PlanSpec(position="none")})
+    made.use_plans({PlanSpec(position="partial"), PlanSpec(position="none")})
     assert made.model.pos_embed.requires_grad

@@ -172,7 +172,7 @@ def test_another_input_size_is_the_model_built_for_it(variant: str) -> None:
 def test_any_size_where_timm_takes_any() -> None:
     backbone = made(32, strict_img_size=False, **ABSOLUTE).eval()
     assert backbone(images(40, 56)).grid == (10, 14)
-    assert made(32, **ABSOLUTE).takes((40, 56)) is not None
+    assert made(32, **ABSOLUTE).why_not((40, 56)) is not None
 
 
 # ------------------------------------------------------------------------------------------------- a model like any

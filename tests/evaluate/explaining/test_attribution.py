@@ -23,7 +23,7 @@ def made(name, position="full", size=None):
     backbone = create(ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe), list(size)).eval()
     for parameter in backbone.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    backbone.prepare({PlanSpec(position=position)})
+    backbone.use_plans({PlanSpec(position=position)})
     return backbone, torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8)
 
 

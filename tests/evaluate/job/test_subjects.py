@@ -14,7 +14,7 @@ from common.checkpoints import public, storage
 from common.checkpoints.pretrained import begin_from
 from common.errors import Refusal
 from common.models import Backbone, ModelConfig, create
-from evaluate.job.subjects import find
+from evaluate.job.subjects import subject_of
 
 SMALL = "test_vit"  # timm's own: 64 wide, 6 deep, 160 pixels, 10x10 patches and a class token
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -152,7 +152,7 @@ def test_a_file_of_part_of_a_model_is_no_subject(file: Path, tmp_path: Path) -> 
     part = {name: tensor for name, tensor in timm.models.load_state_dict(str(file)).items() if "norm" not in name}
     save_file(part, tmp_path / "part.safetensors")
     with pytest.raises(Refusal, match=r"--ckpt timm:test_vit: .* missing \(such as "):
-        find(f"timm:{SMALL}", weights=str(tmp_path / "part.safetensors"))
+        subject_of(f"timm:{SMALL}", weights=str(tmp_path / "part.safetensors"))
 
 
 @pytest.mark.parametrize("copied", [[], [storage.WEIGHTS], [storage.DESCRIPTION]])
@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_before_its_first_backbone_was_copied(tmp_path: Pa
     run_of(whole, backbone())
     for name in copied:
         (tmp_path / name).write_bytes((whole / name).read_bytes())
-    found = find(str(tmp_path))
+    found = subject_of(str(tmp_path))
     assert found.state is not None and torch.equal(found.state["cls_token"], backbone().model.cls_token)
     assert (found.name, found.folder) == (tmp_path.name, tmp_path / "evaluate")
 
@@ -172,7 +172,7 @@ def test_the_student_beside_the_teacher_has_reports_of_its_own(tmp_path: Path) -
     run.mkdir()
     for made, name in ((backbone(seed=0), storage.WEIGHTS), (backbone(seed=1), storage.STUDENT)):
         run_of(run, made, name=name)
-    teacher, student = find(str(run)), find(str(run / storage.STUDENT))
+    teacher, student = subject_of(str(run)), subject_of(str(run / storage.STUDENT))
     assert (teacher.name, teacher.folder) == ("mine", run / "evaluate")
     assert (student.name, student.folder) == ("mine student", run / "evaluate" / "student")
     assert teacher.weights_sha256 != student.weights_sha256
@@ -200,7 +200,7 @@ def test_random_of_a_recipe_is_evaluated_as_it_would_be_trained(
         "views: {global: {preset: dino, size: 24}, local: {preset: dino, size: 16, count: 4}}\n"
         f"objectives: {objectives}\n"
     )
-    about = find("random", like=str(recipe)).description
+    about = subject_of("random", like=str(recipe)).description
     assert (about["position"], about["pooling"], about["size"]) == (position, pooling, [24, 24])
 
 

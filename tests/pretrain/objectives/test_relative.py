@@ -334,7 +334,7 @@ def test_keeps_to_a_backbone_s_plan() -> None:
     backbone = create(ModelConfig("vit_tiny_patch16_224", kwargs), [16, 24])
     made: Any = objectives.build("relative", objectives.options("relative", {"keep": 0.5, "diagonal": False}), backbone)
     plan = made.passes["tokens"].plan
-    backbone.prepare({plan})
+    backbone.use_plans({plan})
     drawn = [plan.draw(np.random.default_rng(seed), 6) for seed in range(3)]
     kept = torch.from_numpy(np.stack([one["kept"] for one in drawn]))
     found = backbone(torch.randint(0, 256, (3, 3, 16, 24), dtype=torch.uint8), plan.plan({"kept": kept}))
