@@ -231,8 +231,8 @@ class LvVit(VisionTransformer):
         return head
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialise as published: linear layers, class token, position embedding by a normal of 0.02 cut at 2,
-        biases and `aux_head` 0; convolutions, batch and layer norms in torch's way (`needs_reset`: again)."""
+        """Initialise as published: linear layers, class token and position embedding from a normal distribution
+        (deviation 0.02, cut off at 2), biases and `aux_head` 0, other layers as torch does (`needs_reset`: again)."""
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]

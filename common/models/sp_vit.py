@@ -264,7 +264,7 @@ class SpVit(LvVit):
                 return
 
     def forward_features(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, box: Box = NO_BOX) -> Tensor:
-        """Compute features as LvVit does. Raises ValueError for a mask: it fits no block before the class token joins."""
+        """Compute features like LvVit. Raises ValueError for a mask: it fits no block before the class token joins."""
         _refuse_masks(attn_mask, is_causal)
         tokens = x
         for tokens, _, _ in self._layers(x, box=box):  # noqa: B007
