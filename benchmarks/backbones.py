@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.models  # noqa: F401  # registers iRPE, LV-ViT and SP-ViT with timm
-from common.models.create import ATTENTIONS, set_attention
+from common.models.create import set_attention
 
 
 class Side(NamedTuple):
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
     add("--size", type=int, default=224)
     add("--batch", type=int, default=8)
     add("--precision", choices=["fp32", "bf16"], nargs="*", default=["fp32", "bf16"])
-    add("--attention", choices=ATTENTIONS, default="auto")
+    add("--attention", choices=("auto", "fused", "explicit"), default="auto")
     add("--rounds", type=int, default=7)
     add("--steps", type=int, help="of each turn; default: 1, on a GPU 10")
     add("--threads", type=int, default=1)

@@ -1,17 +1,18 @@
 """Configuration: a dataclass, a YAML recipe and `key=value` words, merged strictly.
 
-A field's docstring is the string below it in the source; `--help` prints it with the default. A text option (`str`) is
-exactly what was typed, in words and in recipes: 007, on and 1e3 are texts, and so is null where the option may not be
-null. A value may refer to another option, ${model.name}; it never calls a resolver of OmegaConf, ${oc.env:NAME}.
+A field's docstring is the string below it in the source; `--help` prints it with the default, and with the choices or
+the range beside its type: see `limits`. A text option (`str`, or a choice of words) is exactly what was typed, in words
+and in recipes: 007, on and 1e3 are texts, and so is null where the option may not be null. A value may refer to another
+option, ${model.name}; it never calls a resolver of OmegaConf, ${oc.env:NAME}.
 """
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import Refusal, nearest
+from .limits import Range, choices_of, expected, parts_of
 from .paths import PLACE, expanded, if_there
 from .printable import printable
 from .processes.launch import ROOT
@@ -142,7 +144,7 @@ def _kind_at(schema: Any, names: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _is_text(kind: Any) -> bool:
-    return kind is str or set(typing.get_args(kind)) == {str, type(None)}
+    return bool(choices_of(kind)) or kind is str or set(typing.get_args(kind)) == {str, type(None)}
 
 
 def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfig:
@@ -156,6 +158,10 @@ def merge(config: DictConfig, given: Any, where: str, schema: type) -> DictConfi
         known = {*names, *(name.rpartition(".")[0] for name in names if "." in name)}  # groups too: modle.name
         raise Refusal(f"unknown option {unknown!r} in {where}{nearest(unknown, known)}; --help lists all") from None
     except OmegaConfBaseException as error:
+        names = re.findall(r"[^.\[\]]+", error.full_key or "")
+        value = functools.reduce(lambda inner, name: inner.get(name) if hasattr(inner, "get") else None, names, given)
+        if names and choices_of(kind := _kind_at(schema, names)[0]) and (wanted := expected(kind, value)):
+            raise Refusal(f"{error.full_key}={value!r} in {where}: {wanted}") from None
         of = f" for {error.full_key!r}" if error.full_key else ""  # a number where a group of options belongs has none
         raise Refusal(f"wrong value{of} in {where}: {str(error).splitlines()[0]}") from None
     assert isinstance(merged, DictConfig)
@@ -284,7 +290,7 @@ def _recipes_nearby(path: Path) -> str:
 def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """(dotted name, type, default, docstring) of every option of a dataclass, nested ones included."""
     documentation = _docstrings(schema)
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     for item in dataclasses.fields(schema):
         name = prefix + item.name
         if item.default is not dataclasses.MISSING:
@@ -298,23 +304,26 @@ def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]
             yield from fields(hint, f"{name}.")
             continue
         yield name, _type_name(hint), default, documentation.get(item.name, "")
-        nested = [argument for argument in typing.get_args(hint) if dataclasses.is_dataclass(argument)]
-        for each in nested:  # dict[str, View]: options of every named entry
-            yield from fields(each, f"{name}.<name>.")
+        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(entry := typing.get_args(hint)[1]):
+            yield from fields(entry, f"{name}.<name>.")  # dict[str, View]: options of every named entry
 
 
 def _type_name(hint: Any) -> str:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join("null" if arm is type(None) else _type_name(arm) for arm in typing.get_args(hint))
-    if hint is Any:
-        return "any"
+    parts = parts_of(hint)
+    if len(parts) > 1:
+        limits = [f", {part}" for part in parts if isinstance(part, Range)]
+        return " or ".join(_type_name(part) for part in parts if not isinstance(part, Range)) + "".join(limits)
+    if hint is Any or hint is type(None):
+        return "any" if hint is Any else "null"
+    if choices := choices_of(hint):
+        return "|".join(choices)
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _docstrings(schema: Any) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
+    found = {name: text for base in schema.__bases__ if base is not object for name, text in _docstrings(base).items()}
     for statement, below in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -70,7 +70,6 @@ def settle(
     facts = _Facts(images, config.batch, steps, per_epoch, reasons, [])
     config.optimizer = dataclasses.replace(config.optimizer)  # the caller's own keep what they say
     config.teacher = dataclasses.replace(config.teacher)
-    schedules.known_kind(config.optimizer.schedule, "optimizer.schedule")
     config.optimizer.warmup = _time(
         config.optimizer.warmup, "optimizer.warmup", WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED, facts
     )

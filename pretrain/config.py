@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,30 +15,28 @@ from common.batches.unreadable import Limit
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place
-from common.errors import Refusal, nearest
+from common.errors import Refusal
+from common.limits import Betas, Count, NotNegative, Positive, Range
+from common.limits import check as check_limits
 from common.models import ModelConfig
 from common.paths import expanded, if_there, path_option
-from common.training import schedules
-from common.training.optim import CLIP_BY
+from common.training.optim import ClipBy
+from common.training.schedules import Kind
 from pretrain import objectives
 from pretrain.task import resolve
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-SCALINGS = ("linear", "sqrt")
-EXPORTS = ("auto", "teacher", "student", "both")
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW with linear warm-up. Whatever changes over the training does so with every optimizer step."""
 
-    lr: float = 5e-4
+    lr: NotNegative = 5e-4
     """Peak learning rate for 256 images per step; the rate used grows with the batch, see scaling."""
-    scaling: str = "linear"
+    scaling: Literal["linear", "sqrt"] = "linear"
     """linear: the rate used is lr * batch / 256. sqrt: lr * sqrt(batch / 256), as in DINOv2."""
-    min_lr: float = 1e-6
+    min_lr: NotNegative = 1e-6
     """Learning rate at the end, scaled alike."""
-    schedule: str = "cosine"
+    schedule: Kind = "cosine"
     """How the rate goes from lr to min_lr after the warm-up: constant, linear or cosine."""
     warmup: Any = "auto"
     """How long the rate rises linearly: a share of the training, "10 epochs", "500 steps", or auto (10 epochs, at most
@@ -48,19 +46,19 @@ class OptimizerConfig:
     decay_tokens: bool = False
     """Whether learned position embeddings and class, register and mask tokens decay as well, as with DINO, DINOv2, iBOT
     and DropPos, where with layer_decay a mask token also has the embedding's rate; DeiT and BEiT spare them."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float | None, Range(at_least=0, at_most=1)] = None
     """The rate of each block is this times that of the block above it (DINOv2's short schedule: 0.9); null: all
     alike."""
-    patch_embed_lr: float = 1.0
+    patch_embed_lr: NotNegative = 1.0
     """The rate of the patch embedding is this times that of its layer (DINOv2: 0.2)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Betas = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's decay rates of the two moments."""
-    clip: float = 3.0
+    clip: NotNegative = 3.0
     """Largest gradient norm; 0 does not clip."""
-    clip_by: str = "global"
+    clip_by: ClipBy = "global"
     """global: the norm of all gradients together. per_tensor: of each parameter's on its own, as DINO does: a different
     algorithm, in which every matrix may have this norm."""
-    most_skipped: int = 50
+    most_skipped: Count = 50
     """A step whose loss or gradient is not finite is not taken; after so many in a row the run stops."""
 
 
@@ -80,7 +78,7 @@ class TeacherConfig:
 class LoaderConfig:
     """Reading images."""
 
-    workers: int | None = None
+    workers: Annotated[int | None, Range(at_least=0)] = None
     """Processes that decode and crop, per training process; 0 does it in the training process, null chooses."""
 
 
@@ -89,21 +87,21 @@ class MonitorConfig:
     """What is measured on images held out of the training data. Monitors may read labels; of the losses only that of
     the objective `classification` does."""
 
-    every: int | None = None
+    every: Count | None = None
     """Steps between measurements; null: ten times in a run, or fewer, so that they take a tenth of its time at most by
     what is measured before the first step."""
-    images: int | None = None
+    images: Annotated[int | None, Range(at_least=2)] = None
     """At most so many held-out images are looked at, beside twice as many of `bank`; null: all, or, where even one
     measurement would take more than a tenth of the run's time and `every` is null, fewer."""
-    control_every: int | None = None
+    control_every: Count | None = None
     """Steps between controls on noise and on images with shuffled patches; null: with the other measurements."""
-    held_out: float = 0.1
+    held_out: Annotated[float, Range(at_least=0, at_most=0.9)] = 0.1
     """Share of the training images that is held out."""
-    most: int = 1000
+    most: Annotated[int, Range(at_least=0)] = 1000
     """At most so many are held out."""
-    bank: int = 2000
+    bank: Count = 2000
     """Training images whose labels the k-NN (as DINO's, not centred) and ridge monitors learn from, where labelled."""
-    shots: int = 10
+    shots: Count = 10
     """Images of each class that the ridge monitor learns from."""
 
 
@@ -138,33 +136,33 @@ class PretrainConfig:
     max_bad: str = "auto"
     """Unreadable images that are borne, others taking their places: a share below 1 (0.01 or 1%), a number from 1, 0
     for none, or auto: a hundredth or, of less than 600 images, 5 but no more than a tenth."""
-    seed: int = 0
+    seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 0
     """Initial weights, order, crops, sampled pairs, dropout."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Length in passes over the training images."""
-    steps: int | None = None
+    steps: Count | None = None
     """Length in optimizer steps; goes before epochs."""
-    batch: int = 256
+    batch: Count = 256
     """Images per optimizer step over all processes."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts a step is computed in, one after the other, to save memory."""
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """fp32, bf16, fp16 (GPUs), or auto: measured at the start on this device for this model, and stored."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads per process; null shares the usable cores among the processes of this machine."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Count | None = None
     """Steps between checkpoints; null leaves it to checkpoint_minutes alone."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: NotNegative = 10.0
     """Minutes between checkpoints; 0 leaves it to checkpoint_every alone."""
-    keep: int = 2
+    keep: Count = 2
     """So many last checkpoints are kept."""
-    milestone_every: int | None = None
+    milestone_every: Count | None = None
     """Checkpoints at multiples of so many steps are kept for good."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
-    export: str = "auto"
+    export: Literal["auto", "teacher", "student", "both"] = "auto"
     """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), or auto:
     the teacher where there is one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -214,16 +212,7 @@ def load(recipe: Path | None, words: Sequence[str]) -> PretrainConfig:
 
 def check(config: PretrainConfig) -> None:
     """Raises Refusal for a value outside its range."""
-    optimizer = config.optimizer
-    for name, given, known in (
-        ("precision", config.precision, PRECISIONS),
-        ("export", config.export, EXPORTS),
-        ("optimizer.scaling", optimizer.scaling, SCALINGS),
-        ("optimizer.schedule", optimizer.schedule, schedules.KINDS),
-        ("optimizer.clip_by", optimizer.clip_by, CLIP_BY),
-    ):
-        if given not in known:
-            raise Refusal(f"{name}={given!r}: expected one of {', '.join(known)}{nearest(given, known)}")
+    check_limits(config)
     Limit(config.max_bad).check()
     configuration.as_yaml(config)  # what could not be stored later
     if config.steps is None and config.epochs is None:
@@ -232,46 +221,6 @@ def check(config: PretrainConfig) -> None:
         raise Refusal(
             f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}"
         )
-    at_least: dict[str, tuple[Any, float]] = {
-        "steps": (config.steps, 1),
-        "batch": (config.batch, 1),
-        "accumulate": (config.accumulate, 1),
-        "threads": (config.threads, 1),
-        "log_every": (config.log_every, 1),
-        "checkpoint_every": (config.checkpoint_every, 1),
-        "checkpoint_minutes": (config.checkpoint_minutes, 0),
-        "keep": (config.keep, 1),
-        "milestone_every": (config.milestone_every, 1),
-        "loader.workers": (config.loader.workers, 0),
-        "monitor.every": (config.monitor.every, 1),
-        "monitor.images": (config.monitor.images, 2),
-        "monitor.control_every": (config.monitor.control_every, 1),
-        "monitor.held_out": (config.monitor.held_out, 0),
-        "monitor.most": (config.monitor.most, 0),
-        "monitor.bank": (config.monitor.bank, 1),
-        "optimizer.lr": (config.optimizer.lr, 0),
-        "optimizer.min_lr": (config.optimizer.min_lr, 0),
-        "optimizer.clip": (config.optimizer.clip, 0),
-        "optimizer.layer_decay": (config.optimizer.layer_decay, 0),
-        "optimizer.patch_embed_lr": (config.optimizer.patch_embed_lr, 0),
-        "optimizer.most_skipped": (config.optimizer.most_skipped, 1),
-        "monitor.shots": (config.monitor.shots, 1),
-        "seed": (config.seed, 0),
-    }
-    for name, (value, least) in at_least.items():
-        if value is not None and not least <= value < math.inf:  # also catches NaN
-            raise Refusal(f"{name}={value}: expected a number of at least {least:g}")
-    for name, value, most in (
-        ("monitor.held_out", config.monitor.held_out, 0.9),
-        ("optimizer.layer_decay", config.optimizer.layer_decay or 0.0, 1.0),
-        ("seed", config.seed, 2**32 - 1),  # what every generator takes
-    ):
-        if value > most:
-            raise Refusal(f"{name}={value}: expected at most {most}")
-    if config.epochs is not None and not 0 < config.epochs < math.inf:
-        raise Refusal(f"epochs={config.epochs}: expected a number above 0")
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise Refusal(f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)")
 
 
 def option_names() -> list[str]:

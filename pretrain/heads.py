@@ -5,16 +5,16 @@ Letters: B images, K tokens of each, D width, Q pairs of tokens, P prefix tokens
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from common.errors import Refusal, nearest
+from common.errors import Refusal
 
 NORM_EPS = 1e-6  # of DropPos's decoder
-LAST_LAYERS = ("normed", "weight_norm", "linear")
+LastLayer = Literal["normed", "weight_norm", "linear"]
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -179,7 +179,7 @@ class ProjectionHead(nn.Module):
         hidden: int = 2048,
         bottleneck: int = 256,
         layers: int = 3,
-        last: str = "normed",
+        last: LastLayer = "normed",
     ) -> None:
         super().__init__()
         for name, size in (("prototypes", prototypes), ("hidden", hidden), ("bottleneck", bottleneck)):
@@ -187,8 +187,6 @@ class ProjectionHead(nn.Module):
                 raise Refusal(f"{name}={size}: a projection head needs 1 or more")
         if layers < 1:
             raise Refusal(f"layers={layers}: a projection head has 1 or more before its last layer")
-        if last not in LAST_LAYERS:
-            raise Refusal(f"last_layer={last!r}: expected one of {', '.join(LAST_LAYERS)}{nearest(last, LAST_LAYERS)}")
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         made: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):

@@ -224,8 +224,6 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     signals: dict[str, tuple[float, Objective]] = {}
     spared = {"global"}  # it sets the backbone's size, looked at or not
     for name, options in chosen.items():
-        if not 0 <= options.weight < math.inf:
-            raise Refusal(f"objectives.{name}.weight={options.weight}: expected a finite number, 0 or more")
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
         else:

@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import Refusal, nearest
+from ..errors import Refusal
+from ..limits import Count, Probability, Range, Share, Shares, check, expected
 from .colour import ORDERS, Change, recolour
 
-INTERPOLATIONS = ("bicubic", "bilinear")
+Interpolation = Literal["bicubic", "bilinear"]
+Chances = Annotated[Any, Range(at_least=0, at_most=1)]  # a probability, or a list of them
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
 # Places in the row of uniform numbers that one crop draws.
@@ -39,82 +41,52 @@ class View:
 
     size: Any = 224
     """Pixels of the view: one number, or [height, width]."""
-    preset: str | None = None
-    """"dino" or "dinov2": the published values for the view of this name, `global` or `local`, wherever the recipe and
+    preset: Literal["dino", "dinov2"] | None = None
+    """The published values for the view of this name, `global` or `local`, wherever the recipe and
     the command line say nothing. Its blur_sigma is meant for its own size (224, 96) and scaled to any other."""
-    count: int = 1
+    count: Count = 1
     """Crops of each image. Those after the first leave the first as it is."""
-    scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    scale: Shares = field(default_factory=lambda: [0.4, 1.0])
     """Smallest and largest share of the image's area in a crop. A positional label means "where in this crop": with
     small crops the same object part appears under every label, so the default keeps most of the image."""
-    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
+    ratio: Annotated[list[float], Range(above=0, length=2, rising=True)] = field(default_factory=lambda: [0.75, 4 / 3])
     """Narrowest and widest width:height of a crop before it is stretched to the size."""
-    flip: float = 0.0
+    flip: Probability = 0.0
     """Probability of a horizontal flip. 0 because a flip makes left and right ambiguous for positional labels."""
-    brightness: float = 0.3
+    brightness: Probability = 0.3
     """Brightness is multiplied by 1 ± this. Colour changes are on, mildly: they spoil shortcuts such as vignetting and
     chromatic aberration, which tell a patch's position without its content."""
-    contrast: float = 0.3
+    contrast: Probability = 0.3
     """Contrast is multiplied by 1 ± this."""
-    saturation: float = 0.3
+    saturation: Probability = 0.3
     """Saturation is multiplied by 1 ± this."""
-    hue: float = 0.05
-    """Hue is turned by at most this share of the colour circle, either way; up to 0.5."""
-    jitter: float = 0.8
+    hue: Annotated[float, Range(at_least=0, at_most=0.5)] = 0.05
+    """Hue is turned by at most this share of the colour circle, either way."""
+    jitter: Probability = 0.8
     """Probability that brightness, contrast, saturation and hue change at all."""
-    grayscale: float = 0.1
+    grayscale: Probability = 0.1
     """Probability that colour is removed."""
-    blur: Any = 0.0
+    blur: Chances = 0.0
     """Probability of a Gaussian blur: one number, or a list with one per crop."""
-    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    blur_sigma: Annotated[list[float], Range(above=0, at_most=100, length=2, rising=True)] = field(
+        default_factory=lambda: [0.1, 2.0]
+    )
     """Smallest and largest standard deviation of the blur, in pixels of the view (after it got its size): what suits
     224 pixels wipes out 28."""
-    solarise: Any = 0.0
+    solarise: Chances = 0.0
     """Probability that values of 128 and more are inverted: one number, or a list with one per crop."""
-    interpolation: str = "bicubic"
-    """"bicubic" or "bilinear", antialiased either way."""
+    interpolation: Interpolation = "bicubic"
+    """How pixels are resized, antialiased either way."""
 
     def __post_init__(self) -> None:
         """Refusal that names the field when a value is impossible."""
-        if self.preset is not None:
-            known_preset(self.preset, "view")
-        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
-            raise Refusal(f"view: count={self.count}: expected a whole number of crops, at least 1")
+        check(self, "view: ")
         height_width(self.size)
-        for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, math.inf), ("blur_sigma", 0.0, 100.0)):
-            pair = list(getattr(self, name))
-            if len(pair) != 2 or not all(map(number, pair)) or not low < pair[0] <= pair[1] <= high or math.inf in pair:
-                limits = "0 < low <= high" if high == math.inf else f"0 < low <= high <= {high:g}"
-                raise Refusal(f"view: {name}={pair}: expected two numbers [low, high] with {limits}")
-        for name in ("flip", "jitter", "grayscale"):
-            check_range(name, getattr(self, name), 1.0, "a probability")
-        for name in ("blur", "solarise"):
-            check_chances(name, getattr(self, name), self.count)
-        for name, high in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-            check_range(name, getattr(self, name), high, "a strength")
-        check_interpolation(self.interpolation)
-
-
-def number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_range(name: str, value: Any, high: float, noun: str) -> None:
-    if not number(value) or not 0 <= value <= high:
-        raise Refusal(f"view: {name}={value}: expected {noun} from 0 to {high:g}")
-
-
-def check_chances(name: str, value: Any, count: int) -> None:
-    """Refusal unless `value` is a probability, or a list of as many as there are crops."""
-    if not hasattr(value, "__iter__"):
-        return check_range(name, value, 1.0, "a probability")
-    if isinstance(value, str) or len(value) != count or not all(number(each) and 0 <= each <= 1 for each in value):
-        raise Refusal(f"view: {name}={value}: expected a probability, or a list of one per crop, count={count}")
-
-
-def check_interpolation(value: str) -> None:
-    if value not in INTERPOLATIONS:
-        raise Refusal(f"view: interpolation={value}: expected {' or '.join(INTERPOLATIONS)}")
+        for name, chances in (("blur", self.blur), ("solarise", self.solarise)):
+            if hasattr(chances, "__iter__") and len(chances) != self.count:
+                raise Refusal(
+                    f"view: {name}={chances}: expected a probability, or a list of one per crop, count={self.count}"
+                )
 
 
 def height_width(size: Any) -> tuple[int, int]:
@@ -265,25 +237,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def known_preset(preset: str, where: str) -> dict[str, dict[str, Any]]:
-    """The views of a preset. Raises Refusal that begins with `where` for an unknown one."""
-    if preset not in PRESETS:
-        raise Refusal(f"{where}: preset={preset}: expected {' or '.join(PRESETS)}{nearest(preset, PRESETS)}")
-    return PRESETS[preset]
-
-
 def presets(views: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What lies beneath the given views: {name: the values of its preset}, for those views that name one.
 
     A preset is fitted to the given count and size: lists with one number per crop are cut off, or end in repetitions of
-    their last; sigma keeps its ratio to the (shorter) side. Raises Refusal for an unknown preset, or a name it has not.
+    their last; sigma keeps its ratio to the (shorter) side. Raises Refusal for a name that the preset has not.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, given in views.items():
         preset = (given or {}).get("preset")
         if preset is None:
             continue
-        named = known_preset(preset, f"views.{name}")
+        named = PRESETS[preset]
         if name not in named:
             raise Refusal(f"views.{name}: preset={preset} has no view of that name: expected {' or '.join(named)}")
         values = dict(named[name])
@@ -304,9 +269,8 @@ def evaluation(image: Tensor, size: Any, crop: float = 0.875, interpolation: str
     Resizes until the view, `crop` of it along the tighter side, is covered, and cuts out the middle; for a square size
     that is Resize(size / crop) on the short side and CenterCrop(size). crop=1.0 leaves no margin.
     """
-    if not number(crop) or not 0 < crop <= 1:
-        raise Refusal(f"crop={crop}: expected a share of the side, above 0 and up to 1")
-    check_interpolation(interpolation)
+    if wanted := expected(Share, crop):
+        raise Refusal(f"crop={crop}: {wanted}")
     out_height, out_width = height_width(size)
     height, width = int(image.shape[1]), int(image.shape[2])
     goal_height, goal_width = int(out_height / crop), int(out_width / crop)

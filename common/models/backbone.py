@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.beit import Beit
@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import Refusal
+from ..limits import Share
 from ..paths import if_there, path_option
 from . import token_plans
 from .irpe import RelativeAttention
@@ -55,12 +56,12 @@ class ModelConfig:
     """Channel means in [0, 1] that are subtracted from the images; one per input channel."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     """Channel standard deviations in [0, 1] that the images are divided by."""
-    crop: float = 0.875
+    crop: Share = 0.875
     """Evaluation shows the central `crop` of the short side (ImageNet's habit is 224/256); 1.0 shows all of it."""
-    attention: str = "auto"
+    attention: Literal["auto", "fused", "explicit"] = "auto"
     """fused (scaled_dot_product_attention), explicit (matrix products, often faster in bf16 on a CPU), or auto:
     measured."""
-    position_embedding: str = "learned"
+    position_embedding: Literal["learned", "sincos"] = "learned"
     """Of plain ViTs: learned, or sincos (fixed 2-D sine-cosine, never trained, as in MAE and DropPos)."""
     init: str | None = field(
         default=None, metadata=path_option(lambda init: init if _is_name(init) else if_there(init))

@@ -13,14 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import Refusal, nearest
+from ..limits import check
 from . import token_plans
 from .backbone import Backbone, ModelConfig
 from .embeddings import resize_without_antialiasing
 from .irpe import add_irpe
 from .swin import alter
 
-ATTENTIONS = ("auto", "fused", "explicit")
-EMBEDDINGS = ("learned", "sincos")
 CHANNELS = (1, 3)  # of an image: grey, RGB
 SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
 NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, vit_small_patch16_224.dino
@@ -37,16 +36,7 @@ def create(config: ModelConfig, size: Any) -> Backbone:
     architecture cannot be built for.
     """
     h, w = (size, size) if isinstance(size, int) else size
-    if config.attention not in ATTENTIONS:
-        raise Refusal(
-            f"model.attention={config.attention!r}: expected one of "
-            f"{', '.join(ATTENTIONS)}{nearest(config.attention, ATTENTIONS)}"
-        )
-    if config.position_embedding not in EMBEDDINGS:
-        raise Refusal(
-            f"model.position_embedding={config.position_embedding!r}: expected one of "
-            f"{', '.join(EMBEDDINGS)}{nearest(config.position_embedding, EMBEDDINGS)}"
-        )
+    check(config, "model.")
     if reason := no_architecture(config.name):
         raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
     in_chans = config.kwargs.get("in_chans", len(config.mean))

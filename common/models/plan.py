@@ -12,13 +12,14 @@ place, C keys.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from ..errors import Refusal, nearest
+from ..errors import Refusal
+from ..limits import BelowOne, Share, check
 
-POSITIONS = ("none", "full", "partial")
+Position = Literal["none", "full", "partial"]
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,13 @@ class PlanSpec:
     Raises Refusal for values out of range.
     """
 
-    keep: float = 1.0
-    position: str = "full"
-    position_keep: float = 0.0
-    context: float = 1.0
+    keep: Share = 1.0
+    position: Position = "full"
+    position_keep: BelowOne = 0.0
+    context: Share = 1.0
 
     def __post_init__(self) -> None:
-        if self.position not in POSITIONS:
-            raise Refusal(
-                f"position={self.position!r} is not a way to run a backbone: expected one of {', '.join(POSITIONS)}"
-                f"{nearest(str(self.position), POSITIONS)}"
-            )
-        for name in ("keep", "context"):
-            if not 0 < getattr(self, name) <= 1:
-                raise Refusal(f"{name}={getattr(self, name)}: expected a share of the patches, above 0 and up to 1")
-        if not 0 <= self.position_keep < 1:
-            raise Refusal(
-                f"position_keep={self.position_keep}: expected a share of the kept patches, 0 or more, below 1"
-            )
+        check(self)
         if self.position_keep and self.position != "partial":
             raise Refusal(
                 f"position_keep={self.position_keep:g} goes with position=partial, and position={self.position}: "

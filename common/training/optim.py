@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ NO_DECAY = {"relative_position_bias_table"}
 EMBEDDINGS = ("pos_embed", "_token", "rel_pos_bias")
 STEM = ("patch_embed", "norm_pre", "rel_pos_bias", "stem")  # what a model does before its first block
 TOP = ("norm.", "fc_norm.", "head", "aux_head", "attn_pool.")  # and after its last one
-CLIP_BY = ("global", "per_tensor")
+ClipBy = Literal["global", "per_tensor"]
 
 
 def parameter_groups(

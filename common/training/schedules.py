@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import Refusal, nearest
+from ..limits import expected
 
-KINDS = ("constant", "linear", "cosine")
+Kind = Literal["constant", "linear", "cosine"]
 KEYS = ("schedule", "start", "end", "over")
 UNITS = ("epoch", "epochs", "step", "steps")
 SPAN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*")
@@ -22,7 +23,7 @@ SPAN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*")
 class Schedule:
     """A number that goes from `start` to `end`."""
 
-    schedule: str  # one of KINDS
+    schedule: Kind
     start: float
     end: float
     over: float = 1.0  # share of the training that it takes; `end` afterwards
@@ -59,7 +60,9 @@ def parse(value: Any, where: str) -> Schedule:
     for key in ("schedule", "start"):
         if key not in value:
             raise Refusal(f"{where}: {key} is missing: expected {{schedule: cosine, start: 0.04, end: 0.4, over: 1.0}}")
-    kind = known_kind(value["schedule"], f"{where}.schedule")
+    kind = value["schedule"]
+    if wanted := expected(Kind, kind):
+        raise Refusal(f"{where}.schedule={kind!r}: {wanted}")
     start = _number(value["start"], f"{where}.start")
     if "end" not in value and kind != "constant":
         raise Refusal(f"{where}: end is missing: a {kind} schedule goes from start to end")
@@ -72,14 +75,7 @@ def parse(value: Any, where: str) -> Schedule:
     return Schedule(kind, start, end, over)
 
 
-def known_kind(value: Any, where: str) -> str:
-    """`value`, if it is one of KINDS. Raises Refusal, naming `where`, if not."""
-    if value not in KINDS:
-        raise Refusal(f"{where}={value!r}: expected one of {', '.join(KINDS)}{nearest(str(value), KINDS)}")
-    return str(value)
-
-
-def rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0, kind: str = "cosine") -> float:
+def rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0, kind: Kind = "cosine") -> float:
     """The learning rate of optimizer step `step` (0-based) of `steps`: linear to `peak` over `warmup` steps, then to
     `floor`; with kind "constant" it stays at `peak`."""
     if step < warmup:

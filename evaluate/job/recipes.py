@@ -5,10 +5,10 @@ A recipe is a file of configs/evaluate; flags and key=value words change its opt
 
 import argparse
 import dataclasses
-import math
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,10 @@ from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.run_folder import CONFIG, WAIT, RunLock
 from common.checkpoints.storage import write_atomically
 from common.commands import Parser
+from common.config import run_or_recipe
 from common.errors import Refusal
+from common.limits import BelowOne, Betas, Count, NotNegative, flag
+from common.paths import path_option
 from evaluate.job.evaluation import Evaluation
 
 FREE = (
@@ -30,7 +33,37 @@ FREE = (
     "tensorboard",
     "max_bad",
 )  # may differ at a resume
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="TrainingOptions")
+
+
+@dataclass
+class TrainingOptions:
+    """What every training of an evaluation has. A recipe file of configs/evaluate, flags, and words set it."""
+
+    like: str | None = field(default=None, metadata=path_option(run_or_recipe))
+    """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
+    accumulate: Count = 1
+    """Parts a step is computed in, one after the other, to save memory."""
+    weight_decay: NotNegative = 0.05
+    """Of matrices; biases, norms, position embeddings and tokens have none."""
+    betas: Betas = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the two moments."""
+    clip: NotNegative = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    drop_path: BelowOne = 0.0
+    """Share of the images that skip the last block; it grows linearly from 0 in the first."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; null leaves it to checkpoint_minutes."""
+    checkpoint_minutes: NotNegative = 10.0
+    """Minutes between checkpoints; 0 leaves it to checkpoint_every."""
+    keep: Count = 2
+    """So many last checkpoints are kept until the training is done."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files."""
+    max_bad: str | None = None
+    """Unreadable images that are borne, see --max-bad; null: as the run."""
 
 
 def add_options(options: argparse.ArgumentParser, kind: type) -> None:
@@ -46,8 +79,10 @@ def add_options(options: argparse.ArgumentParser, kind: type) -> None:
             continue
         usual = "null" if default is None else default
         bare: dict[str, Any] = {"nargs": "?", "const": "true"} if noun == "bool" else {}
-        add(f"--{name.replace('_', '-')}", dest=f"option.{name}", metavar=noun.split()[0].upper(), **bare,
-            help=f"{about} (default: {usual})".replace("%", "%%"))  # fmt: skip
+        word, _, limits = noun.partition(", ")
+        about += f" ({limits}; default: {usual})" if limits else f" (default: {usual})"
+        metavar = word if "|" in word else word.split()[0].upper()
+        add(flag(name), dest=f"option.{name}", metavar=metavar, help=about.replace("%", "%%"), **bare)
 
 
 def read(options: Parser, kind: type[Config], argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, Config]:
@@ -67,9 +102,9 @@ def read(options: Parser, kind: type[Config], argv: Sequence[str]) -> tuple[argp
     path = configuration.find_recipe(recipes[0], "evaluate") if recipes else None
     config = configuration.load(kind, path, words)
     arguments.recipe, arguments.said = path, words
-    arguments.max_bad = config.max_bad  # type: ignore[attr-defined]
+    arguments.max_bad = config.max_bad
     if arguments.ckpt == RANDOM:
-        arguments.like = arguments.like or config.like  # type: ignore[attr-defined]
+        arguments.like = arguments.like or config.like
     return arguments, path.stem if path is not None else None, config
 
 
@@ -77,19 +112,6 @@ def _takes(word: str, options: argparse.ArgumentParser) -> bool:
     """Whether `word` is a flag that needs a word behind it."""
     action = options._option_string_actions.get(word)
     return action is not None and action.nargs is None
-
-
-def refuse_range(config: Any, above: Collection[str], least: Collection[str], most: Mapping[str, float]) -> None:
-    """Raises Refusal if an option of `above` is not above 0, or another of `least` and `most` not at least 0, or one
-    of `most` more than that. An option that is null is not looked at."""
-    for name in dict.fromkeys((*least, *above, *most)):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        low, high = ("above 0" if name in above else "at least 0"), most.get(name, math.inf)
-        if not (value > 0 if name in above else value >= 0) or not value <= high or math.isinf(value):
-            limit = "" if math.isinf(high) else " and below 1" if 1 - 1e-6 < high < 1 else f" and at most {high:g}"
-            raise Refusal(f"--{name.replace('_', '-')} {value}: expected a number {low}{limit}")
 
 
 def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Config) -> tuple[str | None, Config]:
@@ -108,8 +130,8 @@ def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Con
                 f"--resume: {name}={now}, and {path.parent} was begun with {name}={before}: give the same options, or "
                 "none, or begin again with --overwrite"
             )
-    if config.max_bad is not None:  # type: ignore[attr-defined]
-        job.limit = dataclasses.replace(job.limit, max_bad=config.max_bad).check()  # type: ignore[attr-defined]
+    if config.max_bad is not None:
+        job.limit = dataclasses.replace(job.limit, max_bad=config.max_bad).check()
     job.refuse_unreadable()
     return first.removeprefix("# recipe: ") if first.startswith("# recipe: ") else recipe, config
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.batches.transforms import Interpolation
 from common.errors import Refusal, nearest
 from common.features.extraction import RAW
 from evaluate.probing.probe import MOMENTUM, Training
@@ -31,7 +32,7 @@ class Protocol:
     training: Training | None  # None: solved, not trained
     features: str  # see `sets`
     strengths: tuple[float, ...] = ()  # of what is solved: C of logistic regression, l2 of ridge regression
-    interpolation: str = "bicubic"  # of its training crops
+    interpolation: Interpolation = "bicubic"  # of its training crops
     notes: tuple[str, ...] = ()
 
     @property

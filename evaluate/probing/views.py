@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.batches.sampling import Samples, StepSampler, loader
-from common.batches.transforms import View
+from common.batches.transforms import Interpolation, View
 from common.data import Images
 from common.errors import Refusal
 from common.features.extraction import pooled_blocks
@@ -21,7 +21,7 @@ from common.training.precision import DTYPES
 SCALE = [0.08, 1.0]  # RandomResizedCrop's own, which every protocol leaves as it is
 
 
-def view(size: Sequence[int], interpolation: str) -> View:
+def view(size: Sequence[int], interpolation: Interpolation) -> View:
     """RandomResizedCrop and horizontal flip, and nothing else."""
     return View(
         list(size), scale=list(SCALE), flip=0.5, jitter=0.0, grayscale=0.0, interpolation=interpolation

@@ -26,7 +26,7 @@ from common.data.splits import divide, judge, roles_of
 from common.decoding.depth import parse_range
 from common.errors import Refusal
 from common.printable import printable
-from evaluate.segmenting.masks import IGNORED, FileMasks, Labels, Survey, settle, survey
+from evaluate.segmenting.masks import IGNORED, FileMasks, Labels, ReduceZero, Survey, settle, survey
 
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"  # comes with ADE20K; the last column is the name
@@ -81,7 +81,7 @@ class Scenes(Images):
         return hashlib.sha256(super()._digest(first).encode() + identity_of(self._masks, first)).hexdigest()[:16]
 
 
-def open_scenes(where: Location | str, reduce_zero: str = "auto") -> tuple[Scenes, Scenes, str]:
+def open_scenes(where: Location | str, reduce_zero: ReduceZero = "auto") -> tuple[Scenes, Scenes, str]:
     """(training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
 
     Every mask is read once, so that a label that is no class is met before anything is trained.
@@ -256,7 +256,7 @@ def _listed(labels: Sequence[Any], most: int = 20) -> str:
 
 
 def _open_ade(
-    folder: Path, split: tuple[Path, Path], held: tuple[Path, Path], divided: str, reduce_zero: str
+    folder: Path, split: tuple[Path, Path], held: tuple[Path, Path], divided: str, reduce_zero: ReduceZero
 ) -> tuple[Scenes, Scenes, str]:
     """ADE20K's layout. In ADE20K itself label 0, "other", is ignored, and labels 1 to 150 are the classes."""
     names = [str(k + 1) for k in range(ADE_CLASSES)]

@@ -17,13 +17,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.errors import Refusal, nearest
+from common.errors import Refusal
 from common.features.extraction import depth
 from common.models import Backbone
 from common.models.lv_vit import LvVit
 from common.models.plan import TokenPlan
 
-HEADS = ("linear", "upernet")
 CHANNELS = 256  # of the decoder; LV-ViT-L has 512
 TOP = 2048  # channels of the last side layer
 APART = 3  # blocks of LV-ViT: the last one, and three times the third below
@@ -196,11 +195,9 @@ def make(
     """A segmenter of `num_classes` classes on `backbone`, whose position embedding fits the size of the images.
 
     `plan`: how the backbone is run; None is every patch with its position. `blocks`, `channels`: of upernet only,
-    None for the usual ones (`usual_blocks`; 256). Raises Refusal for a head that is not known, for blocks the backbone
+    None for the usual ones (`usual_blocks`; 256). Raises Refusal for blocks the backbone
     does not have, and for a backbone that upernet does not go with.
     """
-    if head not in HEADS:
-        raise Refusal(f"--head {head}: expected {', '.join(HEADS)}{nearest(head, HEADS)}")
     if head == "linear":
         for name, value in (("--blocks", blocks), ("--channels", channels)):
             if value is not None:

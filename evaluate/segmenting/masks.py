@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ VOID, DEEP_VOID = 255, 65535
 MOST_CLASSES = 1 << 15  # an int16 holds them
 MASK_MODES = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")  # of PIL; the others hold colours
 LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")
-REDUCE_ZERO = ("auto", "yes", "no")
+ReduceZero = Literal["auto", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,15 @@ def _size(path: str) -> tuple[int, int] | None:
         return None
 
 
-def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: str, ade: int | None) -> Labels:
+def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: ReduceZero, ade: int | None) -> Labels:
     """Settle what the labels of all masks mean.
 
     names  of the classes, None if they are those that occur
-    asked  of REDUCE_ZERO
+    asked  what the option reduce_zero_label says
     ade    in ADE20K's layout the number of its classes, else None: label 0 is a class unless it is asked otherwise
 
     Raises Refusal where ADE20K's layout and the labels leave it open, see `_zero_means_none`.
     """
-    if asked not in REDUCE_ZERO:
-        raise Refusal(f"--reduce-zero-label {asked}: expected {', '.join(REDUCE_ZERO)}")
     reduce_zero = asked == "yes"
     if asked == "auto" and ade is not None and names is not None:
         reduce_zero = _zero_means_none(surveys, names, ade)

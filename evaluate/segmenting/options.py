@@ -4,166 +4,104 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from common.batches.transforms import height_width
-from common.config import run_or_recipe
-from common.errors import Refusal, nearest
-from common.paths import path_option
+from common.errors import Refusal
+from common.limits import BelowOne, Count, NotNegative, Positive, Probability, Range, Share, flag
+from common.limits import check as check_limits
 from common.training import schedules
 from evaluate.job import recipes
-from evaluate.segmenting.masks import REDUCE_ZERO
+from evaluate.segmenting.masks import ReduceZero
 
-HEADS = ("linear", "knn", "upernet")
-SCHEDULES = ("poly", "cosine", "one-cycle", "constant")
-MODES = ("slide", "whole")
 ONE_CYCLE = (25.0, 1e4)  # begins at 1/25 of the peak, ends at 1/10,000 of where it began (arXiv 1708.07120)
 
 
 @dataclass
-class SegmentationConfig:
-    """Segmentation. A recipe file of configs/evaluate, flags, and key=value words all set these."""
+class SegmentationConfig(recipes.TrainingOptions):
+    """Segmentation."""
 
-    like: str | None = field(default=None, metadata=path_option(run_or_recipe))
-    """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
-    head: str = "linear"
+    weight_decay: NotNegative = 0.01
+    head: Literal["linear", "knn", "upernet"] = "linear"
     """linear (batch norm and a 1x1 convolution on final-norm tokens), knn (votes of patches), or upernet."""
     frozen: bool | None = None
     """Keep the backbone as it is; null: for linear and knn, and not for upernet."""
     blocks: list[int] | None = None
     """Four blocks, from 0, whose tokens upernet sees; null: as the architecture's authors, or a quarter apart."""
-    channels: int | None = None
+    channels: Count | None = None
     """Width of upernet's decoder (LV-ViT-S and -M: 256, -L: 512); null: 256."""
-    reduce_zero_label: str = "auto"
+    reduce_zero_label: ReduceZero = "auto"
     """Whether label 0 means that a pixel has no class, and label 1 is the first one: yes, no, or auto: in ADE20K's
     layout without classes.txt, or with as many classes in it as the highest label says, or with 150; refused there if
     the labels leave it open; else not."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Share of channels that are dropped before the last layer."""
-    auxiliary: float = 0.4
+    auxiliary: NotNegative = 0.4
     """Weight of the loss of upernet's auxiliary head."""
     size: Any = None
     """Pixels of training crops and of the test's windows: one number, or [height, width]; null: as in pretraining, of
     the built-in images at most their canvas. The position embedding is resized."""
-    short: int | None = None
+    short: Count | None = None
     """Pixels of an image's short side before it is scaled, and in the test (ADE20K: 512); null: as it is stored."""
-    long: int | None = None
+    long: Count | None = None
     """Most pixels of its long side, which goes before (ADE20K: 2048); null: four times `short`."""
-    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    scale: Annotated[list[float], Range(above=0, length=2, rising=True)] = field(default_factory=lambda: [0.5, 2.0])
     """Smallest and largest factor by which training images are scaled."""
-    most_of_one: float = 0.75
+    most_of_one: Share = 0.75
     """Largest share of a training crop that one class may have: ten crops are tried; 1 tries one."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a mirror image in training."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue of training images as SSD does (arXiv 1512.02325)."""
-    steps: int = 500
+    steps: Count = 500
     """Optimizer steps."""
-    batch: int = 16
+    batch: Count = 16
     """Crops per step over all processes; all images there are, if fewer."""
-    accumulate: int = 1
-    """Parts a step is computed in, one after the other, to save memory."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate; as it is, whatever the batch. null: 0.01 of a frozen backbone's head, else 0.001."""
-    min_lr: float = 0.0
+    min_lr: NotNegative = 0.0
     """Learning rate at the end (poly, cosine)."""
-    schedule: str = "poly"
+    schedule: Literal["poly", "cosine", "one-cycle", "constant"] = "poly"
     """poly (by `power`), cosine, one-cycle (cosines up from a 25th and down to nothing), or constant."""
-    power: float = 1.0
+    power: Positive = 1.0
     """Exponent of poly; 1 is a straight line."""
     warmup: Any = 0.05
     """How long the rate rises: a share of the steps, or "1500 steps"."""
-    warmup_start: float = 1e-6
+    warmup_start: Probability = 1e-6
     """Share of the rate with which a warm-up begins (ADE20K's recipes: 1e-6); one-cycle begins at a 25th."""
-    weight_decay: float = 0.01
-    """Of matrices; biases, norms, position embeddings and tokens have none."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's decay rates of the two moments."""
-    layer_decay: float | None = None
+    layer_decay: Share | None = None
     """The rate of each block is this times that of the block above it; null: all alike."""
-    clip: float = 0.0
-    """Largest gradient norm; 0 does not clip."""
-    drop_path: float = 0.0
-    """Share of the images that skip the last block; it grows linearly from 0 in the first."""
-    mode: str = "slide"
+    mode: Literal["slide", "whole"] = "slide"
     """Test by windows of `size` whose logits are averaged where they overlap (slide), or on the whole image at once."""
     stride: Any = None
     """Pixels between windows: one number, or [down, across] (ADE20K: 341); null: two thirds of `size`."""
     multi_scale: bool = False
     """Also test at the `ratios` and mirrored, with probabilities averaged; printed beside."""
-    ratios: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+    ratios: Annotated[list[float], Range(above=0, length=0)] = field(
+        default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    )
     """Scales of the multi-scale test."""
-    k: int = 20
+    k: Count = 20
     """Neighbours that vote for a patch."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """A neighbour's vote weighs exp(similarity / temperature)."""
-    bank: int = 50_000
+    bank: Count = 50_000
     """Most training patches that are kept to vote, drawn evenly from the training images."""
-    judge_every: int = 0
+    judge_every: Annotated[int, Range(at_least=0)] = 0
     """Steps between looks at the test images, besides the last; 0: only the last."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints; null leaves it to checkpoint_minutes."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints; 0 leaves it to checkpoint_every."""
-    keep: int = 2
-    """So many last checkpoints are kept until the training is done."""
-    tensorboard: bool = True
-    """Write TensorBoard's event files."""
-    max_bad: str | None = None
-    """Unreadable images that are borne, see --max-bad; null: as the run."""
 
 
-# 0 is too little
-ABOVE: tuple[str, ...] = (
-    "channels",
-    "short",
-    "long",
-    "most_of_one",
-    "steps",
-    "batch",
-    "accumulate",
-    "lr",
-    "power",
-    "layer_decay",
-)
-ABOVE += ("k", "temperature", "bank", "log_every", "checkpoint_every", "keep")
-LEAST: tuple[str, ...] = (
-    "auxiliary",
-    "min_lr",
-    "weight_decay",
-    "clip",
-    "judge_every",
-    "checkpoint_minutes",
-    "dropout",
-    "drop_path",
-)
-LEAST += ("flip", "warmup_start")
 OF_VOTES = ("k", "temperature", "bank")
 OF_TRAINING = (
     *("blocks", "channels", "dropout", "auxiliary", "scale", "most_of_one", "flip", "photometric", "steps", "batch"),
     *("accumulate", "lr", "min_lr", "schedule", "power", "warmup", "warmup_start", "weight_decay", "betas"),
     *("layer_decay", "clip", "drop_path", "judge_every", "checkpoint_every"),
 )
-MOST = dict.fromkeys(("most_of_one", "flip", "layer_decay", "warmup_start"), 1.0)
-MOST |= dict.fromkeys(("dropout", "drop_path"), 0.99)
 
 
 def check(config: SegmentationConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
-    recipes.refuse_range(config, ABOVE, LEAST, MOST)
-    words = {"head": HEADS, "schedule": SCHEDULES, "mode": MODES, "reduce_zero_label": REDUCE_ZERO}
-    for name, known in words.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise Refusal(f"{_flag(name)} {value}: expected {', '.join(known)}{nearest(value, known)}")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise Refusal(f"--betas {config.betas}: expected two numbers in [0, 1)")
-    if len(config.scale) != 2 or not 0 < config.scale[0] <= config.scale[1] < math.inf:
-        raise Refusal(f"--scale {config.scale}: expected two numbers above 0, the smaller one first")
-    if not config.ratios or not all(0 < ratio < math.inf for ratio in config.ratios):
-        raise Refusal(f"--ratios {config.ratios}: expected numbers above 0")
+    check_limits(config, flags=True)
     if config.blocks is not None and (len(config.blocks) != 4 or sorted(set(config.blocks)) != config.blocks):
         raise Refusal(f"--blocks {config.blocks}: expected four blocks, shallowest first")
     if config.head == "knn" and config.frozen is False:
@@ -174,7 +112,7 @@ def check(config: SegmentationConfig) -> None:
                 height_width(getattr(config, name))
             except Refusal:
                 raise Refusal(
-                    f"{_flag(name)} {getattr(config, name)}: expected a number of pixels above 0, or [height, width]"
+                    f"{flag(name)} {getattr(config, name)}: expected a number of pixels above 0, or [height, width]"
                 ) from None
 
 
@@ -184,11 +122,7 @@ def refuse_unused(config: SegmentationConfig, said: Iterable[str]) -> None:
     for name in said:
         if name in unused and getattr(config, name) is not None:
             other = "a head that is trained, linear or upernet" if config.head == "knn" else "--head knn"
-            raise Refusal(f"{_flag(name)} goes with {other}, and --head {config.head} is not: leave it out")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            raise Refusal(f"{flag(name)} goes with {other}, and --head {config.head} is not: leave it out")
 
 
 def is_frozen(config: SegmentationConfig) -> bool:

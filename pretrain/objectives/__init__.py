@@ -21,6 +21,7 @@ from common.batches.sampling import Batch
 from common.batches.transforms import View
 from common.config import merge, to_object
 from common.errors import Refusal, nearest
+from common.limits import check
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec
 
@@ -149,11 +150,14 @@ def find(name: str) -> type[Objective]:
 
 
 def options(name: str, given: Mapping[str, Any] | None) -> Any:
-    """The `Options` of objective `name`, filled strictly. Raises Refusal for an unknown option or a wrong type."""
+    """The `Options` of objective `name`, filled strictly. Raises Refusal for an unknown option, or a value of another
+    type or outside its range."""
     schema = find(name).Options
     if given is not None and not isinstance(given, Mapping):
         raise Refusal(f"objectives.{name}={given!r}: expected options such as {{weight: 1.0}}")
-    return to_object(merge(OmegaConf.structured(schema), dict(given or {}), f"objectives.{name}", schema), schema)
+    made = to_object(merge(OmegaConf.structured(schema), dict(given or {}), f"objectives.{name}", schema), schema)
+    check(made, f"objectives.{name}.")
+    return made
 
 
 def build(name: str, options: Any, backbone: Backbone) -> Objective:

@@ -6,23 +6,22 @@ Positional Label's APL (arXiv 2206.04981), and with other options Jigsaw-ViT (22
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import positions
-from common.errors import Refusal, nearest
+from common.errors import Refusal
+from common.limits import BelowOne, NotNegative, Share
 from common.models import Backbone, Features
-from common.models.plan import PlanSpec
+from common.models.plan import PlanSpec, Position
 from common.processes import collectives
 from pretrain.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
 from pretrain.objectives import Answers, Pass, Positional
 
 HEADS = {"linear": LinearHead, "mlp": MlpHead, "half": HalfHead}
-LOSS_ON = ("auto", "all", "hidden")
-ATTENTIVE = ("none", "kept", "image")
 ATTENTIVE_TEMPERATURE = 0.1  # DropPos
 
 
@@ -42,26 +41,26 @@ class DecoderOptions:
 class AbsoluteOptions:
     """Options of `absolute`."""
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
-    head: str = "linear"
+    head: Literal["linear", "mlp", "half"] = "linear"
     """linear: one layer on all channels (MP3). mlp: three with ReLUs (Jigsaw-ViT). half: Positional Label's, on the
     first half of the channels."""
-    keep: float = 1.0
+    keep: Share = 1.0
     """Share of the patches that the encoder sees (Jigsaw-ViT 0.5, DropPos 0.25)."""
-    position: str = "none"
+    position: Position = "none"
     """Position embedding in the pass: none (leak-free), partial (shown to some patches, which are then not asked) or
     full (as the paper's released ViT: the answer is in the token, and the audit refuses it)."""
-    position_keep: float = 0.0
+    position_keep: BelowOne = 0.0
     """With position=partial: share of the kept patches that are told their place (DropPos 0.25)."""
-    context: float = 1.0
+    context: Share = 1.0
     """Share of the kept patches that are keys and values, in every layer (MP3 0.25)."""
-    loss_on: str = "auto"
+    loss_on: Literal["auto", "all", "hidden"] = "auto"
     """Patches that are asked: all, hidden (those not told their place), or auto: hidden where position is partial."""
-    smoothing: float = 0.0
+    smoothing: NotNegative = 0.0
     """Width sigma of the position smoothing at the start, in patches; it falls linearly to 0 over the training
     (DropPos 1). 0: one-hot labels."""
-    attentive: str = "none"
+    attentive: Literal["none", "kept", "image"] = "none"
     """Weights of the patches in the loss, by their likeness to the class token: none; kept (of this pass's own tokens);
     image (DropPos: of a second pass over the whole image, a third of a full step more). The loss is a weighted mean
     over all processes; with accumulate it is the mean of the parts' own, as later weights are not known yet."""
@@ -80,14 +79,6 @@ class Absolute(Positional):
 
     def __init__(self, options: AbsoluteOptions, backbone: Backbone) -> None:
         super().__init__()
-        for name, known in (("head", HEADS), ("loss_on", LOSS_ON), ("attentive", ATTENTIVE)):
-            if getattr(options, name) not in known:
-                raise Refusal(
-                    f"objectives.absolute.{name}={getattr(options, name)!r}: expected one of "
-                    f"{', '.join(known)}{nearest(getattr(options, name), known)}"
-                )
-        if not 0 <= options.smoothing < float("inf"):
-            raise Refusal(f"objectives.absolute.smoothing={options.smoothing}: expected a width in patches, 0 or more")
         plan = PlanSpec(options.keep, options.position, options.position_keep, options.context)
         self.options, self.grid = options, backbone.grid
         N = self.grid[0] * self.grid[1]

@@ -11,34 +11,32 @@ Letters: B images, K classes, D width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import Refusal, nearest
+from common.errors import Refusal
+from common.limits import BelowOne, NotNegative
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec
 from pretrain.heads import LinearHead, wide
 from pretrain.objectives import Objective, Pass
-
-POOLS = ("auto", "class", "mean")
-POSITIONS = ("full", "none")
 
 
 @dataclass
 class ClassificationOptions:
     """Options of `classification`."""
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
-    smoothing: float = 0.0
+    smoothing: BelowOne = 0.0
     """Label smoothing: this much of each label is spread evenly over all classes (DeiT, Swin and NesT: 0.1)."""
-    pool: str = "auto"
+    pool: Literal["auto", "class", "mean"] = "auto"
     """What is classified: class (the class token), mean (of the patch tokens), or auto: the class token where there is
     one. Distillation and register tokens never are."""
-    position: str = "full"
+    position: Literal["full", "none"] = "full"
     """Position encoding in the pass: full or none. Swin and NesT have one for all their passes: give it the
     `position` of the objectives beside it."""
     classes: Any = "auto"
@@ -59,15 +57,6 @@ class Classification(Objective):
 
     def __init__(self, options: ClassificationOptions, backbone: Backbone) -> None:
         super().__init__()
-        for name, known in (("pool", POOLS), ("position", POSITIONS)):
-            given = getattr(options, name)
-            if given not in known:
-                raise Refusal(
-                    f"objectives.classification.{name}={given!r}: expected one of {', '.join(known)}"
-                    f"{nearest(given, known)}"
-                )
-        if not 0 <= options.smoothing < 1:
-            raise Refusal(f"objectives.classification.smoothing={options.smoothing}: expected a share, in [0, 1)")
         has_class = getattr(backbone.model, "cls_token", None) is not None
         if options.pool == "class" and not has_class:
             raise Refusal(

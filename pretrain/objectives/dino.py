@@ -7,25 +7,26 @@ crops, V crops in all, D width, K prototypes.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches.transforms import View
-from common.errors import Refusal, nearest
+from common.errors import Refusal
 from common.features.metrics import rankme
+from common.limits import Count, NotNegative, Positive, Probability
 from common.models import Backbone, Features
 from common.processes import collectives
 from common.training import ema
 from common.training.schedules import parse
 from pretrain.distillation import collapse
 from pretrain.distillation.prototypes import Centre, crops_cross_entropy, entropy, marginal_entropy, sinkhorn
-from pretrain.heads import ProjectionHead, wide
+from pretrain.heads import LastLayer, ProjectionHead, wide
 from pretrain.objectives import Objective, Pass, Verdict
 
-CENTERING = ("centre", "sinkhorn")
+Centering = Literal["centre", "sinkhorn"]
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 
 
@@ -33,7 +34,7 @@ RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of 
 class DinoOptions:
     """Options of `dino`."""
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
     view: str = "global"
     """The view whose crops the teacher sees, and the student too; at least two an image."""
@@ -41,24 +42,24 @@ class DinoOptions:
     """The view whose crops only the student sees; null: the one named `local`, where the recipe has it."""
     prototypes: Any = "auto"
     """Outputs K of the head; auto: about a sixteenth of the images (DINO: 65,536 for ImageNet's 1.3 million)."""
-    hidden: int = 2048
+    hidden: Count = 2048
     """Channels of the head's hidden layers."""
-    bottleneck: int = 256
+    bottleneck: Count = 256
     """Channels that the head compares with the prototypes."""
-    layers: int = 3
+    layers: Count = 3
     """Linear layers of the head before the prototypes."""
-    last_layer: str = "normed"
+    last_layer: LastLayer = "normed"
     """Prototypes: normed (length 1, DINO's norm_last_layer), weight_norm (trainable length: sometimes better, less
     stable) or linear (as they are, DINOv3)."""
-    student_temperature: float = 0.1
+    student_temperature: Positive = 0.1
     """What the student's logits are divided by."""
     teacher_temperature: Any = "auto"
     """What the teacher's logits are divided by: a number, or {schedule: linear, start: 0.04, end: 0.07, over: 0.3}.
     Lower is sharper. It moves with every step (the source: with every epoch). auto: by the number of images."""
-    centering: str = "centre"
+    centering: Centering = "centre"
     """What keeps the teacher from choosing one prototype for all: centre (the logits' moving mean is subtracted, DINO)
     or sinkhorn (prototypes are used equally in every batch, DINOv2; with accumulate, in every part of one)."""
-    centre_momentum: float = 0.9
+    centre_momentum: Probability = 0.9
     """Share of the old centre that a step keeps."""
     freeze_last_layer: Any = "auto"
     """How long the prototypes stay as they were drawn, from the start: a share of the training, `1 epochs` or `100
@@ -75,7 +76,6 @@ class Dino(Objective):
 
     def __init__(self, options: DinoOptions, backbone: Backbone) -> None:
         super().__init__()
-        _refuse_impossible(options)
         self.options = options
         self.temperature = parse(options.teacher_temperature, "objectives.dino.teacher_temperature")
         self.prototypes: int = options.prototypes
@@ -200,27 +200,3 @@ class Dino(Objective):
         if self.winners:
             marked[collectives.gathered(torch.cat(self.winners))] = True
         return marked
-
-
-def _refuse_impossible(options: DinoOptions) -> None:
-    """Raises Refusal for what no recipe can mean."""
-
-    def refuse(name: str, expected: str) -> None:
-        raise Refusal(f"objectives.dino.{name}={getattr(options, name)!r}: expected {expected}")
-
-    for name in ("prototypes", "teacher_temperature", "freeze_last_layer"):
-        if getattr(options, name) == "auto":
-            refuse(name, "a number; `auto` stands for one that depends on the number of images (pretrain/automatic.py)")
-    if isinstance(options.prototypes, bool) or not isinstance(options.prototypes, int) or options.prototypes < 2:
-        refuse("prototypes", "a whole number, 2 or more, or auto")
-    temperature = parse(options.teacher_temperature, "objectives.dino.teacher_temperature")
-    if min(temperature.start, temperature.end) <= 0:
-        refuse("teacher_temperature", "numbers above 0 (DINO: 0.04)")
-    if not 0 < options.student_temperature < math.inf:
-        refuse("student_temperature", "a number above 0 (DINO: 0.1)")
-    if not 0 <= options.centre_momentum <= 1:
-        refuse("centre_momentum", "a number from 0 to 1 (DINO: 0.9)")
-    if options.centering not in CENTERING:
-        refuse("centering", f"one of {', '.join(CENTERING)}{nearest(options.centering, CENTERING)}")
-    if not isinstance(options.freeze_last_layer, int | float) or not 0 <= options.freeze_last_layer <= 1:
-        refuse("freeze_last_layer", "a share of the training from 0 to 1")

@@ -9,23 +9,23 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.batches.transforms import View, height_width
-from common.errors import Refusal, nearest
+from common.errors import Refusal
+from common.limits import BelowOne, Count, NotNegative, Positive, Share, Shares
 from common.models import Backbone, Features
 from common.processes import collectives
 from common.training import ema
 from common.training.schedules import parse
 from pretrain.distillation import collapse, prototypes
 from pretrain.distillation.masks import draw_masks
-from pretrain.heads import ProjectionHead
+from pretrain.heads import LastLayer, ProjectionHead
 from pretrain.objectives import Objective, Pass, Verdict
 
-CENTERINGS = ("sinkhorn", "centre")
 OF_THE_HEAD = ("prototypes", "hidden", "bottleneck", "layers", "last_layer")  # options that a shared head has already
 
 
@@ -33,36 +33,36 @@ OF_THE_HEAD = ("prototypes", "hidden", "bottleneck", "layers", "last_layer")  # 
 class IbotOptions:
     """Options of `ibot`."""
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
     view: str = "global"
     """The view whose crops are masked, all of them."""
-    mask_probability: float = 0.5
+    mask_probability: Share = 0.5
     """Share of the crops that are masked at all."""
-    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])
+    mask_ratio: Shares = field(default_factory=lambda: [0.1, 0.5])
     """Smallest and largest share of the patches of a masked crop that are hidden from the student, in blocks."""
     shared_head: bool = False
     """Whether patches use the head of `dino`, as in iBOT, rather than one of their own, as in DINOv2. The options of
     the head are then those of `dino`."""
     prototypes: Any = "auto"
     """Outputs of the head; auto: chosen from the number of images."""
-    hidden: int = 2048
+    hidden: Count = 2048
     """Width of the head's hidden layers."""
-    bottleneck: int = 256
+    bottleneck: Count = 256
     """Width of what is brought to length 1 and compared with the prototypes."""
-    layers: int = 3
+    layers: Count = 3
     """Layers of the head before the last."""
-    last_layer: str = "normed"
+    last_layer: LastLayer = "normed"
     """Prototypes of length 1 (normed), of trained length (weight_norm), or as they are (linear, DINOv3)."""
-    student_temperature: float = 0.1
+    student_temperature: Positive = 0.1
     """What the student's logits are divided by."""
     teacher_temperature: Any = "auto"
     """What the teacher's logits are divided by: a number, a schedule, or auto: chosen from the number of images."""
-    centering: str = "sinkhorn"
+    centering: Literal["sinkhorn", "centre"] = "sinkhorn"
     """How prototypes are kept in use: sinkhorn (over the masked patches of a step's part, DINOv2), or centre (the mean
     logits of the masked patches of earlier steps are subtracted; iBOT's mean is over all patches, which would cost the
     teacher's head on each of them)."""
-    centre_momentum: float = 0.9
+    centre_momentum: BelowOne = 0.9
     """With centering=centre: momentum of that mean."""
     per_position: bool = False
     """Sinkhorn balances prototypes among patches of one position (CAPI, arXiv 2502.08769), so that none can stand for a
@@ -81,7 +81,10 @@ class Ibot(Objective):
 
     def __init__(self, options: IbotOptions, backbone: Backbone) -> None:
         super().__init__()
-        _check(options)
+        if options.per_position and options.centering != "sinkhorn":
+            raise Refusal(
+                "objectives.ibot.per_position=true balances by Sinkhorn: set centering=sinkhorn, or leave it out"
+            )
         if not backbone.plain:
             raise Refusal(
                 f"`ibot` needs a backbone that takes a mask token in place of a patch, and model "
@@ -238,36 +241,3 @@ def masked_patches(draws: dict[str, Tensor]) -> dict[str, Tensor]:
     masked_RN = draws["masked"].transpose(0, 1).flatten(0, 1)  # R = V*B crops
     share_R = 1 / masked_RN.sum(1).clamp(min=1).float()
     return {"where": masked_RN.flatten().nonzero()[:, 0], "share": share_R[:, None].expand(masked_RN.shape)[masked_RN]}
-
-
-def _check(options: IbotOptions) -> None:
-    """Raises Refusal for options that mean nothing."""
-    if options.centering not in CENTERINGS:
-        raise Refusal(
-            f"objectives.ibot.centering={options.centering!r}: expected one of "
-            f"{', '.join(CENTERINGS)}{nearest(options.centering, CENTERINGS)}"
-        )
-    if options.per_position and options.centering != "sinkhorn":
-        raise Refusal("objectives.ibot.per_position=true balances by Sinkhorn: set centering=sinkhorn, or leave it out")
-    if not 0 < options.mask_probability <= 1:
-        raise Refusal(
-            f"objectives.ibot.mask_probability={options.mask_probability}: expected a probability above 0, up to 1"
-        )
-    if len(options.mask_ratio) != 2 or not 0 < options.mask_ratio[0] <= options.mask_ratio[1] <= 1:
-        raise Refusal(
-            f"objectives.ibot.mask_ratio={options.mask_ratio}: expected two shares [low, high], 0 < low <= high <= 1"
-        )
-    if not 0 < options.student_temperature < math.inf:
-        raise Refusal(
-            f"objectives.ibot.student_temperature={options.student_temperature}: expected a number above 0, such as 0.1"
-        )
-    if not 0 <= options.centre_momentum < 1:
-        raise Refusal(
-            f"objectives.ibot.centre_momentum={options.centre_momentum}: expected a number from 0, below 1, such as 0.9"
-        )
-    of_own_head = [] if options.shared_head else ["prototypes", "freeze_last_layer"]
-    for name in ["teacher_temperature", *of_own_head]:
-        if getattr(options, name) == "auto":
-            raise Refusal(
-                f"objectives.ibot.{name}=auto was not settled: give a value when building it without a recipe"
-            )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from common.batches.transforms import View
 from common.errors import Refusal
+from common.limits import NotNegative
 from common.models import Backbone, Features
 from common.processes import collectives
 from pretrain.heads import wide
@@ -26,7 +27,7 @@ EPSILON = 1e-8  # what is added to a distance, and the smallest length that a to
 class KoleoOptions:
     """Options of `koleo`."""
 
-    weight: float = 0.1
+    weight: NotNegative = 0.1
     """Share of this objective in the summed loss; 0 leaves it out. DINOv2 adds 0.1 for each of its two crops: 0.2 here,
     where crops are averaged."""
     view: str = "global"

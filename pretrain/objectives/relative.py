@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common import positions
-from common.errors import Refusal, nearest
+from common.errors import Refusal
+from common.limits import NotNegative, Share
 from common.models import Backbone, Features
-from common.models.plan import PlanSpec
+from common.models.plan import PlanSpec, Position
 from pretrain.heads import PairHead, pair_outputs, wide
 from pretrain.objectives import Answers, Pass, Positional
 
@@ -34,9 +35,9 @@ Piece = tuple[slice, slice]  # some of the images, some of the pairs of each
 class RelativeOptions:
     """Options of `relative`."""
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
-    head: str = "half"
+    head: Literal["half", "separable", "regression"] = "half"
     """half: the paper's, one class per offset. separable: row and column apart, losses summed. regression: the offset
     in patches, smooth L1 (after PART). Each on half of the channels of either patch."""
     pairs: Any = "auto"
@@ -44,12 +45,12 @@ class RelativeOptions:
     patch, or all if they are fewer), or all."""
     diagonal: bool = True
     """Whether a patch is also asked where it is as seen from itself, as in the paper: nearly free answers."""
-    keep: float = 1.0
+    keep: Share = 1.0
     """Share of the patches that the encoder sees."""
-    position: str = "none"
+    position: Position = "none"
     """Position embedding in the pass: none (leak-free) or full (the answer follows from it by subtraction, and the
     audit refuses it)."""
-    context: float = 1.0
+    context: Share = 1.0
     """Share of the kept patches that are keys and values, in every layer (MP3)."""
     view: str = "global"
     """The view whose patches are asked."""
@@ -144,11 +145,6 @@ class Relative(Positional):
 
     def __init__(self, options: RelativeOptions, backbone: Backbone) -> None:
         super().__init__()
-        if options.head not in READINGS:
-            raise Refusal(
-                f"objectives.relative.head={options.head!r}: expected one of "
-                f"{', '.join(READINGS)}{nearest(options.head, READINGS)}"
-            )
         if options.position == "partial":
             raise Refusal(
                 "objectives.relative.position='partial': which pairs would then be asked is not defined; use none, or "

@@ -1,8 +1,10 @@
 """Options: a dataclass, a recipe and words, merged strictly; mistakes are named with what was probably meant."""
 
 import json
+import math
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,6 +12,7 @@ from omegaconf import OmegaConf
 from common import config
 from common.batches.transforms import View, presets
 from common.errors import Refusal, nearest
+from common.limits import Range, check
 
 
 @dataclass
@@ -175,7 +178,7 @@ def test_views_by_preset(tmp_path):
     assert local.blur == 0.5 and local.blur_sigma == [0.0125, 0.25]
     assert look("views.global.count=1")["global"].blur == [1.0]
     assert look("views.global.preset=null")["global"] == View()
-    with pytest.raises(Refusal, match=r"views.local: preset=dinno: expected dino or dinov2; did you mean 'dino'"):
+    with pytest.raises(Refusal, match=r"views.local.preset='dinno' in .* one of dino, dinov2; did you mean 'dino'"):
         look("views.local.preset=dinno")
     with pytest.raises(Refusal, match=r"view: blur=\[0.5\]: expected a probability, or a list .* count=4"):
         look("views.local.blur=[0.5]")
@@ -351,6 +354,40 @@ def test_every_option_has_its_docstring_type_and_default():
     ):
         assert line in text.replace("Any", "any"), line
     assert config.describe(Engine, "x.").startswith("  x.power=1.0")
+
+
+@dataclass
+class Tyres:
+    """Options with limits."""
+
+    studs: Literal["yes", "no"] = "yes"
+    """Whether they have any."""
+    bar: Annotated[float | None, Range(above=0, at_most=5)] = None
+    """Pressure."""
+    tread: Annotated[list[float], Range(at_least=0, length=2, rising=True)] = field(default_factory=lambda: [1.0, 2.0])
+    """In millimetres."""
+    spare: Annotated[int, Range(at_least=0, at_most=2)] = 1
+
+
+def test_choices_and_ranges_are_told_and_refused():
+    assert config.load(Tyres, None, ["studs=no"]).studs == "no"  # the word, not YAML's false
+    text = config.describe(Tyres)
+    assert "studs=yes  (yes|no)" in text and "bar=null  (float or null, above 0, at most 5)" in text
+    with pytest.raises(Refusal, match=r"studs='noo' in command line .*: expected one of yes, no; did you mean 'no'"):
+        config.load(Tyres, None, ["studs=noo"])
+    check(Tyres(bar=5.0, spare=0))
+    for options, message in (
+        (Tyres(bar=0.0), "car.bar=0.0: expected a number above 0, at most 5"),
+        (Tyres(bar=math.nan), "car.bar=nan: expected a number above 0, at most 5"),
+        (Tyres(tread=[2.0, 1.0]), "car.tread=[2.0, 1.0]: expected two numbers of at least 0, the smaller one first"),
+        (Tyres(spare=3), "car.spare=3: expected a whole number from 0 to 2"),
+        (Tyres(spare=True), "car.spare=True: expected a whole number from 0 to 2"),
+        (Tyres(spare=None), "car.spare=None: expected a whole number from 0 to 2"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(Refusal, match=f"^{re.escape(message)}$"):
+            check(options, "car.")
+    with pytest.raises(Refusal, match=r"^--bar -1\.0: expected"):
+        check(Tyres(bar=-1.0), flags=True)
 
 
 def test_flat():

@@ -253,7 +253,7 @@ def test_bad_numbers_are_refused(make_run, script):
         (["--epochs", "0"], "--epochs 0"),
         (["epochs=0"], "--epochs 0"),
         (["lr=nan"], "--lr nan"),
-        (["--ema", "1"], "--ema 1.0: expected a number at least 0 and below 1"),
+        (["--ema", "1"], "--ema 1.0: expected a number of at least 0, below 1"),
         (["learning_rate=1"], "unknown option 'learning_rate'"),
         (["layerdecay=0.5"], "did you mean 'layer_decay'"),
         (["--layerdecay", "0.5"], "did you mean '--layer-decay'"),

@@ -169,11 +169,11 @@ def test_an_interrupted_training_goes_on(run, make_run, scenes, script, monkeypa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--head", "unet"], "--head unet: expected linear, knn, upernet"),
+        (["--head", "unet"], "head='unet' in .*: expected one of linear, knn, upernet"),
         (["--head", "knn", "--end-to-end"], "--head knn trains nothing"),
         (["--scale", "[2.0,0.5]"], "--scale .*the smaller one first"),
-        (["--steps", "0"], "--steps 0: expected a number above 0"),
-        (["--schedule", "polly"], "--schedule polly: .*poly"),
+        (["--steps", "0"], "--steps 0: expected a whole number of at least 1"),
+        (["--schedule", "polly"], "schedule='polly' in .*did you mean 'poly'"),
         (["--resume"], "nothing was begun"),
         (["--data", "cifar10"], "segmentation needs masks"),
         (["--blocks", "[1,2,3,4]"], "goes with --head upernet"),

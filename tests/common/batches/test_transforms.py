@@ -380,7 +380,6 @@ def test_a_preset_is_nobodys_to_change():
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        ({"global": {"preset": "dinov3"}}, "preset=dinov3: expected dino or dinov2; did you mean 'dinov2'"),
         ({"locl": {"preset": "dino"}}, "views.locl: preset=dino has no view of that name: expected global or local"),
         ({"global": {"preset": "dino", "size": "big"}}, "view: size=big"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from common.errors import Refusal
-from common.training.schedules import Schedule, known_kind, parse, rate, share
+from common.training.schedules import Schedule, parse, rate, share
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,3 @@ def test_too_long_a_time_is_cut() -> None:
     assert share("2 epochs", 10, 10, "x")[1] == (
         "x=2 epochs is longer than the training (1 epoch): 100 % of it, 1 epoch, is used instead"
     )
-
-
-def test_unknown_kind() -> None:
-    assert known_kind("linear", "optimizer.schedule") == "linear"
-    with pytest.raises(Refusal, match=r"optimizer\.schedule='liner': expected one of .*; did you mean 'linear'"):
-        known_kind("liner", "optimizer.schedule")

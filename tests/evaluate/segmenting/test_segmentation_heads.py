@@ -395,8 +395,6 @@ def test_blocks_that_cannot_be(blocks: list[int]) -> None:
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refusal, match="--head upnet: expected linear, upernet; did you mean 'upernet'"):
-        heads.make("upnet", four("vit"), 5, frozen=True)
     with pytest.raises(Refusal, match="four blocks, and vit_tiny_patch16_224 has 3"):
         upernet(four("vit", depth=3))
     for option in ({"blocks": [0, 1, 2, 3]}, {"channels": 4}):

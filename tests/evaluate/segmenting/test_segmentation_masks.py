@@ -64,8 +64,6 @@ def test_the_option_goes_before_what_the_masks_hold(tmp_path):
     assert len(fingerprints) == 2  # so that the two are never held against each other
     other = write(tmp_path / "b", [0, 1, 2, 255], ade=False)
     assert opened(other, "yes")[:2] == ([IGNORED, 0, 1, IGNORED], ("1", "2"))
-    with pytest.raises(Refusal, match="expected auto, yes, no"):
-        open_scenes(spec, reduce_zero="maybe")
 
 
 def test_a_label_that_is_no_class_is_refused_by_the_name_of_its_file(tmp_path):

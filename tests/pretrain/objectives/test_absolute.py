@@ -257,7 +257,7 @@ def test_no_weight_no_trace() -> None:
         ({"attentive": "imge"}, "did you mean 'image'"),
         ({"head": "mpl"}, "did you mean 'mlp'"),
         ({"position": "partail"}, "did you mean 'partial'"),
-        ({"smoothing": -1}, "smoothing=-1.0: expected a width in patches"),
+        ({"smoothing": -1}, "smoothing=-1.0: expected a number of at least 0"),
         ({"smoothing": math.nan}, "smoothing=nan"),
         ({"keep": 0.1}, "keep=0.1 of 9 patches leaves 0: at least 2"),
         ({"position_keep": 0.5}, "position_keep=0.5 goes with position=partial"),

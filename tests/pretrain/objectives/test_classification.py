@@ -250,10 +250,18 @@ def test_the_label_and_the_place_share_a_pass_where_they_can() -> None:
 @pytest.mark.parametrize(
     ("options", "name", "words"),
     [
-        ({"pool": "clas"}, "vit 3x3", "pool='clas': expected one of auto, class, mean; did you mean 'class'"),
+        (
+            {"pool": "clas"},
+            "vit 3x3",
+            "pool='clas' in objectives.classification: expected one of auto, class, mean",
+        ),
         ({"pool": "class"}, "swin", "pool=class: swin_tiny_patch4_window7_224 has no class token here; use pool=mean"),
-        ({"position": "partial"}, "vit 3x3", "position='partial': expected one of full, none"),
-        ({"smoothing": 1.0}, "vit 3x3", "smoothing=1.0: expected a share, in [0, 1)"),
+        (
+            {"position": "partial"},
+            "vit 3x3",
+            "position='partial' in objectives.classification: expected one of full",
+        ),
+        ({"smoothing": 1.0}, "vit 3x3", "smoothing=1.0: expected a number of at least 0, below 1"),
         ({"classes": 1}, "vit 3x3", "classes=1: expected auto or a whole number of at least 2"),
         ({"classes": "many"}, "vit 3x3", "classes='many': expected auto or a whole number of at least 2"),
         ({"view": "local"}, "vit 3x3", "view 'local'"),

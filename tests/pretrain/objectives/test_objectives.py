@@ -117,7 +117,7 @@ def test_equal_passes_are_run_once() -> None:
         ({"absolute": {"haed": "half"}}, "did you mean 'head'"),
         ({"absolute": {"weight": "much"}}, "weight"),
         ({"absolute": {"head": "halff"}}, "did you mean 'half'"),
-        ({"absolute": {"weight": -1}}, "expected a finite number, 0 or more"),
+        ({"absolute": {"weight": -1}}, "expected a number of at least 0"),
         ({"absolute": {"weight": 0}}, "no objective to train"),
         ({}, "no objective to train"),
         ({"relative": {"pairs": 82}}, "from 1 to 81"),
