@@ -16,7 +16,9 @@ def printable(name: str | bytes) -> str:
     if isinstance(name, str) and name.isascii() and name.isprintable():
         return name
     text = (name if isinstance(name, bytes) else _bytes(name)).decode("utf-8", "backslashreplace")
-    return "".join(_escaped(each) if each in REORDERING else each for each in map(_escaped_control, text))
+    return "".join(
+        _escaped(character) if character in REORDERING else character for character in map(_escaped_control, text)
+    )
 
 
 def printable_lines(text: str) -> str:

@@ -46,14 +46,14 @@ Found = dict[str, dict[str, dict[str, dict[str, list[float]]]]]  # row, kind, su
 
 
 def main(argv: list[str]) -> int:
-    """Arguments -> features -> draws -> report. Returns the exit status."""
+    """Classify test images from few labelled ones. Returns the exit status."""
     arguments = options().parse_args(argv)
     check(arguments)
     job = begin("fewshot", arguments, raw=True)
     draws, skipped = possible(job, arguments)
     join_processes("low-shot evaluation")
     headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
-    found: Found = {}
+    shares: Found = {}
     outcomes, index = Outcomes(), None
     for split in splits(job):
         job.say(f"{', '.join(draws)}, {arguments.draws} draws each, of {LABELS[split.row]}")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
                 for number in range(arguments.draws):
                     chosen = torch.from_numpy(draw(split.train_labels.cpu().numpy(), seed=seed, draw=number))
                     for kind, classifier, right in judge(split, chosen.to(split.train_labels.device), len(job.classes)):
-                        by_name = found.setdefault(split.row, {}).setdefault(kind, {}).setdefault(name, {})
+                        by_name = shares.setdefault(split.row, {}).setdefault(kind, {}).setdefault(name, {})
                         by_name.setdefault(classifier, []).append(right.double().mean().item())
                         if (name, classifier) == (headline, "ridge"):
                             outcomes.add(split.row, kind, right)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     judged = len(index)
     values = {
         row: {kind: entry_of(by_name, headline, judged) for kind, by_name in kinds.items()}
-        for row, kinds in found.items()
+        for row, kinds in shares.items()
     }
     protocol = {
         "id": "fewshot",
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 
 def options() -> argparse.ArgumentParser:
-    """The command line."""
+    """Parser of the command line."""
     options = parser(__doc__ or "", crop=True, raw=True)
     add = options.add_argument
     shots, shares = " ".join(map(str, SHOTS)), " ".join(map(str, SHARES))
@@ -118,7 +118,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def possible(job: Evaluation, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """({name of a subset: what draws it}, what is left out, in words). Raises Refusal where it was asked for."""
+    """Subsets that can be drawn: ({name: its draw}, notes on what is left out). Raises Refusal if one was asked for that
+    cannot."""
     labels = job.train.labels
     assert labels is not None
     shots = partial(subsets.shots, classes=job.classes, where=job.spec)
@@ -139,8 +140,8 @@ def possible(job: Evaluation, arguments: argparse.Namespace) -> tuple[dict[str, 
 
 
 def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str, Tensor]]:
-    """(kind, classifier, whether each test image was right (K,)) of every kind of features, with the training images
-    `chosen` (n,)."""
+    """Judge every kind of features with the training images `chosen` (n,): [(kind, classifier, whether each test image
+    was right (K,))]."""
     labels, results = split.train_labels[chosen], []
     for kind, features in split.train.items():
         few, test = features[chosen.to(features.device)], split.test[kind]
@@ -156,14 +157,14 @@ def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str
 def entry_of(by_name: Mapping[str, Mapping[str, list[float]]], headline: str, judged: int) -> dict[str, Any]:
     """Entry of the report for one kind of features of one row; accuracies are by draw, and seed after seed."""
     subsets = {
-        name: {classifier: accuracies(shares, judged) for classifier, shares in found.items()}
-        for name, found in by_name.items()
+        name: {classifier: accuracies(shares, judged) for classifier, shares in shares_by_classifier.items()}
+        for name, shares_by_classifier in by_name.items()
     }
     return subsets[headline]["ridge"] | {"subsets": subsets}
 
 
 def shown(values: Mapping[str, Any], names: Sequence[str], size: Sequence[int]) -> str:
-    """One table for each classifier."""
+    """Format the values, one table for each classifier."""
     blocks = []
     for classifier, title in (("ridge", "ridge regression of"), ("logreg", "logistic regression of")):
         rows = [

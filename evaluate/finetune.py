@@ -61,7 +61,7 @@ HABIT = (
 
 
 def main(argv: list[str]) -> int:
-    """Arguments -> one training for each row and seed -> report. Returns the exit status."""
+    """Finetune once for each row and seed, and judge. Returns the exit status."""
     stop = StopSignal()
     arguments, recipe, config = read(argv)
     device = chosen_device(arguments.device)
@@ -86,20 +86,20 @@ def main(argv: list[str]) -> int:
     lock = recipes.prepare(job, recipe, config, accelerator)
     identity = recipes.identity(job, config.batch) | {"pooling": pooling}
 
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for row, each in subjects:
+    histories: dict[str, list[list[dict[str, Any]]]] = {}
+    for row, judged in subjects:
         for seed in job.seeds:
-            job.say(f"{LABELS[row] if row == 'random' else each.name}, seed {seed}:")
-            history, added = train(job, config, each, seed, identity, recipes.folder_of(job), accelerator, stop)
+            job.say(f"{LABELS[row] if row == 'random' else judged.name}, seed {seed}:")
+            history, added = train(job, config, judged, seed, identity, recipes.folder_of(job), accelerator, stop)
             if stop.received is not None:
                 job.say("stopped: no report is written; the same command with --resume goes on")
                 return stop.status
-            found.setdefault(row, []).append(history)
+            histories.setdefault(row, []).append(history)
             notes += [added] if added and added not in notes else []
     if lock is not None:
         lock.release()
     if first_process():
-        report(job, recipe, config, pooling, found, notes)
+        report(job, recipe, config, pooling, histories, notes)
     return 0
 
 
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
 
 def options() -> Parser:
-    """The command line: what every evaluation takes, and a flag for every option of a recipe."""
+    """Parser of the options of every evaluation, and of those of a recipe."""
     options = parser(__doc__ or "", precision=None)
     recipes.add_options(options, FinetuneConfig)
     options.add_argument(
@@ -117,7 +117,7 @@ def options() -> Parser:
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, FinetuneConfig]:
-    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    """Read the command line: (arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
     arguments, recipe, config = recipes.read(options(), FinetuneConfig, argv)
     check(config)
     return arguments, recipe, config
@@ -131,15 +131,15 @@ def report(
     recipe: str | None,
     config: FinetuneConfig,
     pooling: str,
-    found: dict[str, list[list[dict[str, Any]]]],
+    histories_of_rows: dict[str, list[list[dict[str, Any]]]],
     notes: list[str],
 ) -> None:
-    """Write and tell what was found: {row: [history of each seed]}."""
+    """Write and print the report of the histories: {row: [history of each seed]}."""
     values: dict[str, dict[str, Any]] = {}
     outcomes, count = Outcomes(), len(job.test)
-    read = bits(next(iter(found.values()))[0][-1]["images"]["read"], count)
+    read = bits(next(iter(histories_of_rows.values()))[0][-1]["images"]["read"], count)
     judged = int(read.sum())
-    for row, histories in found.items():
+    for row, histories in histories_of_rows.items():
         for history in histories:
             outcomes.add(row, pooling, bits(history[-1].pop("images")["raw"], count)[read])
         entry = accuracies([history[-1]["raw"] for history in histories], judged)
@@ -156,11 +156,11 @@ def report(
         raw = frozen.pixels(job)
         sides = (raw.train["pixels"], raw.train_labels, raw.test["pixels"], raw.test_labels, len(job.classes))
         probed = [probe(*sides, seed=seed) for seed in job.seeds]
-        for each in probed:
-            outcomes.add("pixels", "pixels", each.predictions == raw.test_labels.cpu())
-        values["pixels"] = {"pixels": accuracies([each.accuracy for each in probed], judged)}
-    about = protocol(job, recipe, config, pooling) | {"notes": notes}
-    write(job, about, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read))
+        for result in probed:
+            outcomes.add("pixels", "pixels", result.predictions == raw.test_labels.cpu())
+        values["pixels"] = {"pixels": accuracies([result.accuracy for result in probed], judged)}
+    settings = protocol(job, recipe, config, pooling) | {"notes": notes}
+    write(job, settings, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read))
     rows = []
     for row, kind, entry in ordered(values):
         best = entry.get("best_on_test")
@@ -172,7 +172,7 @@ def report(
 
 
 def protocol(job: Evaluation, recipe: str | None, config: FinetuneConfig, pooling: str) -> dict[str, Any]:
-    """The settings, as the report tells them."""
+    """Settings for the report."""
     quiet = {*recipes.FREE, "like", "size", "crop", "pool", "epochs", "steps", "judge_every"}
     changed = recipes.changed(recipe, config)
     name = "adamw" if recipe is None else recipe.removeprefix("finetune_")

@@ -44,19 +44,19 @@ TEMPERATURE = 0.07
 
 
 def main(argv: list[str]) -> int:
-    """Arguments -> features -> votes -> report. Returns the exit status."""
+    """Classify test images by their nearest training images. Returns the exit status."""
     options = parser(__doc__ or "", crop=True, raw=True)
     options.add_argument("--k", type=int, nargs="+", metavar="K", help=f"numbers of neighbours (default: {KS})")
     arguments = options.parse_args(argv)
     job = begin("knn", arguments, raw=True)
-    ks = possible(arguments.k, job.training_images)  # those that will be there
+    ks = possible(arguments.k, job.training_images)
     join_processes("k-NN")
-    found: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
+    shares: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)
     outcomes, index = Outcomes(), None
     for split in splits(job):
         for kind, features in split.train.items():
-            by_treatment = found.setdefault(split.row, {}).setdefault(kind, {})
+            by_treatment = shares.setdefault(split.row, {}).setdefault(kind, {})
             for treatment in (CENTRED, FIELD):
                 guesses = knn_many(
                     features, split.train_labels, split.test[kind], ks,
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     assert index is not None
     values = {
         row: {kind: entry_of(by_treatment, headline, len(index)) for kind, by_treatment in kinds.items()}
-        for row, kinds in found.items()
+        for row, kinds in shares.items()
     }
     protocol = {"id": f"knn/{CENTRED}", "k": ks, "headline": headline, "temperature": TEMPERATURE}
     protocol |= {"similarity": "cosine", "features": TREATMENTS[CENTRED]}
@@ -84,13 +84,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def possible(wished: Sequence[int] | None, images: int) -> list[int]:
-    """The numbers of neighbours to use with so many training images. Raises Refusal if there are too few images."""
-    ks = sorted(set(wished or KS))
+def possible(requested: Sequence[int] | None, images: int) -> list[int]:
+    """Numbers of neighbours to use with so many training images. Raises Refusal if there are too few images."""
+    ks = sorted(set(requested or KS))
     if ks[0] < 1:
         raise Refusal(f"--k {ks[0]}: expected at least 1")
     too_many = [k for k in ks if k > images]
-    if too_many and (wished or len(too_many) == len(ks)):
+    if too_many and (requested or len(too_many) == len(ks)):
         raise Refusal(
             f"{images} training images are fewer than k={too_many[0]} neighbours: "
             f"give more images, or --k with numbers up to {images}"
@@ -100,15 +100,15 @@ def possible(wished: Sequence[int] | None, images: int) -> list[int]:
 
 def entry_of(by_treatment: Mapping[str, Mapping[int, list[float]]], headline: int, judged: int) -> dict[str, Any]:
     """Entry of the report for one kind of features: headline and every k, centred; "field": the same, not centred."""
-    each = {
+    entries = {
         treatment: accuracies(by_k[headline], judged) | {"k": {str(k): accuracies(by_k[k], judged) for k in by_k}}
         for treatment, by_k in by_treatment.items()
     }
-    return each[CENTRED] | {FIELD: each[FIELD]}
+    return entries[CENTRED] | {FIELD: entries[FIELD]}
 
 
 def shown(values: Mapping[str, Any], ks: Sequence[int], headline: int, size: Sequence[int]) -> str:
-    """The table."""
+    """Format the values as a table."""
     header = ["features of", "", *(f"k={k}" for k in ks), f"95 % of k={headline}", f"k={headline}, DINO's*"]
     rows = [
         [LABELS[row], kind_name(row, kind, size)]
@@ -116,8 +116,8 @@ def shown(values: Mapping[str, Any], ks: Sequence[int], headline: int, size: Seq
         + [interval(entry), percent(entry[FIELD])]
         for row, kind, entry in ordered(values)
     ]
-    told = "features are centred (less the mean of the training features); * the field's protocol: not centred"
-    return f"{table(header, rows)}\n{told}"
+    note = "features are centred (less the mean of the training features); * the field's protocol: not centred"
+    return f"{table(header, rows)}\n{note}"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ WHAT = "95 %, bootstrap over test images; it covers neither seeds nor training"
 
 
 def main(argv: list[str]) -> int:
-    """Arguments -> one training for each row and seed -> report and pictures. Returns the exit status."""
+    """Train a decoder once for each row and seed, and judge. Returns the exit status."""
     stop = StopSignal()
     arguments, recipe, config = read(argv)
     device = chosen_device(arguments.device)
@@ -95,26 +95,26 @@ def main(argv: list[str]) -> int:
     lock = recipes.prepare(job, recipe, config, accelerator)
     identity = recipes.identity(job, config.batch)
 
-    found: dict[str, list[Found]] = {}
-    for row, each in rows(config, subject, arguments.baselines):
+    answers: dict[str, list[Found]] = {}
+    for row, judged in rows(config, subject, arguments.baselines):
         for seed in job.seeds:
-            job.say(f"{each.name if row == 'subject' else LABELS[row]}, seed {seed}:")
-            one, added = answer(job, config, row, each, seed, identity, recipes.folder_of(job), accelerator, stop)
-            if one is None:
+            job.say(f"{judged.name if row == 'subject' else LABELS[row]}, seed {seed}:")
+            result, added = answer(job, config, row, judged, seed, identity, recipes.folder_of(job), accelerator, stop)
+            if result is None:
                 job.say("stopped: no report is written; the same command with --resume goes on")
                 return stop.status
-            found.setdefault(row, []).append(one)
+            answers.setdefault(row, []).append(result)
             notes += [added] if added and added not in notes else []
     if lock is not None:
         lock.release()
     if first_process():
-        picture = draw(job, found)
-        report(job, recipe, config, found, notes, picture)
+        picture = draw(job, answers)
+        report(job, recipe, config, answers, notes, picture)
     return 0
 
 
 def try_out(config: SegmentationConfig, subject: Subject, num_classes: int) -> None:
-    """Build the head once, before anything is written or deleted. Raises Refusal for what it cannot be."""
+    """Build the head once, before anything is written or deleted. Raises Refusal if it cannot be built."""
     if config.head != "knn":
         backbone = subject.untrained().backbone()
         heads.make(config.head, backbone, num_classes, frozen=True, blocks=config.blocks, channels=config.channels)
@@ -131,18 +131,20 @@ def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[
 
 
 def resized(job: Evaluation, config: SegmentationConfig) -> tuple[Subject, str]:
-    """(the subject for crops of the size that is asked for, what was done to it). Raises Refusal."""
+    """Resize the subject for crops of the requested size: (subject, note on what was done). Raises Refusal."""
     subject, size = job.subject, config.size
     if size is None and job.spec == "builtin":
         size = [min(CANVAS, side) for side in subject.description["size"]]
     if config.mode == "whole":  # test images have any size
-        about = subject.description
-        about = about | {"kwargs": {**about["kwargs"], "dynamic_img_size": True}}
-        subject = dataclasses.replace(subject, description=about)
+        description = subject.description
+        description = description | {"kwargs": {**description["kwargs"], "dynamic_img_size": True}}
+        subject = dataclasses.replace(subject, description=description)
         try:
             subject.backbone()
         except Refusal:
-            raise Refusal(f"--mode whole: {about['name']} takes images of one size only; use --mode slide") from None
+            raise Refusal(
+                f"--mode whole: {description['name']} takes images of one size only; use --mode slide"
+            ) from None
     subject, note = at_size(subject, size, None)
     job.subject = dataclasses.replace(job.subject, description=subject.description)
     stride_of(config, job.size)
@@ -153,7 +155,7 @@ def resized(job: Evaluation, config: SegmentationConfig) -> tuple[Subject, str]:
 
 
 def options() -> Parser:
-    """The command line: what every evaluation takes, and a flag for every option of a recipe."""
+    """Parser of the options of every evaluation, and of those of a recipe."""
     options = parser(__doc__ or "", precision=None)
     switch = options.add_mutually_exclusive_group()
     switch.add_argument("--frozen", dest="option.frozen", action="store_const", const="true", help="keep the backbone")
@@ -168,7 +170,7 @@ def options() -> Parser:
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, SegmentationConfig]:
-    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    """Read the command line: (arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
     arguments, recipe, config = recipes.read(options(), SegmentationConfig, argv)
     check(config)
     refuse_unused(config, [word.partition("=")[0] for word in arguments.said])
@@ -182,36 +184,36 @@ def report(
     job: Evaluation,
     recipe: str | None,
     config: SegmentationConfig,
-    found: dict[str, list[Found]],
+    answers_of_rows: dict[str, list[Found]],
     notes: list[str],
     picture: Path,
 ) -> None:
-    """Write and tell what was found: {row: [of each seed]}."""
+    """Write and print the report of the answers: {row: [answer of each seed]}."""
     assert isinstance(job.train, Scenes) and isinstance(job.test, Scenes)
     values: dict[str, dict[str, Any]] = {}
-    outcomes, read = Outcomes(), next(iter(found.values()))[0].read
-    for row, each in found.items():
-        values[row] = {config.head: summary(np.stack([one.counts[SINGLE][read] for one in each]), job.classes)}
-        for one in each:
-            outcomes.add(row, config.head, one.counts[SINGLE][read])
-        if all(MULTI in one.counts for one in each):
-            several = summary(np.stack([one.counts[MULTI][read] for one in each]), job.classes)
+    outcomes, read = Outcomes(), next(iter(answers_of_rows.values()))[0].read
+    for row, results in answers_of_rows.items():
+        values[row] = {config.head: summary(np.stack([result.counts[SINGLE][read] for result in results]), job.classes)}
+        for result in results:
+            outcomes.add(row, config.head, result.counts[SINGLE][read])
+        if all(MULTI in result.counts for result in results):
+            several = summary(np.stack([result.counts[MULTI][read] for result in results]), job.classes)
             values[row][config.head]["multi_scale"] = several
-        values[row][config.head]["history"] = [one.history for one in each]
+        values[row][config.head]["history"] = [result.history for result in results]
     chosen = majority(job.train.pixels)
     answers = constant(job.test.pixels[read], chosen)[None]
     values["majority"] = {"majority": summary(answers, job.classes) | {"class": job.classes[chosen]}}
-    about = protocol(job, recipe, config) | {"notes": notes, "picture": str(picture)}
+    settings = protocol(job, recipe, config) | {"notes": notes, "picture": str(picture)}
     judged = int(read.sum())
-    write(job, about, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read), interval=WHAT)
+    write(job, settings, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read), interval=WHAT)
     multi = any("multi_scale" in kinds.get(config.head, {}) for kinds in values.values())
     lines = []
     for row, kinds in values.items():
-        (kind, one), = kinds.items()  # fmt: skip
-        score = percent(one["multi_scale"]) if "multi_scale" in one else ""
-        right = f"{100 * one['pixel_accuracy']:.1f}"
-        label = one.get("class", kind)
-        lines.append([NAMES[row], label, percent(one), interval(one), *([score] if multi else []), right])
+        (kind, result), = kinds.items()  # fmt: skip
+        score = percent(result["multi_scale"]) if "multi_scale" in result else ""
+        right = f"{100 * result['pixel_accuracy']:.1f}"
+        label = result.get("class", kind)
+        lines.append([NAMES[row], label, percent(result), interval(result), *([score] if multi else []), right])
     header = ["", "", "mIoU", "95 %", *(["multi-scale"] if multi else []), "pixel accuracy"]
     below = [*best_and_worst(values, config.head), *notes, f"predictions: {picture}"]
     how = "" if is_frozen(config) else ", end to end"
@@ -220,7 +222,7 @@ def report(
 
 
 def best_and_worst(values: dict[str, dict[str, Any]], head: str, count: int = 3) -> list[str]:
-    """A line about single classes of the first row."""
+    """Name the best and worst classes of the first row."""
     first = next(iter(values.values()))[head]["per_class"]
     known = sorted(((value, name) for name, value in first.items() if value is not None), reverse=True)
     said = [", ".join(f"{name} {100 * value:.1f}" for value, name in some) for some in (known[:count], known[-count:])]
@@ -228,7 +230,7 @@ def best_and_worst(values: dict[str, dict[str, Any]], head: str, count: int = 3)
 
 
 def protocol(job: Evaluation, recipe: str | None, config: SegmentationConfig) -> dict[str, Any]:
-    """The settings, as the report tells them."""
+    """Settings for the report."""
     changed = recipes.changed(recipe, config)
     quiet = {*recipes.FREE, "like", "size", "short", "long", "frozen", "mode", "stride", "judge_every"}
     quiet.add("reduce_zero_label")  # what it gave is in the fingerprints and in the note on the data
@@ -257,9 +259,9 @@ def protocol(job: Evaluation, recipe: str | None, config: SegmentationConfig) ->
     }
 
 
-def draw(job: Evaluation, found: dict[str, list[Found]]) -> Path:
+def draw(job: Evaluation, answers: dict[str, list[Found]]) -> Path:
     """Write predictions.png of the first row, and show it beside the curves of the run if it has some."""
-    first = next(iter(found.values()))[0]
+    first = next(iter(answers.values()))[0]
     path = recipes.folder_of(job) / "predictions.png"
     assert isinstance(job.test, Scenes)
     drawn = sheet(first.model, job.test, first.view, len(job.subject.description["mean"]), job.device)

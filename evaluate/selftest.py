@@ -39,7 +39,7 @@ CLASSES, TRAIN, TEST = 1000, 1_281_167, 50_000  # of ImageNet-1k
 
 @dataclass(frozen=True)
 class Check:
-    """One published figure and how it is found here."""
+    """Published figure and the command that measures it here."""
 
     script: str
     words: tuple[str, ...]
@@ -50,11 +50,11 @@ class Check:
     cost: str
     beside: str = ""  # which number of the report is theirs, where its headline is ours
 
-    def command(self, given: argparse.Namespace) -> list[str]:
-        """The script's arguments, to which the data and the weights belong."""
-        shared = ["--ckpt", MODEL, "--weights", given.weights or "FILE", "--data", given.data or "IMAGENET"]
-        shared += ["--out", str(Path(given.out) / f"{self.script}.json"), "--workers", str(given.workers)]
-        shared += ["--device", given.device] if given.device else []
+    def command(self, arguments: argparse.Namespace) -> list[str]:
+        """Arguments of the script, data and weights among them."""
+        shared = ["--ckpt", MODEL, "--weights", arguments.weights or "FILE", "--data", arguments.data or "IMAGENET"]
+        shared += ["--out", str(Path(arguments.out) / f"{self.script}.json"), "--workers", str(arguments.workers)]
+        shared += ["--device", arguments.device] if arguments.device else []
         return [*shared, *self.words]
 
 
@@ -74,7 +74,7 @@ CHECKS = {
 
 
 def main(argv: list[str]) -> int:
-    """Arguments -> each evaluation's own script -> verdicts. Returns the exit status."""
+    """Run the evaluations of the published figures and compare. Returns the exit status."""
     options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
     add("--weights", type=expanded, metavar="FILE", help="of DINO's ViT-S/16")
@@ -89,32 +89,34 @@ def main(argv: list[str]) -> int:
     )
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
-    given = options.parse_args(argv)
+    arguments = options.parse_args(argv)
     if not only_first("the self-test"):
         return 0
-    checks = [check for name, check in CHECKS.items() if given.only in (None, name)]
-    if given.weights is None:
-        print(plan(checks, given))
+    checks = [check for name, check in CHECKS.items() if arguments.only in (None, name)]
+    if arguments.weights is None:
+        print(plan(checks, arguments))
         return 0
-    subject = subjects.subject_of(MODEL, weights=given.weights)
+    subject = subjects.subject_of(MODEL, weights=arguments.weights)
     model = subject.backbone().model
-    found = sum(parameter.numel() for parameter in model.parameters())
-    if found != PARAMETERS:
-        raise Refusal(f"--weights {given.weights}: {found:,} parameters, and DINO's ViT-S/16 has {PARAMETERS:,}")
-    print(f"weights     {given.weights}: every tensor of ViT-S/16 is there, {found:,} parameters", flush=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != PARAMETERS:
+        raise Refusal(
+            f"--weights {arguments.weights}: {parameters:,} parameters, and DINO's ViT-S/16 has {PARAMETERS:,}"
+        )
+    print(f"weights     {arguments.weights}: every tensor of ViT-S/16 is there, {parameters:,} parameters", flush=True)
     for note in subject.notes:
         print(f"            {note}", flush=True)
-    if given.data is None:
+    if arguments.data is None:
         raise Refusal(
             "--data is missing: the published figures are of ImageNet-1k; expected a folder with its train/ and val/"
         )
-    refuse_others(*labelled_splits(Location(given.data))[:2], given.data)
-    verdicts = [judged(check, given) for check in checks]
+    refuse_others(*labelled_splits(Location(arguments.data))[:2], arguments.data)
+    verdicts = [judged(check, arguments) for check in checks]
     print("\n" + "\n".join(line for line, _ in verdicts))
     return 0 if all(passed for _, passed in verdicts) else 1
 
 
-def plan(checks: list[Check], given: argparse.Namespace) -> str:
+def plan(checks: list[Check], arguments: argparse.Namespace) -> str:
     """Describe what would be done."""
     lines = ["nothing was checked: --weights is missing. What would be:", ""]
     lines += [f"weights     DINO's ViT-S/16 (arXiv 2104.14294), {PARAMETERS:,} parameters: --weights FILE"]
@@ -122,28 +124,28 @@ def plan(checks: list[Check], given: argparse.Namespace) -> str:
     for check in checks:
         lines += [
             f"{check.script:<11} {check.published} ± {check.tolerance} % expected ({check.cost}):",
-            f"            {command(check.script, *check.command(given))}",
+            f"            {command(check.script, *check.command(arguments))}",
         ]
     return "\n".join(lines)
 
 
 def refuse_others(train: Images, test: Images, spec: str) -> None:
     """Raises Refusal unless these are ImageNet-1k's splits: its figures mean nothing on other images."""
-    found = len(train.classes or ()), len(train), len(test)
-    if found != (CLASSES, TRAIN, TEST):
+    sizes = len(train.classes or ()), len(train), len(test)
+    if sizes != (CLASSES, TRAIN, TEST):
         raise Refusal(
-            f"--data {spec} has {found[0]:,} classes, {found[1]:,} training and {found[2]:,} test images: the "
+            f"--data {spec} has {sizes[0]:,} classes, {sizes[1]:,} training and {sizes[2]:,} test images: the "
             f"published figures are of ImageNet-1k, which has {CLASSES:,}, {TRAIN:,} and {TEST:,}"
         )
 
 
-def judged(check: Check, given: argparse.Namespace) -> tuple[str, bool]:
-    """(a line, whether the figure is the published one) of a check, which is run now. Raises Refusal if it fails."""
-    command = check.command(given)
+def judged(check: Check, arguments: argparse.Namespace) -> tuple[str, bool]:
+    """Run a check: (a line, whether the figure is the published one). Raises Refusal if its script fails."""
+    command = check.command(arguments)
     print(f"\n{shlex.join([f'{check.script}.py', *command])}", flush=True)
     if status := run_script(check.script, command):
         raise Refusal(f"{check.script}.py ended with status {status}, see above: nothing is known of its figure")
-    content, _ = report.read(Path(given.out) / f"{check.script}.json")
+    content, _ = report.read(Path(arguments.out) / f"{check.script}.json")
     return verdict(check, *published_figure(check, content))
 
 
@@ -155,14 +157,14 @@ def published_figure(check: Check, content: Mapping[str, Any]) -> tuple[str, flo
 
 
 def verdict(check: Check, protocol: str, accuracy: float) -> tuple[str, bool]:
-    """(a line, whether the figure is the published one). Raises Refusal for that of another protocol."""
+    """Verdict: (a line, whether the figure is the published one). Raises Refusal for another protocol's figure."""
     if protocol != check.protocol:
         raise Refusal(f"the report is of protocol {protocol}, and {check.published} of {check.protocol}")
     away = 100 * accuracy - check.published
     passed = abs(away) <= check.tolerance
-    words = "as published" if passed else "NOT as published"
+    result = "as published" if passed else "NOT as published"
     return (
-        f"{check.script:<7} {100 * accuracy:.2f} %, published {check.published} ± {check.tolerance}: {words} "
+        f"{check.script:<7} {100 * accuracy:.2f} %, published {check.published} ± {check.tolerance}: {result} "
         f"({away:+.2f})",
         passed,
     )

@@ -198,17 +198,17 @@ def _parts(
 ) -> Iterator[Part]:
     loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, limit)
     for rows in parts:
-        found: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
+        features: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
         unreadable = []
         for batch in _cut(rows, batch_size):
             kept, index, messages = next(loader)
             unreadable += messages
             if kept:
                 for name, tensor in features_of(torch.stack(kept)).items():
-                    found.setdefault(name, []).append(tensor)
-                found["index"].append(torch.tensor(index))
+                    features.setdefault(name, []).append(tensor)
+                features["index"].append(torch.tensor(index))
             seen(len(batch))
-        yield Part(rows, {name: torch.cat(tensors) for name, tensors in found.items()}, unreadable)
+        yield Part(rows, {name: torch.cat(tensors) for name, tensors in features.items()}, unreadable)
 
 
 def _features(

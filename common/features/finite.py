@@ -28,14 +28,14 @@ OTHER_WEIGHTS = "the file is damaged or its training diverged: use an earlier ch
 def not_finite(features: Mapping[str, Tensor]) -> Tensor:
     """(K,) bool: which images have a NaN or an infinity in one of their `features` (K, ...), or numbers of such a size
     that their length, by which similarities are divided, is one; "index" is none."""
-    found: Tensor | None = None
+    result: Tensor | None = None
     for name, values in features.items():
         if name == "index":
             continue
         bad = [~torch.isfinite(length(some)).cpu() for some in values.split(CHUNK)]
-        each = torch.cat(bad) if bad else torch.zeros(0, dtype=torch.bool)
-        found = each if found is None else found | each
-    return torch.zeros(0, dtype=torch.bool) if found is None else found
+        of_kind = torch.cat(bad) if bad else torch.zeros(0, dtype=torch.bool)
+        result = of_kind if result is None else result | of_kind
+    return torch.zeros(0, dtype=torch.bool) if result is None else result
 
 
 def length(features: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ PENALTY = 0.1  # per feature; of 0.001 to 100 none is better for raw pixels and 
 @torch.no_grad()
 def ridge(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = PENALTY) -> Tensor:
     """Predicted class of every query, (Q,), by `scores`: that of the largest."""
-    classes, found = scores(features, labels, queries, penalty)
-    return classes[found.argmax(1)]
+    classes, scores_QC = scores(features, labels, queries, penalty)
+    return classes[scores_QC.argmax(1)]
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def scores(features: Tensor, labels: Tensor, queries: Tensor, penalty: float = P
     weights are penalised by `penalty` * D, so that one number suits every width (scikit-learn's alpha is that product).
     big_vision's few-shot ridge differs: it appends a column of ones, whose weight, the intercept, it penalises too.
     """
-    classes, own = labels.unique(return_inverse=True)
-    targets_MC = 2 * torch.nn.functional.one_hot(own, len(classes)).double() - 1
+    classes, class_of_image = labels.unique(return_inverse=True)
+    targets_MC = 2 * torch.nn.functional.one_hot(class_of_image, len(classes)).double() - 1
     mean, spread = features.double().mean(0), features.double().std(0, correction=0)
     spread = torch.where(spread > 0, spread, 1)
     M, D = features.shape

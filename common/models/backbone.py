@@ -166,15 +166,15 @@ class Backbone(nn.Module):
         if images.dtype == torch.uint8:
             # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
             images = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
-        wanted = self._wanted(last) if isinstance(self.model, VisionTransformer) else []
+        blocks = self._wanted(last) if isinstance(self.model, VisionTransformer) else []
         if not self.plain and (masked is not None or not plan.whole):
             raise ValueError(f"{self.config.name} runs whole grids only, and takes no mask token")
         if isinstance(self.model, SpVit):
-            deep = self.model.run(images, wanted, plan.position == "full", norm)
+            deep = self.model.run(images, blocks, plan.position == "full", norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, P, grid in deep]
         if isinstance(self.model, VisionTransformer):
             P = self.model.num_prefix_tokens
-            outputs = token_plans.run(self.model, images, wanted, plan, hidden, masked, norm)
+            outputs = token_plans.run(self.model, images, blocks, plan, hidden, masked, norm)
             return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
         if (plan.position == "none") != self.without_position and not self.has_no_encoding:
             raise ValueError(
@@ -192,10 +192,10 @@ class Backbone(nn.Module):
     def _wanted(self, last: int | Sequence[int]) -> list[int]:
         """Numbers, from 0, of the blocks of a plain ViT that `last` asks for."""
         depth = len(self.model.blocks)
-        wanted = list(range(depth - last, depth) if isinstance(last, int) else last)
-        if not wanted or wanted[0] < 0 or wanted[-1] >= depth or sorted(set(wanted)) != wanted:
+        blocks = list(range(depth - last, depth) if isinstance(last, int) else last)
+        if not blocks or blocks[0] < 0 or blocks[-1] >= depth or sorted(set(blocks)) != blocks:
             raise ValueError(f"{self.config.name} has {depth} blocks; {last} were asked for")
-        return wanted
+        return blocks
 
     def use_plans(self, plans: Set[PlanSpec]) -> None:
         """Prepare the backbone for the plans that its passes will use, before it is trained.
@@ -258,13 +258,13 @@ class Backbone(nn.Module):
             return
         plan.counts(self.grid[0] * self.grid[1])
         what = next(
-            words
-            for wanted, words in (
+            option
+            for applies, option in (
                 (plan.keep < 1, f"keep={plan.keep:g}"),
                 (plan.position == "partial", "position=partial"),
                 (plan.context < 1, f"context={plan.context:g}"),
             )
-            if wanted
+            if applies
         )
         kind = f"model {self.config.name!r} ({type(self.model).__name__})"
         if not self.plain:

@@ -41,10 +41,10 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
     in_chans = config.kwargs.get("in_chans", len(config.mean))
     if type(in_chans) is not int or in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
-        where = f"model.mean={list(config.mean)}"
-        where = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else where
+        option = f"model.mean={list(config.mean)}"
+        option = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else option
         raise Refusal(
-            f"{where}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
+            f"{option}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
             "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
         )
     finite = all(map(math.isfinite, (*config.mean, *config.std)))
@@ -106,21 +106,25 @@ def refuse_arguments(name: str, kwargs: dict[str, Any]) -> None:
     """Raises Refusal unless all of `kwargs` are arguments of architectures like `name`, and plain values: numbers,
     words, true, false, null, and lists of them. Nothing else may reach timm from somebody's config or backbone.json."""
     module = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
-    models = [each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "forward_features")]
-    bases = {base for each in models for base in each.__mro__ if issubclass(base, nn.Module) and base is not nn.Module}
+    models = [
+        model for model in vars(module).values() if isinstance(model, type) and hasattr(model, "forward_features")
+    ]
+    bases = {
+        base for model in models for base in model.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
+    }
     known = {word for base in bases for word in inspect.signature(base.__init__).parameters}
     known = (known | set(SWIN)) - OF_THE_FACTORY - {"self", "args", "kwargs"}
     for word, value in kwargs.items():
-        where = f"model.kwargs.{word}"
+        option = f"model.kwargs.{word}"
         if word in OF_THE_FACTORY:
             raise Refusal(
-                f"{where} is no argument of an architecture and is not passed on to timm: leave it out (weights come "
+                f"{option} is no argument of an architecture and is not passed on to timm: leave it out (weights come "
                 "from model.init and model.weights)"
             )
         if word not in known:
-            raise Refusal(f"{where} is no argument of {name}{nearest(str(word), known)}")
+            raise Refusal(f"{option} is no argument of {name}{nearest(str(word), known)}")
         if not _plain(value):
-            raise Refusal(f"{where}={value!r:.60}: expected a number, a word, true, false, null or a list of them")
+            raise Refusal(f"{option}={value!r:.60}: expected a number, a word, true, false, null or a list of them")
 
 
 def _plain(value: Any) -> bool:

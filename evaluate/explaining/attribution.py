@@ -45,12 +45,12 @@ def attend(
     Refusal for a backbone whose blocks are none of a plain ViT's.
     """
     was_training = backbone.training
-    seen: list[Tensor] = []
+    probabilities_seen: list[Tensor] = []
     relevances: list[Tensor] = []
     backbone.eval()
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_watched(backbone, seen))
+            stack.enter_context(_watched(backbone, probabilities_seen))
             stack.enter_context(torch.set_grad_enabled(score is not None))
             recorded = None
             if score is not None and (plan is None or plan.whole) and unsupported(backbone) is None:
@@ -64,15 +64,17 @@ def attend(
             scores = score(pooled) if score is not None else None
             gradients: Sequence[Tensor] = ()
             if scores is not None:  # images do not meet in eval mode: the sum's gradient is each one's own
-                gradients = torch.autograd.grad(scores.sum(), seen, allow_unused=True, materialize_grads=True)
+                gradients = torch.autograd.grad(
+                    scores.sum(), probabilities_seen, allow_unused=True, materialize_grads=True
+                )
             if score is not None and recorded is not None:
                 relevances = lrp.relevances(backbone.model, recorded, _start(features, pooling, score))
     finally:
         backbone.train(was_training)
-    T = max(probabilities.shape[-1] for probabilities in seen)
+    T = max(probabilities.shape[-1] for probabilities in probabilities_seen)
     return Attended(
-        [_padded(one.detach(), T) for one in seen],
-        [_padded(one, T) for one in gradients],
+        [_padded(maps.detach(), T) for maps in probabilities_seen],
+        [_padded(maps, T) for maps in gradients],
         features,
         pooled.detach(),
         None if scores is None else scores.detach(),
@@ -96,26 +98,28 @@ def _start(features: Features, pooling: str, score: Score) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watched(backbone: Backbone, seen: list[Tensor]) -> Iterator[None]:
-    """Append the probabilities of every block to `seen`; the attention is computed as before afterwards."""
+def _watched(backbone: Backbone, probabilities: list[Tensor]) -> Iterator[None]:
+    """Append the probabilities of every block to `probabilities`; afterwards attention is computed as before."""
     attentions = [getattr(block, "attn", None) for block in getattr(backbone.model, "blocks", None) or ()]
-    if not attentions or not all(hasattr(one, "attn_drop") and hasattr(one, "fused_attn") for one in attentions):
+    complete = [hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn") for attention in attentions]
+    if not complete or not all(complete):
         raise Refusal(
             f"{backbone.config.name} ({type(backbone.model).__name__}) has no attention of every patch to every patch "
             "that could be shown: use a plain ViT, a DeiT, iRPE, LV-ViT or SP-ViT"
         )
-    fused = [one.fused_attn for one in attentions]  # type: ignore[union-attr]
+    fused = [attention.fused_attn for attention in attentions]  # type: ignore[union-attr]
     hooks = []
     try:
-        for one in attentions:
-            one.fused_attn = False  # type: ignore[union-attr]
-            hooks.append(one.attn_drop.register_forward_hook(lambda _module, _given, out: seen.append(out)))  # type: ignore[union-attr]
+        for attention in attentions:
+            attention.fused_attn = False  # type: ignore[union-attr]
+            hook = attention.attn_drop.register_forward_hook(lambda _module, _input, out: probabilities.append(out))  # type: ignore[union-attr]
+            hooks.append(hook)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for one, was in zip(attentions, fused, strict=True):
-            one.fused_attn = was  # type: ignore[union-attr]
+        for attention, was in zip(attentions, fused, strict=True):
+            attention.fused_attn = was  # type: ignore[union-attr]
 
 
 def _padded(maps: Tensor, tokens: int) -> Tensor:

@@ -18,20 +18,20 @@ BLUE, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#6e6e6e", "#222222"  # Okabe an
 CURVES = {"subject": (BLUE, "o", "-"), "random": (ORANGE, "s", "--")}  # told apart without colour too
 
 
-def draw_layers(values: Values, words: tuple[str, str], notes: Sequence[str], k: int | None) -> Figure:
+def draw_layers(values: Values, title_and_subtitle: tuple[str, str], notes: Sequence[str], k: int | None) -> Figure:
     """Draw position by layer; with labels (`k` neighbours), meaning by layer; on one grid, the two against each
     other."""
     rows = [row for row in CURVES if row in values]
     one_grid = len({tuple(entry["grid"]) for entry in values[rows[0]].values()}) == 1
     panels = 1 if k is None else 3 if one_grid else 2
     width, height = (6.4 if panels == 1 else 1.2 + 3.6 * panels), 3.45
-    about = [line for text in (words[1], *notes) for line in textwrap.wrap(text, int(15.5 * width))]
-    head = 0.36 + 0.16 * len(about)  # inches
+    subtitle = [line for text in (title_and_subtitle[1], *notes) for line in textwrap.wrap(text, int(15.5 * width))]
+    head = 0.36 + 0.16 * len(subtitle)  # inches
     figure = Figure(figsize=(width, height + head), layout="constrained", facecolor="white")
     top = 1 - 0.06 / (height + head)
-    figure.text(0.1 / width, top, words[0], ha="left", va="top", size=12, weight="bold", color=INK)
+    figure.text(0.1 / width, top, title_and_subtitle[0], ha="left", va="top", size=12, weight="bold", color=INK)
     top -= 0.25 / (height + head)
-    figure.text(0.1 / width, top, "\n".join(about), ha="left", va="top", size=8, color=GREY)
+    figure.text(0.1 / width, top, "\n".join(subtitle), ha="left", va="top", size=8, color=GREY)
     figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + head)), wspace=0.06)  # type: ignore
     axes = figure.subplots(1, panels, squeeze=False)[0]
     depth_name = "block" if one_grid else "stage"

@@ -54,8 +54,8 @@ class Reading:
 
 def drawn(images: int, num_patches: int, test: bool) -> int:
     """Number T of tokens to draw from each of so many images, at least one and at most all."""
-    wanted = min(TEST_TOKENS, ANSWERS // num_patches) if test else TRAIN_TOKENS
-    return min(num_patches, math.ceil(wanted / images))
+    tokens = min(TEST_TOKENS, ANSWERS // num_patches) if test else TRAIN_TOKENS
+    return min(num_patches, math.ceil(tokens / images))
 
 
 def patches(images: Tensor, grid: tuple[int, int]) -> Features:
@@ -91,9 +91,9 @@ def sample(
     grids: list[tuple[int, int]] = []
     indices = []
     for batch, index in shown(images, size, crop, channels, workers=workers, warn=warn, limit=limit):
-        seen = see(batch)
-        parts, grids = parts or [[] for _ in seen], [features.grid for features in seen]
-        for part, tokens in zip(parts, (features.tokens.float() for features in seen), strict=True):
+        layers_of_batch = see(batch)
+        parts, grids = parts or [[] for _ in layers_of_batch], [features.grid for features in layers_of_batch]
+        for part, tokens in zip(parts, (features.tokens.float() for features in layers_of_batch), strict=True):
             B, N, D = tokens.shape
             order = torch.rand(B, N, generator=torch.Generator().manual_seed(int(index[0]))).argsort(1)
             places = order[:, : drawn(len(images), N, test)].to(tokens.device)

@@ -51,9 +51,11 @@ def draw_sheets(
         for at, picture in enumerate(pictures)
     ]
     titles = ["image", *observation.maps, "patch features"]
-    about = f"Attention is that of the {whole}. Bright is most, in each image. Target: {observation.target_in_words}."
+    subtitle = (
+        f"Attention is that of the {whole}. Bright is most, in each image. Target: {observation.target_in_words}."
+    )
     basis = "Patch features: first three principal components as red, green, blue; one basis for the sheet."
-    sheets = {"maps": mosaic(rows, titles, f"What matters to {name}", f"{about} {basis}")}
+    sheets = {"maps": mosaic(rows, titles, f"What matters to {name}", f"{subtitle} {basis}")}
     heads = observation.heads.shape[1]
     rows = [
         [picture, *(overlaid(picture, head.view(grid)) for head in observation.heads[at])]
@@ -79,14 +81,17 @@ def neighbors(job: Evaluation, observation: Observation, name: str) -> Figure:
         cells = [cell(image) for batch, _ in batches for image in batch]
         if labels is not None:
             alike = [bool(labels[0][place] == labels[1][int(observation.index[at])]) for place in places]  # type: ignore[index]
-            cells = [framed(picture, GREEN if one else ORANGE) for picture, one in zip(cells, alike, strict=True)]
+            cells = [
+                framed(picture, GREEN if same_class else ORANGE)
+                for picture, same_class in zip(cells, alike, strict=True)
+            ]
             same += alike
         rows.append([cell(observation.images[at]), *cells])
     kind = "class tokens" if observation.by_class else "mean patches"
-    about = f"By the cosine of {kind}, centred, among {len(job.train):,} images."
+    subtitle = f"By the cosine of {kind}, centred, among {len(job.train):,} images."
     if same:
-        about += f" Green frame: of the same class ({100 * sum(same) / len(same):.0f} %), orange: of another."
-    return mosaic(rows, ["image", *map(str, range(1, NEIGHBORS + 1))], f"Nearest training images: {name}", about)
+        subtitle += f" Green frame: of the same class ({100 * sum(same) / len(same):.0f} %), orange: of another."
+    return mosaic(rows, ["image", *map(str, range(1, NEIGHBORS + 1))], f"Nearest training images: {name}", subtitle)
 
 
 def cell(image: Tensor) -> np.ndarray:
@@ -124,13 +129,13 @@ def framed(picture: np.ndarray, colour: str) -> np.ndarray:
     return edged
 
 
-def mosaic(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: str, about: str) -> Figure:
+def mosaic(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: str, subtitle: str) -> Figure:
     """Put cells in rows and columns under a title and column titles, one pixel of a cell to one of the sheet."""
     step = CELL + GAP
     width, height = len(titles) * step + GAP, len(rows) * step
-    lines = textwrap.wrap(about, max(40, width // 6))
-    words = [textwrap.wrap(word, 16) for word in titles]
-    above = 12 + 12 * max(map(len, words))  # pixels of the column titles
+    lines = textwrap.wrap(subtitle, max(40, width // 6))
+    column_titles = [textwrap.wrap(word, 16) for word in titles]
+    above = 12 + 12 * max(map(len, column_titles))  # pixels of the column titles
     head = 34 + 14 * len(lines) + above
     canvas = np.ones((head + height, width, 3), np.float32)
     for i, row in enumerate(rows):
@@ -142,7 +147,7 @@ def mosaic(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: s
     text = partial(figure.text, va="top", color=INK)
     text(GAP / width, 1 - 8 / total, title, size=11, weight="bold")
     text(GAP / width, 1 - 30 / total, "\n".join(lines), size=7.5, color=GREY, linespacing=1.25)
-    for j, parts in enumerate(words):
+    for j, parts in enumerate(column_titles):
         place = (GAP + j * step + CELL / 2) / width, 1 - (head - 8) / total
         figure.text(*place, "\n".join(parts), size=8, ha="center", va="baseline", color=INK, linespacing=1.1)
     return figure

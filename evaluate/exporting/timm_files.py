@@ -164,8 +164,10 @@ def _head_for_timm(model: nn.Module, classifiers: Any, head: dict[str, Tensor]) 
     """The linear layer under timm's names. Further heads, of distillation or of patches, are zero: where timm averages
     two of them, the first is doubled."""
     names = [classifiers] if isinstance(classifiers, str) else list(classifiers)
-    own = model.state_dict()
-    state = {name: torch.zeros_like(own[name]) for name in own if name.rpartition(".")[0] in names}
+    state_of_model = model.state_dict()
+    state = {
+        name: torch.zeros_like(state_of_model[name]) for name in state_of_model if name.rpartition(".")[0] in names
+    }
     factor = 2 if isinstance(model, VisionTransformerDistilled) else 1
     return state | {f"{names[0]}.{which}": factor * tensor.float() for which, tensor in head.items()}
 
@@ -176,8 +178,8 @@ def _pools(model: Any, backbone: Backbone, about: Mapping[str, Any], head: dict[
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, backbone.channels, *backbone.size, generator=generator)
     expected = scores(backbone(images, public.TokenPlan(about["position"])), about["pooling"], head)
-    found = model(images)
-    return found.shape == expected.shape and difference(found, expected) <= SAME
+    output = model(images)
+    return output.shape == expected.shape and difference(output, expected) <= SAME
 
 
 def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
@@ -186,9 +188,9 @@ def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) 
     return pooled if head is None else F.linear(pooled, head["weight"].float(), head["bias"].float())
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(output: Tensor, expected: Tensor) -> float:
     """Largest difference; of logits, as a share of the largest if that is beyond 1."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    return ((output - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 # ------------------------------------------------------------------------------------------------ as a user reads them
@@ -231,8 +233,8 @@ def import_line(made: Recipe) -> str | None:
         return None
     module = Backbone.__module__.rpartition(".")[0]
     other = "poslabel.common.models" if module == "common.models" else "common.models"
-    where = "with poslabel installed" if module == "common.models" else "in the repository"
-    return f"import {module}  # registers {made.name}; {where}: import {other}"
+    context = "with poslabel installed" if module == "common.models" else "in the repository"
+    return f"import {module}  # registers {made.name}; {context}: import {other}"
 
 
 def usage(made: Recipe, folder: str | Path, channels: int) -> list[str]:

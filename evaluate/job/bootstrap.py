@@ -35,9 +35,9 @@ def miou(sums: np.ndarray, images: int) -> np.ndarray:
     """
     intersection = sums[..., 0]
     union = sums[..., 1] + sums[..., 2] - intersection
-    there = union > 0
-    shares = np.divide(intersection, union, out=np.zeros(union.shape), where=there)
-    count = there.sum(-1)
+    occurs = union > 0
+    shares = np.divide(intersection, union, out=np.zeros(union.shape), where=occurs)
+    count = occurs.sum(-1)
     return np.divide(shares.sum(-1), count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
@@ -63,21 +63,21 @@ def distribution(
     shape, unless given. The same seed gives the same draws, however many outcomes there are. Raises ValueError if the
     numbers of images differ, or are 0.
     """
-    found = [_by_seed(outcomes) for outcomes in several]
-    counts = {outcomes.shape[1] for outcomes in found}
+    by_seed = [_by_seed(outcomes) for outcomes in several]
+    counts = {outcomes.shape[1] for outcomes in by_seed}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"outcomes of {sorted(counts)} images: expected equally many, and at least one")
     images = counts.pop()
-    flat = np.concatenate([_columns(outcomes) for outcomes in found], 1)  # (K, all columns)
+    flat = np.concatenate([_columns(outcomes) for outcomes in by_seed], 1)  # (K, all columns)
     rng = np.random.default_rng(seed)
-    results = np.empty((len(found), draws))
-    together = max(1, AT_ONCE // images)
-    for start in range(0, draws, together):
-        part = range(start, min(start + together, draws))
+    results = np.empty((len(by_seed), draws))
+    at_a_time = max(1, AT_ONCE // images)
+    for start in range(0, draws, at_a_time):
+        part = range(start, min(start + at_a_time, draws))
         # how often each image is drawn: the counts of a multinomial, drawn one by one so that chunks change nothing
         times = np.stack([np.bincount(rng.integers(0, images, images), minlength=images) for _ in part])
         sums, at = times.astype(np.float64) @ flat, 0
-        for number, outcomes in enumerate(found):
+        for number, outcomes in enumerate(by_seed):
             S, _, *rest = outcomes.shape
             width = S * int(np.prod(rest))
             of_seeds = sums[:, at : at + width].reshape(len(part), S, *rest)

@@ -64,20 +64,20 @@ def cached(
     Refusal if more of `images` cannot be read than `limit` allows.
     """
     stamp = _everybody(images.stamp() if collectives.rank() == 0 else "")[0]  # elsewhere they may lie on other disks
-    key, *larger = ({**each, "files": stamp} for each in (key, *larger))
+    key, *larger = ({**one_key, "files": stamp} for one_key in (key, *larger))
     text, home = _place(folder, key)
-    found, missing = None, []
+    features, missing = None, []
     if collectives.rank() == 0:
-        found = _checked(home, text, say)
+        features = _checked(home, text, say)
         for other in larger:
-            if found is None and _is_whole(*_place(folder, other)):
+            if features is None and _is_whole(*_place(folder, other)):
                 home = _place(folder, other)[1]
-                found = _mapped(home)
-        missing = [] if found else _missing(home, text, _ranges(len(images), part), say)
-    told = _everybody((text, home if found else None, missing))
-    if any(theirs != text for theirs, _, _ in told):
+                features = _mapped(home)
+        missing = [] if features else _missing(home, text, _ranges(len(images), part), say)
+    answers = _everybody((text, home if features else None, missing))
+    if any(theirs != text for theirs, _, _ in answers):
         raise Refusal(f"the processes of this job see different weights or images, of {images.where} at least")
-    _, whole, missing = told[0]
+    _, whole, missing = answers[0]
     if whole is None:
         home.mkdir(parents=True, exist_ok=True)
         _extract(home, text, missing, extract, say)
@@ -88,7 +88,7 @@ def cached(
             except (Refusal, OSError) as error:
                 problem = str(error)
         _refuse(problem)
-    return found or _mapped(whole or home)
+    return features or _mapped(whole or home)
 
 
 def _place(folder: Path, key: Mapping[str, Any]) -> tuple[str, Path]:
@@ -204,17 +204,17 @@ def _progress(images: int, processes: int, say: Callable[[str], None]) -> Callab
     began = said = time.monotonic()
     done = 0
 
-    def seen(more: int) -> None:
+    def count(more: int) -> None:
         nonlocal said, done
         now, done = time.monotonic(), done + more
         if now - said >= OFTEN and done < images:
             said = now
             rate = done / (now - began)
-            whose = f" (the share of one of {processes} processes)" if processes > 1 else ""
+            share = f" (the share of one of {processes} processes)" if processes > 1 else ""
             left = timedelta(seconds=round((images - done) / rate))
-            say(f"  {done:,} of {images:,} images{whose}, {rate:,.0f} per second, {left} left")
+            say(f"  {done:,} of {images:,} images{share}, {rate:,.0f} per second, {left} left")
 
-    return seen
+    return count
 
 
 def _merge(

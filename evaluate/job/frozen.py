@@ -93,7 +93,7 @@ def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, b
     """Features of a network, from the cache."""
     backbone = subject.backbone(seed or 0).to(job.device)
     name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
-    found = []
+    features = []
     for images in (job.train, job.test):
         key = cache_key(backbone, subject.plan, images, job.precision, job.device, blocks)
         extract = functools.partial(
@@ -111,33 +111,35 @@ def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, b
         kinds = _cached(job, key, images, name, extract, larger)
         kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
         job.refuse_not_finite(kinds, images, name, backbone, subject.plan, cached=True)
-        found.append(kinds)
-    _refuse_lost(job, found)
-    flat = [kind for kind in found[0] if kind != "index" and is_constant(found[0][kind])]
+        features.append(kinds)
+    _refuse_lost(job, features)
+    flat = [kind for kind in features[0] if kind != "index" and is_constant(features[0][kind])]
     if flat:
         job.warn(f"{name}: features ({', '.join(flat)}) are the same for every image: nothing can be told by them")
-    return found
+    return features
 
 
 def _of_pixels(job: Evaluation, alone: bool = True) -> Features:
     """Take raw pixels from the cache if they are many, else from the images; if not `alone`, the cache only."""
     channels, size, workers = _channels(job), job.size, job.arguments.workers
-    found = []
+    features = []
     for images in (job.train, job.test):
         if 4 * channels * min(size[0], PIXELS) * min(size[1], PIXELS) * len(images) > IN_MEMORY:
             extract = functools.partial(
                 pixel_parts, images, size, job.crop, channels=channels, workers=workers, limit=job.limit
             )
-            found.append(_cached(job, pixel_key(images, size, job.crop, channels), images, LABELS["pixels"], extract))
+            features.append(
+                _cached(job, pixel_key(images, size, job.crop, channels), images, LABELS["pixels"], extract)
+            )
         elif alone:
             how: dict[str, Any] = {"workers": workers, "warn": job.say, "limit": job.limit}
-            found.append(raw_pixels(images, size, job.crop, channels=channels, **how))
-    return found
+            features.append(raw_pixels(images, size, job.crop, channels=channels, **how))
+    return features
 
 
 def _of_patches(job: Evaluation, seed: int, alone: bool) -> Features:
     """Features of patches, from the cache."""
-    channels, found = _channels(job), []
+    channels, features = _channels(job), []
     for images in (job.train, job.test):
         extract = functools.partial(
             patch_parts,
@@ -152,15 +154,15 @@ def _of_patches(job: Evaluation, seed: int, alone: bool) -> Features:
             seed=seed,
         )
         key = patch_key(job.train, images, job.size, job.crop, channels, seed)
-        found.append(_cached(job, key, images, f"{LABELS['patches']} (seed {seed})", extract))
-    _refuse_lost(job, found)
-    return found
+        features.append(_cached(job, key, images, f"{LABELS['patches']} (seed {seed})", extract))
+    _refuse_lost(job, features)
+    return features
 
 
-def _refuse_lost(job: Evaluation, found: Features) -> None:
+def _refuse_lost(job: Evaluation, features: Features) -> None:
     """Raises Refusal if too many images of both splits together are not among what was found."""
     total = len(job.train) + len(job.test)
-    lost = total - sum(len(each["index"]) for each in found)
+    lost = total - sum(len(split["index"]) for split in features)
     if lost > job.limit.allowed(total):
         job.limit.refuse(lost, total, total, job.spec, ["they were named above"])
 

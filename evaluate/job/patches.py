@@ -75,14 +75,16 @@ def learned(images: Images, size: tuple[int, int], crop: float, channels: int, s
     """Learn filters from training `images` under the evaluation transform; `seed` decides what is drawn."""
     small = working_size(size)
     side, other = min(SIDE, small[0]), min(SIDE, small[1])
-    some = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
-    each = -(-DRAWN // len(some))
+    chosen_images = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
+    per_image = -(-DRAWN // len(chosen_images))
     drawn: list[Tensor] = []
-    for batch, index in shown(some, size, crop, channels, workers=workers, warn=lambda line: None, limit=NO_LIMIT):
+    for batch, index in shown(
+        chosen_images, size, crop, channels, workers=workers, warn=lambda line: None, limit=NO_LIMIT
+    ):
         for pixels, i in zip(smaller(batch, small), index.tolist(), strict=True):
             rng = generator(seed, 0, i, "patches")
-            tops = rng.integers(0, small[0] - side + 1, each)
-            lefts = rng.integers(0, small[1] - other + 1, each)
+            tops = rng.integers(0, small[0] - side + 1, per_image)
+            lefts = rng.integers(0, small[1] - other + 1, per_image)
             windows = pixels.unfold(1, side, 1).unfold(2, other, 1)  # a view: (C, rows, columns, side, other)
             drawn.append(windows[:, tops, lefts].transpose(0, 1).flatten(1))
     patches = torch.cat(drawn).double()  # (M, D)

@@ -54,8 +54,8 @@ def write(
     `values` are.
     """
     assert {"id", "selection"} <= protocol.keys()
-    about, training = job.subject.description, job.subject.description.get("training", {})
-    transform = {"name": "evaluation", "size": about["size"], "crop": job.crop, "interpolation": "bicubic"}
+    description, training = job.subject.description, job.subject.description.get("training", {})
+    transform = {"name": "evaluation", "size": description["size"], "crop": job.crop, "interpolation": "bicubic"}
     state = job.subject.state
     job.out.parent.mkdir(parents=True, exist_ok=True)
     listed = job.out.with_suffix(f".{UNREADABLE}")
@@ -69,8 +69,10 @@ def write(
         "subject": {
             "name": job.subject.name,
             "ckpt": job.arguments.ckpt,
-            "model": {name: about[name] for name in ("name", "kwargs", "size", "mean", "std")} if not job.raw else None,
-            "position": about["position"] if not job.raw else None,
+            "model": {name: description[name] for name in ("name", "kwargs", "size", "mean", "std")}
+            if not job.raw
+            else None,
+            "position": description["position"] if not job.raw else None,
             "recipe": training.get("recipe"),
             "trained_on": training.get("data"),
             "audit": training.get("audit"),
@@ -108,7 +110,9 @@ def write(
 
 
 def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index: Any) -> dict[str, str]:
-    arrays = {f"{row}/{kind}": np.asarray(each) for row, kinds in outcomes.items() for kind, each in kinds.items()}
+    arrays = {
+        f"{row}/{kind}": np.asarray(outcome) for row, kinds in outcomes.items() for kind, outcome in kinds.items()
+    }
     arrays["index"] = np.asarray(index, dtype=np.int64)
     for name, array in arrays.items():
         assert name == "index" or array.shape[1] == len(arrays["index"]), (name, array.shape)
@@ -140,12 +144,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path} has report format {content['format']}, this version reads format {FORMAT}: update poslabel, or "
             "evaluate again"
         )
-    about = content.get("outcomes")
-    if about is None:
+    outcomes = content.get("outcomes")
+    if outcomes is None:
         return content, {}
-    name, expected = (about.get("file"), about.get("sha256")) if isinstance(about, dict) else (None, None)
+    name, expected = (outcomes.get("file"), outcomes.get("sha256")) if isinstance(outcomes, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(expected, str) or Path(name).name != name:
-        raise Refusal(f"{path} is no whole report: its outcomes are {about!r:.60}, expected a file and its sha256")
+        raise Refusal(f"{path} is no whole report: its outcomes are {outcomes!r:.60}, expected a file and its sha256")
     file = path.with_name(name)
     if not file.is_file() or sha256(file) != expected:
         state = "does not match it (SHA-256 differs)" if file.is_file() else "is missing"
@@ -183,16 +187,16 @@ def leak_note(description: Mapping[str, Any]) -> str:
 def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
     """Print a table below what it is about, and where its report is. `frozen`: whether the backbone is as it was
     trained, also without position embedding."""
-    about = job.subject.description
-    position = "" if about["position"] == "full" or not frozen else ", without position embedding"
-    size = "x".join(map(str, about["size"]))
-    whose = (
+    description = job.subject.description
+    position = "" if description["position"] == "full" or not frozen else ", without position embedding"
+    size = "x".join(map(str, description["size"]))
+    subject = (
         f"{LABELS[job.arguments.ckpt]} ({size} px)"
         if job.raw
-        else f"{job.subject.name} ({about['name']}, {size} px{position})"
+        else f"{job.subject.name} ({description['name']}, {size} px{position})"
     )
-    job.say(f"\n{what} of {whose} on {job.spec}")
-    if leak := leak_note(about):
+    job.say(f"\n{what} of {subject} on {job.spec}")
+    if leak := leak_note(description):
         job.say(leak)
     job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
     job.say("\n".join([f"\n{table}", *(f"warning: {line}" for line in job.warnings), f"\nreport: {job.out}"]))

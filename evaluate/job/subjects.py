@@ -78,8 +78,8 @@ class Subject:
             return backbone, ""
         fresh = {}
         if self.description["position"] == "none":
-            own = backbone.model.state_dict()
-            fresh = {name: tensor for name, tensor in own.items() if name.endswith(POSITION_TENSORS)}
+            state = backbone.model.state_dict()
+            fresh = {name: tensor for name, tensor in state.items() if name.endswith(POSITION_TENSORS)}
         load_exactly(backbone.model, self.state | fresh, self.name)
         note = f"trained without position embedding; finetuned with a fresh one ({', '.join(fresh)})" if fresh else ""
         return backbone, note
@@ -150,8 +150,8 @@ def _like(word: str) -> dict[str, Any]:
         view = (recipe.get("views") or {}).get("global", {})
         preset = PRESETS.get(view.get("preset"), {}).get("global", {})
         size = view.get("size", preset.get("size", View().size))
-        given = {name: options or {} for name, options in (recipe.get("objectives") or {}).items()}
-        trained = {name: options for name, options in given.items() if options.get("weight", 1.0) > 0}
+        objectives = {name: options or {} for name, options in (recipe.get("objectives") or {}).items()}
+        trained = {name: options for name, options in objectives.items() if options.get("weight", 1.0) > 0}
         positions = {
             options.get("position", "none" if name in POSITIONAL else "full") for name, options in trained.items()
         }

@@ -193,14 +193,14 @@ def _find_splits(where: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] 
 
 def _kind(folder: Path, names: Collection[str], usual: str) -> Path:
     """The sub-folder of images, or of masks, by its name."""
-    found = [name for name in folders(folder) if name.lower() in names]
-    return folder / (usual if usual in found or len(found) != 1 else found[0])
+    candidates = [name for name in folders(folder) if name.lower() in names]
+    return folder / (usual if usual in candidates or len(candidates) != 1 else candidates[0])
 
 
 def _alike(folder: Path, name: str) -> Path:
     """The sub-folder `name`, in any case."""
-    there = folders(folder) if folder.is_dir() else []
-    return folder / next((each for each in [name, *there] if each in there and each.lower() == name.lower()), name)
+    names = folders(folder) if folder.is_dir() else []
+    return folder / next((entry for entry in [name, *names] if entry in names and entry.lower() == name.lower()), name)
 
 
 def _named(folder: Path, *pairs: tuple[Path, Path]) -> list[str] | None:
@@ -225,11 +225,11 @@ def _lines(path: Path) -> list[str]:
 def _with_classes(train: Scenes, test: Scenes, spec: str, names: Sequence[str] | None) -> tuple[Scenes, Scenes]:
     """Give both splits the same classes; without names, those whose labels occur. Raises Refusal."""
     if names is None:
-        seen = [[(split.classes or ())[k] for k in np.flatnonzero(split.pixels.sum(0))] for split in (train, test)]
-        if not set(seen[1]) <= set(seen[0]):
+        labels = [[(split.classes or ())[k] for k in np.flatnonzero(split.pixels.sum(0))] for split in (train, test)]
+        if not set(labels[1]) <= set(labels[0]):
             raise Refusal(
-                f"classes differ between the splits of {spec}: training masks have labels {_listed(seen[0])}, test "
-                f"masks {_listed(seen[1])}; expected none that training lacks, or all of them named in {CLASSES}"
+                f"classes differ between the splits of {spec}: training masks have labels {_listed(labels[0])}, test "
+                f"masks {_listed(labels[1])}; expected none that training lacks, or all of them named in {CLASSES}"
             )
         test.classes, lacking = train.classes, len(train.classes or ()) - test.pixels.shape[1]
         test.pixels = np.pad(test.pixels, ((0, 0), (0, max(0, lacking))))[:, : len(train.classes or ())]
@@ -267,7 +267,7 @@ def _open_ade(
         names = listed if len(listed) == ADE_CLASSES else names
     surveys = [_survey(*pair) for pair in (split, held)]
     labels = settle(surveys, names, reduce_zero, ADE_CLASSES)
-    splits = [_scenes(each, labels, names) for each in surveys]
+    splits = [_scenes(survey, labels, names) for survey in surveys]
     train, validation = _with_classes(splits[0], splits[1], str(folder), names)
     how = "" if reduce_zero != "auto" else f" ({len(names)} classes; --reduce-zero-label no, or yes, says otherwise)"
     return train, validation, f"as split in {folder}: {divided}; {labels}{how}{_never_seen(train)}"

@@ -203,9 +203,9 @@ def make(
             if value is not None:
                 raise Refusal(f"{name} {value} goes with --head upernet: a linear head sees the last block")
         return Segmenter(backbone, Linear(backbone.width, num_classes, dropout), 1, plan, frozen)
-    found = _checked(backbone, blocks)
+    chosen = _checked(backbone, blocks)
     decoder = UperNet(backbone.width, num_classes, CHANNELS if channels is None else channels, dropout)
-    return Segmenter(backbone, decoder, found, plan, frozen)
+    return Segmenter(backbone, decoder, chosen, plan, frozen)
 
 
 def usual_blocks(backbone: Backbone) -> list[int]:
@@ -229,10 +229,10 @@ def _checked(backbone: Backbone, blocks: Sequence[int] | None) -> list[int]:
         raise Refusal(f"--head upernet makes a pyramid of four blocks, and {name} has {count}: use --head linear")
     if blocks is None:
         return usual_blocks(backbone)
-    found = list(blocks)
-    if len(found) != 4 or sorted(set(found)) != found or found[0] < 0 or found[-1] >= count:
+    numbers = list(blocks)
+    if len(numbers) != 4 or sorted(set(numbers)) != numbers or numbers[0] < 0 or numbers[-1] >= count:
         raise Refusal(
-            f"--blocks {found}: expected four blocks of {name}, increasing, from 0 to {count - 1}, such as "
+            f"--blocks {numbers}: expected four blocks of {name}, increasing, from 0 to {count - 1}, such as "
             f"{usual_blocks(backbone)}"
         )
-    return found
+    return numbers

@@ -118,13 +118,13 @@ def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Class of each pixel, int64 (H, W), of scores (K, h, w) that are resized to `size`, some classes at a time: of 150
     classes a photograph would fill gigabytes."""
     best = torch.full(size, -torch.inf, device=scores.device)
-    found = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), CLASSES):
         part = F.interpolate(scores[None, first : first + CLASSES], size, mode="bilinear", align_corners=False)[0]
         value, at = part.max(0)
         better = value > best
-        best, found = torch.where(better, value, best), torch.where(better, at + first, found)
-    return found
+        best, classes = torch.where(better, value, best), torch.where(better, at + first, classes)
+    return classes
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def segment(model: Any, image: Tensor, view: View) -> dict[str, Tensor]:
     Raises NotFinite.
     """
     size = (int(image.shape[-2]), int(image.shape[-1]))
-    found = {SINGLE: likeliest(_scores(model, image, view, 1.0), size)}
+    results = {SINGLE: likeliest(_scores(model, image, view, 1.0), size)}
     total: Tensor | None = None
     for ratio in view.ratios:
         for mirrored in (False, True):
@@ -143,7 +143,7 @@ def segment(model: Any, image: Tensor, view: View) -> dict[str, Tensor]:
             scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
             scores = (scores if view.votes else scores.softmax(0)).flip(-1 if mirrored else ())
             total = scores if total is None else total.add_(scores)
-    return found if total is None else found | {MULTI: total.argmax(0)}
+    return results if total is None else results | {MULTI: total.argmax(0)}
 
 
 # ------------------------------------------------------------------------------------------------ all test images
@@ -203,15 +203,15 @@ def judge(
         read[i] = 1
         try:
             with accelerator.autocast():
-                found = segment(model, image.to(device), view)
+                predicted = segment(model, image.to(device), view)
         except NotFinite:
             bad[i] = 1
             continue
         for at, name in enumerate(names):
-            table[i, at] = counts(found[name].cpu(), mask, C)
+            table[i, at] = counts(predicted[name].cpu(), mask, C)
     tell_unreadable(unreadable, scenes, say)
     if accelerator.num_processes > 1:  # each row was filled by one of them
-        table, read, bad = (accelerator.reduce(each.to(device), "sum").cpu() for each in (table, read, bad))  # type: ignore[union-attr]
+        table, read, bad = (accelerator.reduce(tensor.to(device), "sum").cpu() for tensor in (table, read, bad))  # type: ignore[union-attr]
     if bad.any():
         raise Refusal(
             f"the scores of {int(bad.sum()):,} of {int(read.sum()):,} images in {scenes.where} are not finite: numbers "

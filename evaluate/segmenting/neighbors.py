@@ -89,12 +89,12 @@ class Neighbors(nn.Module):
         """uint8 (B, C, H, W) -> {"logits": (B, K, h, w)}: shares of the votes, which sum to 1."""
         features = self.backbone.layers(images, 1, self.plan)[0]
         tokens = unit_vectors(features.tokens, self.centre)
-        found = []
+        shares = []
         for queries in tokens.flatten(0, 1).split(max(1, AT_ONCE // len(self.bank))):
             similarity, neighbor = (queries @ self.bank.T).topk(self.k, dim=1)
             weights = (similarity / self.temperature).softmax(1)  # (q, k)
-            found.append(torch.einsum("qk,qkc->qc", weights, self.labels[neighbor]))
-        votes = torch.cat(found).view(len(images), *features.grid, -1)
+            shares.append(torch.einsum("qk,qkc->qc", weights, self.labels[neighbor]))
+        votes = torch.cat(shares).view(len(images), *features.grid, -1)
         return {"logits": votes.permute(0, 3, 1, 2)}
 
 
@@ -120,7 +120,7 @@ def collect(
     chosen = np.unique(np.linspace(0, len(scenes) - 1, min(len(scenes), most)).astype(int))
     share = max(1, most // len(chosen))
     mine = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
-    found: list[tuple[int, Tensor, Tensor]] = []  # (image, tokens, labels)
+    kept: list[tuple[int, Tensor, Tensor]] = []  # (image, tokens, labels)
     windows: list[tuple[int, Tensor, Tensor]] = []
 
     def run() -> None:
@@ -131,7 +131,7 @@ def collect(
             labelled = torch.nonzero(labels.sum(1) > 0)[:, 0]
             order = generator(seed, 1, i, "bank").permutation(len(labelled))[:share]
             rows = labelled[torch.from_numpy(np.sort(order))]
-            found.append((i, tokens[rows], labels[rows]))
+            kept.append((i, tokens[rows], labels[rows]))
         windows.clear()
 
     for i, image, mask in pairs(scenes, mine, backbone.channels, workers):
@@ -144,17 +144,17 @@ def collect(
     if windows:
         run()
     if accelerator.num_processes > 1:
-        found = gather_object(found)
-    found.sort(key=lambda each: each[0])
-    bad = torch.tensor([not bool(torch.isfinite(tokens).all()) for _, tokens, _ in found])
+        kept = gather_object(kept)
+    kept.sort(key=lambda each: each[0])
+    bad = torch.tensor([not bool(torch.isfinite(tokens).all()) for _, tokens, _ in kept])
     if bad.any():
         raise Refusal(
-            f"the patches of {int(bad.sum()):,} of {len(found):,} images in {scenes.where} are not finite: numbers "
+            f"the patches of {int(bad.sum()):,} of {len(kept):,} images in {scenes.where} are not finite: numbers "
             f"overflow; {IN_FP32}"
         )
-    if not found or not sum(len(tokens) for _, tokens, _ in found):
+    if not kept or not sum(len(tokens) for _, tokens, _ in kept):
         raise Refusal(f"no labelled patch in {scenes.where}: every pixel says to be ignored (255)")
-    return tuple(torch.cat([each[at] for each in found]).to(device) for at in (1, 2))  # type: ignore[return-value, misc]
+    return tuple(torch.cat([each[at] for each in kept]).to(device) for at in (1, 2))  # type: ignore[return-value, misc]
 
 
 def _window(image: Tensor, mask: Tensor, view: View, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ NO_CLASS = (128, 128, 128)
 def palette(count: int) -> np.ndarray:
     """uint8 (C, 3): black, Okabe and Ito's colours, then the same lighter, darker, lighter still: as no palette tells
     more than a dozen classes apart, they are numbered in the pictures too."""
-    found: list[Any] = [FIRST]
+    colours: list[Any] = [FIRST]
     for k in range(count - 1):
         turn, at = divmod(k, len(OKABE_ITO))
         share, end = 1 - 0.5 ** ((turn + 1) // 2), 255 * (turn % 2)
-        found.append([round(value + (end - value) * share) for value in OKABE_ITO[at]])
-    return np.array(found[:count], np.uint8)
+        colours.append([round(value + (end - value) * share) for value in OKABE_ITO[at]])
+    return np.array(colours[:count], np.uint8)
 
 
 def coloured(classes: Tensor, count: int) -> np.ndarray:
@@ -47,12 +47,12 @@ def sheet(
     """uint8 (H, W, 3): so many of the images, evenly chosen, with their masks and the classes that `model` gives."""
     rows = np.unique(np.linspace(0, len(scenes) - 1, min(shown, len(scenes))).round().astype(int)).tolist()
     model.eval()
-    found = []
+    classes = []
     for _, image, mask in pairs(scenes, rows, channels):
         if mask is not None:
             said = segment(model, image.to(device), view)[SINGLE].cpu()
-            found.append((with_channels(image, 3).permute(1, 2, 0).numpy(), mask, said))
-    return _drawn(found, scenes.classes or ())
+            classes.append((with_channels(image, 3).permute(1, 2, 0).numpy(), mask, said))
+    return _drawn(classes, scenes.classes or ())
 
 
 def _drawn(found: Sequence[tuple[np.ndarray, Tensor, Tensor]], classes: Sequence[str]) -> np.ndarray:

@@ -32,11 +32,11 @@ def majority(pixels: np.ndarray) -> int:
 
 def constant(pixels: np.ndarray, chosen: int) -> np.ndarray:
     """int64 (K, C, 3) of answering class `chosen` everywhere, where images have `pixels` (K, C) of each class."""
-    found = np.zeros((*pixels.shape, 3), np.int64)
-    found[:, chosen, INTERSECTION] = pixels[:, chosen]
-    found[:, chosen, PREDICTED] = pixels.sum(1)
-    found[..., LABELLED] = pixels
-    return found
+    counts = np.zeros((*pixels.shape, 3), np.int64)
+    counts[:, chosen, INTERSECTION] = pixels[:, chosen]
+    counts[:, chosen, PREDICTED] = pixels.sum(1)
+    counts[..., LABELLED] = pixels
+    return counts
 
 
 def per_class(total: np.ndarray) -> np.ndarray:

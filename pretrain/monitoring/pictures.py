@@ -49,13 +49,13 @@ def board(
     asked_BK = np.ones(guesses_BK.shape, bool) if asked is None else asked.cpu().numpy()
     right_BK = (guesses_BK == kept_BK) & asked_BK
     columns = []
-    for seen, guess, place, question, right in zip(patches, guesses_BK, kept_BK, asked_BK, right_BK, strict=True):
-        dim = (seen.mean(-1, keepdims=True) * 0.2 + EMPTY * 0.8).astype(np.uint8).repeat(3, -1)
-        dim[place] = seen[place]
-        moved = seen[place]
+    for image, guess, place, question, right in zip(patches, guesses_BK, kept_BK, asked_BK, right_BK, strict=True):
+        dim = (image.mean(-1, keepdims=True) * 0.2 + EMPTY * 0.8).astype(np.uint8).repeat(3, -1)
+        dim[place] = image[place]
+        moved = image[place]
         moved[right] = _edged(moved[right], RIGHT)
         moved[question & ~right] = _edged(moved[question & ~right], WRONG)
-        placed = np.full_like(seen, EMPTY)
+        placed = np.full_like(image, EMPTY)
         strays = question & ~right  # first, so that a patch in its own place covers them
         placed[guess[strays]] = moved[strays]
         placed[place[~strays]] = moved[~strays]
@@ -102,9 +102,9 @@ def _percent(share: float) -> str:
 
 def _caption(right: int, asked: int, some_kept: bool, some_told: bool) -> str:
     above = "Above: what the model saw" + (", grey what it did not. " if some_kept else ". ")
-    told = ", no edge: was told its place" if some_told else ""
+    no_edge = ", no edge: was told its place" if some_told else ""
     return (
-        f"{above}Below: where each patch believes it is; green right, red wrong{told}, grey claimed by none. "
+        f"{above}Below: where each patch believes it is; green right, red wrong{no_edge}, grey claimed by none. "
         f"{_share(right, asked)} right."
     )
 
