@@ -118,8 +118,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def possible(job: Evaluation, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Subsets that can be drawn: ({name: its draw}, notes on what is left out). Raises Refusal if one was asked for that
-    cannot."""
+    """Subsets that can be drawn: ({name: its draw}, notes on what is left out).
+
+    Raises Refusal if one that was asked for cannot be drawn.
+    """
     labels = job.train.labels
     assert labels is not None
     shots = partial(subsets.shots, classes=job.classes, where=job.spec)
@@ -140,8 +142,10 @@ def possible(job: Evaluation, arguments: argparse.Namespace) -> tuple[dict[str, 
 
 
 def judge(split: Split, chosen: Tensor, num_classes: int) -> list[tuple[str, str, Tensor]]:
-    """Judge every kind of features with the training images `chosen` (n,): [(kind, classifier, whether each test image
-    was right (K,))]."""
+    """Judge every kind of features with the training images `chosen` (n,).
+
+    Returns [(kind, classifier, whether each test image was right (K,))].
+    """
     labels, results = split.train_labels[chosen], []
     for kind, features in split.train.items():
         few, test = features[chosen.to(features.device)], split.test[kind]

@@ -117,7 +117,7 @@ def options() -> Parser:
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, FinetuneConfig]:
-    """Read the command line: (arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    """Read the command line: (arguments, recipe's name, options). Raises Refusal for values unknown or out of range."""
     arguments, recipe, config = recipes.read(options(), FinetuneConfig, argv)
     check(config)
     return arguments, recipe, config

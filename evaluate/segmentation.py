@@ -170,7 +170,7 @@ def options() -> Parser:
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, SegmentationConfig]:
-    """Read the command line: (arguments, the recipe's name, options). Raises Refusal for what is unknown or out of range."""
+    """Read the command line: (arguments, recipe's name, options). Raises Refusal for values unknown or out of range."""
     arguments, recipe, config = recipes.read(options(), SegmentationConfig, argv)
     check(config)
     refuse_unused(config, [word.partition("=")[0] for word in arguments.said])

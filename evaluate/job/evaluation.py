@@ -190,10 +190,7 @@ def begin(
         subject = dataclasses.replace(subject, description=subject.description | {"crop": crop})
     training = subject.description.get("training", {})
     out = _out(arguments.out, subject, name)
-    precision = arguments.precision or training.get("precision") or "fp32"
-    with contextlib.nullcontext() if arguments.precision else contextlib.suppress(Refusal):
-        refuse_impossible(precision, device)
-        precision = precision if precision in DTYPES else "fp32"
+    precision = _precision(arguments.precision, training.get("precision"), device)
     location = changed(training, data_options(arguments))
     train, test, note = splits(location)
     if train.labels is not None:
@@ -240,6 +237,15 @@ def any_splits(location: Location) -> tuple[Images, Images, str]:
     for images in (train, test):
         images.labels = images.classes = None
     return train, test, note
+
+
+def _precision(requested: str | None, of_training: str | None, device: torch.device) -> str:
+    """Precision of the backbone: the requested one, else that of the training if the device has it, else fp32."""
+    precision = requested or of_training or "fp32"
+    with contextlib.nullcontext() if requested else contextlib.suppress(Refusal):
+        refuse_impossible(precision, device)
+        precision = precision if precision in DTYPES else "fp32"
+    return precision
 
 
 def _out(requested: str | None, subject: Subject, name: str) -> Path:
