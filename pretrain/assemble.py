@@ -199,9 +199,10 @@ def _settle_export(config: PretrainConfig, task: Pretraining, reasons: dict[str,
         config.export = "student" if task.teacher is None else "teacher"
         reasons["export"] = "no objective has a teacher" if task.teacher is None else "its features are the better ones"
     elif config.export != "student" and task.teacher is None:
+        known = " or ".join(objectives.with_teacher())
         raise Refusal(
             f"export={config.export}: this run has no teacher, as none of its objectives "
-            f"({', '.join(task.objectives)}) compares with one; use export=student, or add dino or ibot"
+            f"({', '.join(task.objectives)}) compares with one; use export=student, or add {known}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import Refusal, nearest
 from common.training import schedules
 from common.training.ema import half_life
+from pretrain import objectives
 from pretrain.config import PretrainConfig
 
 AUTO = "auto"
@@ -82,7 +83,8 @@ def settle(
     _refuse_lonely(config, chosen, processes)
     owners = {name: options for name, options in chosen.items() if not getattr(options, "shared_head", False)}
     for name, options in {**owners, **chosen}.items():  # those who share a head after those who have one
-        _settle_objective(f"objectives.{name}", options, None if name in owners else owners.get("dino"), facts)
+        shared = "" if name in owners else objectives.find(name).head_of
+        _settle_objective(f"objectives.{name}", options, shared, owners.get(shared), facts)
     return facts.notes
 
 
@@ -105,8 +107,8 @@ def momentum_for(images: int, batch: int) -> float:
     return min(most, max(least, round(0.5 ** (batch / (images * HALF_LIFE_EPOCHS)), 6)))
 
 
-def _settle_objective(where: str, options: Any, owner: Any, facts: _Facts) -> None:
-    """Settle the options of one objective; `owner`: those of the objective whose head it shares, if it does."""
+def _settle_objective(where: str, options: Any, shared: str, owner: Any, facts: _Facts) -> None:
+    """Settle the options of one objective; `owner`: those of the objective `shared` whose head it uses, if it does."""
     for name in ("prototypes", "freeze_last_layer"):
         if (
             hasattr(options, name)
@@ -114,7 +116,7 @@ def _settle_objective(where: str, options: Any, owner: Any, facts: _Facts) -> No
             and _automatic(getattr(options, name), f"{where}.{name}", "a value")
         ):
             setattr(options, name, getattr(owner, name))
-            facts.reasons[f"{where}.{name}"] = "dino's, whose head it shares"
+            facts.reasons[f"{where}.{name}"] = f"{shared}'s, whose head it shares"
     if hasattr(options, "prototypes"):
         options.prototypes = _prototypes(options.prototypes, f"{where}.prototypes", facts)
     if hasattr(options, "teacher_temperature"):
@@ -235,14 +237,15 @@ def _temperature(value: Any, where: str, facts: _Facts) -> Any:
 
 def _refuse_lonely(config: PretrainConfig, chosen: Mapping[str, Any], processes: int) -> None:
     """Raises Refusal where an image would have no other to be told apart from."""
-    options = chosen.get("koleo")
-    if options is None or not getattr(options, "weight", 1.0):
-        return
-    local = bool(getattr(options, "local", False))
-    parts = config.accumulate * (processes if local else 1)
-    if config.batch // parts < 2:
-        whose = f"per part of a step on each of {processes} processes (local: true)" if local else "per part of a step"
-        raise Refusal(
-            f"objectives.koleo needs at least two images {whose}: batch={config.batch} with accumulate="
-            f"{config.accumulate} leaves {config.batch // parts}; set batch={2 * parts} or more"
-        )
+    for name, options in chosen.items():
+        least = objectives.find(name).least_images
+        if least < 2 or not options.weight:
+            continue
+        local = getattr(options, "local", False) is True
+        parts = config.accumulate * (processes if local else 1)
+        if config.batch // parts < least:
+            where = f" on each of {processes} processes (local: true)" if local else ""
+            raise Refusal(
+                f"objectives.{name} needs at least two images per part of a step{where}: batch={config.batch} with "
+                f"accumulate={config.accumulate} leaves {config.batch // parts}; set batch={least * parts} or more"
+            )

@@ -205,11 +205,12 @@ def changed(parts: Parts) -> list[str]:
     if len(sizes) > 1 and embedding is not None and parts.task.position != "none":
         said.append("position embeddings are resized to other crops without antialiasing")
     labels = parts.train.labels
-    partly = "classification" in parts.task.labelled and labels is not None and bool((labels < 0).any())
+    readers = ", ".join(parts.task.labelled)
+    partly = readers and labels is not None and bool((labels < 0).any())
     if partly and (shared or config.accumulate > 1):
-        said.append("labels are counted over the whole step (classification)")
-    if shared and config.objectives.get("absolute", {}).get("attentive", "none") != "none":
-        said.append("attentive weights are summed over all processes (absolute)")
+        said.append(f"labels are counted over the whole step ({readers})")
+    for name, objective in parts.task.objectives.items():
+        said += [f"{line} ({name})" for line in objective.changed(parts.process.num_processes)]
     return said
 
 

@@ -61,7 +61,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
 
 
 def _objective(name: str, weight: float, parts: Parts) -> str:
-    passes = parts.task.objectives[name].passes.values()  # type: ignore[union-attr, operator]
+    passes = parts.task.objectives[name].passes.values()
     plans = dict.fromkeys(str(want.plan) for want in passes if want.grad)
     return f"objective  {weight:g} x {name}, {'; '.join(plans)}"
 

@@ -17,7 +17,7 @@ from common.models import Backbone, Features
 from common.training import ema
 from common.training.schedules import Schedule
 from pretrain import objectives
-from pretrain.objectives import Objective, Pass, Positional
+from pretrain.objectives import Objective, Objectives, Pass, Positional
 
 
 class Pretraining(nn.Module):
@@ -29,7 +29,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.weights = {name: weight for name, (weight, _) in signals.items()}
-        self.objectives = nn.ModuleDict({name: objective for name, (_, objective) in signals.items()})
+        self.objectives = Objectives({name: objective for name, (_, objective) in signals.items()})
         wanted = (want for _, objective in signals.values() for want in objective.passes.values())
         self.passes = list(dict.fromkeys(wanted))
         self.teacher: Backbone | None = None
@@ -39,10 +39,6 @@ class Pretraining(nn.Module):
         self.progress, self.measured = 0.0, True
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps that were not taken
 
-    def signals(self) -> Iterable[tuple[str, Objective]]:
-        """(name, objective) of every objective."""
-        return self.objectives.items()  # type: ignore[return-value]
-
     @property
     def views(self) -> set[str]:
         """Names of the views that are looked at."""
@@ -51,7 +47,7 @@ class Pretraining(nn.Module):
     @property
     def positional(self) -> dict[str, Positional]:
         """The objectives that ask where patches are."""
-        return {name: objective for name, objective in self.signals() if isinstance(objective, Positional)}
+        return {name: objective for name, objective in self.objectives.items() if isinstance(objective, Positional)}
 
     @property
     def draws(self) -> dict[str, Draw]:
@@ -61,17 +57,19 @@ class Pretraining(nn.Module):
         drawn: dict[str, Draw] = {
             purpose: functools.partial(plan.draw, num_patches=num_patches) for purpose, plan in plans.items()
         }
-        return drawn | {name: objective.draw for name, objective in self.signals() if objective.draw is not None}
+        return drawn | {
+            name: objective.draw for name, objective in self.objectives.items() if objective.draw is not None
+        }
 
     @property
     def labelled(self) -> list[str]:
         """The objectives that read labels."""
-        return [name for name, objective in self.signals() if objective.labelled]
+        return [name for name, objective in self.objectives.items() if objective.labelled]
 
     @property
     def collates(self) -> dict[str, Collate]:
         """What objectives compute of their draws before a batch leaves the loader."""
-        return {name: objective.collate for name, objective in self.signals() if objective.collate is not None}
+        return {name: objective.collate for name, objective in self.objectives.items() if objective.collate is not None}
 
     @property
     def position(self) -> str:
@@ -81,7 +79,8 @@ class Pretraining(nn.Module):
     @property
     def pooling(self) -> str:
         """What stands for an image: the class token if an objective trains it, else the mean of the patches."""
-        return "class" if any(objective.pooled == "class" for _, objective in self.signals()) else "mean"
+        trained = any(objective.pools == "class" for objective in self.objectives.values())
+        return "class" if trained and self.backbone.num_prefix_tokens else "mean"
 
     def compile_backbones(self) -> None:
         """torch.compile of the backbone and its teacher."""
@@ -102,19 +101,19 @@ class Pretraining(nn.Module):
         """(teacher, student) of everything that follows by an exponential moving average."""
         if self.teacher is not None:
             yield self.teacher, self.backbone
-        for _, objective in self.signals():
+        for objective in self.objectives.values():
             yield from objective.teachers()
 
     def begin_step(self, progress: float, measured: bool = True) -> None:
         """Tell every objective which share of the training is done, and whether its statistics are looked at: functions
         of the step alone, so that a resumed run hears the same."""
         self.progress, self.measured = progress, measured
-        for _, objective in self.signals():
+        for objective in self.objectives.values():
             objective.begin_step(progress, measured)
 
     def before_update(self) -> None:
         """Between backward and clipping."""
-        for _, objective in self.signals():
+        for objective in self.objectives.values():
             objective.before_update()
 
     def after_step(self, taken: bool) -> None:
@@ -125,7 +124,7 @@ class Pretraining(nn.Module):
         momentum = self.momentum.at(self.progress)
         for teacher, student in self.teachers():
             ema.follow(teacher, student, momentum)
-        for _, objective in self.signals():
+        for objective in self.objectives.values():
             objective.after_step(momentum)
 
     def features(self, batch: Batch, names: Collection[str] | None = None) -> dict[Pass, Features]:
@@ -135,7 +134,7 @@ class Pretraining(nn.Module):
         """
         passes = self.passes
         if names is not None:
-            passes = list(dict.fromkeys(want for name in names for want in self.objectives[name].passes.values()))  # type: ignore[union-attr, operator]
+            passes = list(dict.fromkeys(want for name in names for want in self.objectives[name].passes.values()))
         groups: dict[Any, list[Pass]] = {}
         for want in passes:
             alone = want.view if want.masked or not want.plan.whole else None  # what is drawn belongs to one view
@@ -173,8 +172,7 @@ class Pretraining(nn.Module):
 
     def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
         """What objective `name` is called with: its features and its draws."""
-        passes: Mapping[str, Pass] = self.objectives[name].passes  # type: ignore[assignment]
-        return {key: features[want] for key, want in passes.items()}, _of(batch.draws, name)
+        return {key: features[want] for key, want in self.objectives[name].passes.items()}, _of(batch.draws, name)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
@@ -187,7 +185,7 @@ class Pretraining(nn.Module):
         total: Any = 0.0
         if self.teacher is not None and self.measured:
             report["teacher_momentum"] = torch.tensor(self.momentum.at(self.progress))
-        for name, objective in self.signals():
+        for name, objective in self.objectives.items():
             result = objective(*self.inputs(name, batch, features))
             total = total + self.weights[name] * result["loss"]
             report |= {f"{name}/{key}": value.detach() for key, value in result.items()}
@@ -227,7 +225,7 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
         else:
-            spared |= _named(options)
+            spared |= objectives.find(name).views_of(options)
     if not signals:
         there = ", ".join(objectives.names())
         raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
@@ -242,12 +240,6 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     _check_passes(backbone, built, views)
     backbone.use_plans({want.plan for objective in built.values() for want in objective.passes.values()})
     return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone
-
-
-def _named(options: Any) -> set[str]:
-    """The views that an objective would look at which is left out: they may stay in the recipe."""
-    local = getattr(options, "local", False)  # of koleo, a bool
-    return {options.view} | ({local or "local"} if local is None or isinstance(local, str) else set())
 
 
 def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Mapping[str, View]) -> None:

@@ -13,10 +13,9 @@ from common.checkpoints.public import build
 from common.errors import Refusal
 from common.models.plan import PlanSpec
 from common.training.tracking import METRICS
+from evaluate.job.objectives import facts_of
 
 BACKWARD = 2  # times the forward pass: the gradients of activations, and of weights
-ONE_CROP = ("absolute", "relative", "classification", "token_labeling")  # objectives that look at one crop of a view
-TAUGHT = ("dino", "ibot")  # objectives whose teacher sees the crops of their view as well
 NOT_COUNTED = (
     "FLOPs: matrix products and convolutions of the backbone (a multiply-add is two), backward twice forward; not "
     "heads, losses, optimizer, monitors, recomputation, and DINO's masked crops as whole ones. Hours: training steps "
@@ -52,16 +51,16 @@ def per_image(description: Mapping[str, Any], config: Mapping[str, Any]) -> floa
     """
     views, passes = config["views"], set()
     for name, options in config["objectives"].items():
-        options = options or {}
+        options, facts = options or {}, facts_of(name)
         if options.get("weight", 1.0) <= 0:
             continue
         view = options.get("view", "global")
         plan = (options.get("keep", 1.0), options.get("position", "full"), options.get("context", 1.0))
-        passes.add((view, name in ONE_CROP, plan, 1 + BACKWARD))
-        if name in TAUGHT:
+        passes.add((view, facts["crops"] == "first", plan, 1 + BACKWARD))
+        if facts["teacher"]:
             passes.add((view, False, plan, 1))
         local = options.get("local") or ("local" if "local" in views and view != "local" else None)
-        if name == "dino" and local is not None:
+        if facts["local"] and local is not None:
             passes.add((local, False, plan, 1 + BACKWARD))
     total = 0.0
     for view, one, (keep, _, context), times in passes:

@@ -21,13 +21,7 @@ from common.models.create import no_architecture
 from common.models.plan import TokenPlan
 from common.models.swin import form
 from common.paths import expanded
-
-POSITIONAL = ("absolute", "relative")  # objectives that are trained without position embedding unless they say so
-OF_CLASS_TOKENS = (
-    "dino",
-    "koleo",
-    "classification",
-)  # objectives that train a class token, where there is one, to stand for an image
+from evaluate.job.objectives import facts_of
 
 
 @dataclass
@@ -152,15 +146,14 @@ def _like(word: str) -> dict[str, Any]:
         size = view.get("size", preset.get("size", View().size))
         objectives = {name: options or {} for name, options in (recipe.get("objectives") or {}).items()}
         trained = {name: options for name, options in objectives.items() if options.get("weight", 1.0) > 0}
-        positions = {
-            options.get("position", "none" if name in POSITIONAL else "full") for name, options in trained.items()
-        }
+        positions = {options.get("position", facts_of(name)["position"]) for name, options in trained.items()}
+        pools = {facts_of(name)["pools"] for name in trained}
     except (AttributeError, TypeError):
         raise Refusal(f"{path} is no pretraining recipe: expected mappings under views, global, objectives") from None
     # as pretraining has it: evaluated with position encoding if any objective was trained with it, were it in part
     position = "none" if positions == {"none"} else "full"
     backbone = create(configuration.to_object(model, ModelConfig), size)
-    pooling = "class" if backbone.num_prefix_tokens and trained.keys() & set(OF_CLASS_TOKENS) else "mean"
+    pooling = "class" if backbone.num_prefix_tokens and "class" in pools else "mean"
     training = location_of(recipe).options()
     return describe(backbone, position, pooling, training)
 

@@ -51,11 +51,11 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
         return [probing]
     samples, batch = parts.held_out_samples(looked_at), min(256, max(1, config.batch // config.accumulate))
     own: list[Report] = []
-    if len(samples) > 1 or "koleo" not in task.objectives:  # whose single image has no neighbour
+    if len(samples) >= max(objective.least_images for objective in task.objectives.values()):
         own.append((every, validation(task, samples, batch, process.device, tracker)))
     places = _seen(task, samples)
-    if "absolute" in task.objectives:
-        own.append((every, boards(task, places, process.device, tracker)))
+    if of_places := [name for name, objective in task.positional.items() if not objective.of_pairs]:
+        own.append((every, boards(task, of_places[0], places, process.device, tracker)))
     if task.positional:
         own.append((config.monitor.control_every or every, control(task, places, process.device, say)))
     return [probing, *((often, _alone(monitor)) for often, monitor in own)]
@@ -96,7 +96,7 @@ def light(task: Pretraining, say: Callable[[str], None]) -> Callable[[int, Mappi
 
     def read(step: int, record: Mapping[str, Any]) -> dict[str, str]:
         found = {}
-        for name, objective in task.signals():
+        for name, objective in task.objectives.items():
             own = f"{name}/"
             verdict = objective.verdict({key[len(own) :]: record[key] for key in record if key.startswith(own)})
             if verdict is None:
@@ -152,15 +152,15 @@ def validation(task: Pretraining, samples: Samples, batch: int, device: torch.de
     return measure
 
 
-def boards(task: Pretraining, samples: Samples, device: torch.device, tracker: Tracker) -> Monitor:
-    """The picture `board`: held-out images, and their patches where `absolute` believes they belong."""
-    objective = task.positional["absolute"]
+def boards(task: Pretraining, name: str, samples: Samples, device: torch.device, tracker: Tracker) -> Monitor:
+    """The picture `board`: held-out images, and their patches where the objective `name` believes they belong."""
+    objective = task.positional[name]
 
     @torch.no_grad()
     def draw(step: int) -> dict[str, float | str]:
         task.eval()
         batch: Batch = samples.__getitems__([(HELD_OUT_EPOCH, i) for i in range(min(SHOWN, len(samples)))]).to(device)
-        inputs = task.inputs("absolute", batch, task.features(batch, ["absolute"]))
+        inputs = task.inputs(name, batch, task.features(batch, [name]))
         answers, plan = objective.answers(*inputs), inputs[0]["tokens"].plan
         view = batch.views[objective.passes["tokens"].view][: len(batch.index)]  # the first crop of each
         tracker.picture("board", step, board(view, answers.guesses, objective.grid, plan.kept, answers.asked))

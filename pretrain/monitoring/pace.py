@@ -56,7 +56,7 @@ def advice(parts: Parts, seconds: float) -> list[str]:
         f"a step of {config.batch} images takes {clock(seconds)} on this machine: batch={batch} makes it "
         f"{clock(an_image * batch)}"
     ]
-    if pieces > config.accumulate and not {"dino", "ibot", "koleo"} & parts.task.objectives.keys():
+    if pieces > config.accumulate and not any(objective.compares for objective in parts.task.objectives.values()):
         lines[0] += f"; accumulate={pieces} keeps it, in parts of {clock(seconds / pieces)} that are told one by one"
     elif pieces > config.accumulate:
         lines[0] += (

@@ -8,9 +8,9 @@ subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` i
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,21 @@ class Objective(nn.Module):
     progress: float = 0.0  # share of the training that is done
     measured: bool = True  # whether this step's statistics are logged; else only the loss is wanted
     labelled: bool = False  # whether it is told the class of each image: its draw "label" (B,), -1 where there is none
-    pooled: str = "mean"  # what of the backbone it trains to stand for an image: "mean" (of the patches) or "class"
+    pools: str = "mean"  # what of the backbone it trains to stand for an image: "mean" patch, or "class" token if any
+    crops_seen: str = "all"  # the crops of its view that it looks at: "all", or the "first" of each image
+    taught: bool = False  # whether the teacher sees its crops too
+    least_images: int = 1  # in each part of a step
+    compares: bool = False  # whether its loss compares the images of a part of a step with each other
+    head_of: str = ""  # with its option `shared_head`: the objective whose head it uses
+
+    @classmethod
+    def views_of(cls, options: Any) -> set[str]:
+        """The views that it would look at under `options`; where its weight is 0 they may stay in the recipe."""
+        return {options.view}
+
+    def changed(self, processes: int) -> list[str]:
+        """What this version does otherwise, on so many processes, than the one that wrote the first run folders."""
+        return []
 
     def meet(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
         """Called once, when every objective of the recipe is there: complete `passes`, share a pass or a head."""
@@ -90,6 +104,21 @@ class Objective(nn.Module):
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": scalar that is trained on, and statistics: scalars without gradient}."""
         raise NotImplementedError
+
+
+class Objectives(nn.ModuleDict):
+    """The objectives of a task by name: nn.ModuleDict, which knows what it holds."""
+
+    def __getitem__(self, name: str) -> Objective:
+        return cast(Objective, super().__getitem__(name))
+
+    def items(self) -> ItemsView[str, Objective]:
+        """(name, objective) of every objective."""
+        return cast(ItemsView[str, Objective], super().items())
+
+    def values(self) -> ValuesView[Objective]:
+        """Every objective."""
+        return cast(ValuesView[Objective], super().values())
 
 
 @dataclass
@@ -149,6 +178,11 @@ def find(name: str) -> type[Objective]:
     return getattr(module, name.title().replace("_", ""))
 
 
+def with_teacher() -> list[str]:
+    """The objectives that compare with a teacher."""
+    return [name for name in names() if find(name).taught]
+
+
 def options(name: str, given: Mapping[str, Any] | None) -> Any:
     """The `Options` of objective `name`, filled strictly. Raises Refusal for an unknown option, or a value of another
     type or outside its range."""
@@ -175,4 +209,17 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
         raise Refusal(told if told.startswith("objectives.") else f"objectives.{name}: {told}") from None
 
 
-__all__ = ["Answers", "Batch", "Objective", "Pass", "Positional", "Verdict", "build", "find", "names", "options"]
+__all__ = [
+    "Answers",
+    "Batch",
+    "Objective",
+    "Objectives",
+    "Pass",
+    "Positional",
+    "Verdict",
+    "build",
+    "find",
+    "names",
+    "options",
+    "with_teacher",
+]

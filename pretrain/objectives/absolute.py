@@ -74,6 +74,7 @@ class Absolute(Positional):
     """Cross-entropy of each patch token against its row-major index in the backbone's own grid."""
 
     Options = AbsoluteOptions
+    crops_seen = "first"
 
     distances: Tensor
 
@@ -166,6 +167,11 @@ class Absolute(Positional):
         if self.options.attentive == "none":
             return total  # as many in every process
         return collectives.total(total) / collectives.processes()
+
+    def changed(self, processes: int) -> list[str]:
+        """See Objective."""
+        shared = processes > 1 and self.options.attentive != "none"
+        return ["attentive weights are summed over all processes"] if shared else []
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, weighted mean over the patches asked), accuracy, distance (mean, in patches), chance."""

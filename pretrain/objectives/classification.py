@@ -54,6 +54,8 @@ class Classification(Objective):
 
     Options = ClassificationOptions
     labelled = True
+    pools = "class"
+    crops_seen = "first"
 
     def __init__(self, options: ClassificationOptions, backbone: Backbone) -> None:
         super().__init__()
@@ -63,14 +65,14 @@ class Classification(Objective):
                 f"objectives.classification.pool=class: {backbone.config.name} has no class token here; use pool=mean"
             )
         self.options = options
-        self.pooled = "class" if has_class and options.pool != "mean" else "mean"
+        self.pools = "class" if has_class and options.pool != "mean" else "mean"
         self.passes = {"image": Pass(options.view, PlanSpec(position=options.position))}
         self.classes = number_of_classes(options.classes)
         self.head = LinearHead(backbone.width, self.classes)
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32."""
-        return wide(self.head(features["image"].pooled(self.pooled)))
+        return wide(self.head(features["image"].pooled(self.pools)))
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, smoothing included), accuracy, and chance: that of a guess among classes of equal size.

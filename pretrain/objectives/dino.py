@@ -71,6 +71,8 @@ class Dino(Objective):
     """Cross-entropy between the teacher's prototypes of one crop and the student's of every other crop of the image."""
 
     Options = DinoOptions
+    pools = "class"
+    taught = compares = True
 
     used: Tensor
 
@@ -79,7 +81,6 @@ class Dino(Objective):
         self.options = options
         self.temperature = parse(options.teacher_temperature, "objectives.dino.teacher_temperature")
         self.prototypes: int = options.prototypes
-        self.pooled = "class" if backbone.num_prefix_tokens else "mean"
         self.passes = {
             "student": Pass(options.view, crops=None),
             "teacher": Pass(options.view, crops=None, who="teacher", grad=False),
@@ -94,6 +95,11 @@ class Dino(Objective):
         # Winners since statistics were last logged. The same on every process, so that one process's copy resumes all.
         self.register_buffer("used", torch.zeros(self.prototypes, dtype=torch.bool))
         self.winners: list[Tensor] = []  # of the step that is under way
+
+    @classmethod
+    def views_of(cls, options: DinoOptions) -> set[str]:
+        """See Objective."""
+        return {options.view, options.local or "local"}
 
     def meet(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """Add the local crops, and share iBOT's masked pass. Raises Refusal where there is nothing to compare."""

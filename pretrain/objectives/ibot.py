@@ -75,6 +75,8 @@ class Ibot(Objective):
     """Cross-entropy of the student's prototype probabilities at masked patches against the teacher's."""
 
     Options = IbotOptions
+    taught = compares = True
+    head_of = "dino"
 
     head: ProjectionHead
     teacher_head: nn.Module

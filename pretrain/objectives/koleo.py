@@ -42,12 +42,14 @@ class Koleo(Objective):
     of the mean patch token where the backbone has no class token."""
 
     Options = KoleoOptions
+    pools = "class"
+    least_images = 2
+    compares = True
 
     def __init__(self, options: KoleoOptions, backbone: Backbone) -> None:
         super().__init__()
         self.options = options
         self.passes = {"student": Pass(options.view, crops=None)}
-        self.pooled = "class" if backbone.num_prefix_tokens else "mean"
         self.crops = 1
 
     def meet(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:

@@ -139,6 +139,7 @@ class Relative(Positional):
     """Every ordered pair that is asked against its offset, query minus key."""
 
     Options = RelativeOptions
+    crops_seen = "first"
     of_pairs = True
 
     codes: Tensor

@@ -101,7 +101,7 @@ def job(**options: Any) -> Any:
     config = PretrainConfig(**options)
     return SimpleNamespace(
         config=config, process=SimpleNamespace(num_processes=1), pace=0.35, steps=1000,
-        task=SimpleNamespace(objectives={"absolute": None}), held_out=range(500), reasons={},
+        task=SimpleNamespace(objectives={"absolute": SimpleNamespace(compares=False)}), held_out=range(500), reasons={},
         train=SimpleNamespace(labels=None),
     )  # fmt: skip
 

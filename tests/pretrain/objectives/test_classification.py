@@ -279,7 +279,7 @@ def test_distillation_and_register_tokens_alone_are_no_class_token() -> None:
     made.model.cls_token = None
     with pytest.raises(Refusal, match="has no class token here"):
         objective_of(made, pool="class")
-    assert objective_of(made).pooled == "mean"
+    assert objective_of(made).pools == "mean"
 
 
 def objective_of(made: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from common import positions
 from common.batches.transforms import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
+from evaluate.job.objectives import facts_of
 from pretrain import objectives
 from pretrain.leaks.controls import rearrange
 from pretrain.task import build, resolve
@@ -147,3 +148,17 @@ def test_every_file_is_an_objective() -> None:
     assert objectives.names() == ["absolute", "classification", "dino", "ibot", "koleo", "relative"]
     for name in objectives.names():
         assert issubclass(objectives.find(name), objectives.Objective)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_evaluations_know_what_the_class_says(name: str) -> None:
+    """Else add what configs/objectives.yaml lacks: `--ckpt random --like RECIPE` and costs read that file."""
+    made = objectives.find(name)
+    options = made.Options()
+    assert facts_of(name) == {
+        "position": getattr(options, "position", "full"),
+        "pools": made.pools,
+        "crops": made.crops_seen,
+        "teacher": made.taught,
+        "local": made.views_of(options) > {options.view},
+    }
