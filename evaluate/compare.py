@@ -29,7 +29,7 @@ from common import data
 from common.checkpoints.pretrained import TIMM
 from common.checkpoints.storage import write_atomically
 from common.commands import Parser, command
-from common.data.location import OPTIONS, changed
+from common.data.location import OPTIONS, changed_location
 from common.errors import Refusal, nearest
 from common.features.extraction import KINDS, RAW
 from common.paths import expanded
@@ -167,7 +167,7 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         if arguments.device is not None:
             chosen_device(arguments.device)
         if arguments.data is not None:
-            data.open_data(changed({}, data_options(arguments)))
+            data.open_data(changed_location({}, data_options(arguments)))
     return words, baselines
 
 
@@ -192,7 +192,7 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequ
     check_data(runs, data_options(arguments))
     failed = []
     for run in runs:
-        where = changed(run.training, data_options(arguments))
+        where = changed_location(run.training, data_options(arguments))
         for name in arguments.make or wanted(run):
             one = run.reports.get(name)
             lacks = [row for row in baselines if row in RAW and one is not None and row not in one.content["values"]]

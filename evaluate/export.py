@@ -34,7 +34,7 @@ from common.batches.unreadable import NO_LIMIT
 from common.checkpoints import public
 from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.storage import HEAD
-from common.data.location import changed
+from common.data.location import changed_location
 from common.errors import Refusal
 from common.features.extraction import shown
 from common.features.finite import refuse_spoiled
@@ -130,7 +130,7 @@ def refuse_existing(out: Path, kinds: list[str], with_head: bool, force: bool) -
 def real_images(subject: Subject, arguments: argparse.Namespace) -> Sample:
     """Read the first --images images. Raises Refusal if none can be read."""
     about, training = subject.description, subject.description.get("training", {})
-    location = changed(training, data_options(arguments))
+    location = changed_location(training, data_options(arguments))
     images = data.open_data(location)
     first = images.subset(range(min(len(images), arguments.images)))
     batches = shown(first, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)

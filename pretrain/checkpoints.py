@@ -199,7 +199,7 @@ class Checkpoints:
 def changed(parts: Parts) -> list[str]:
     """What this version does otherwise with this run than version 1 would have."""
     config, shared = parts.config, parts.process.num_processes > 1
-    said = changes.of_samples(parts.samples.views)
+    said = changes.sample_changes(parts.samples.views)
     sizes = {height_width(view.size) for view in parts.samples.views.values()}
     embedding = getattr(parts.task.backbone.model, "pos_embed", None)
     if len(sizes) > 1 and embedding is not None and parts.task.position != "none":

@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", message="This DataLoader will create", categor
 SHARED = Path("/dev/shm")
 SHARE = 0.5  # of the free shared memory that one loader may fill: others use it too, and images differ in size
 PAGE = 4096  # bytes: each tensor in shared memory begins a page of its own
-_told: set[str] = set()  # notes that this process has printed
+_printed: set[str] = set()  # notes that this process has printed
 
 
 def unchanged(items: Any) -> Any:
@@ -147,8 +147,8 @@ def _free() -> int | None:
 
 
 def _print(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0" and line not in _told:
-        _told.add(line)
+    if os.environ.get("RANK", "0") == "0" and line not in _printed:
+        _printed.add(line)
         print(line, flush=True)
 
 

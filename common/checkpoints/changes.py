@@ -18,7 +18,7 @@ def version_of(state: Mapping[str, Any]) -> Any:
     return state.get("version", FIRST)
 
 
-def of_samples(views: Mapping[str, View]) -> list[str]:
+def sample_changes(views: Mapping[str, View]) -> list[str]:
     """List what has changed in the samples of these views since version 1."""
     coloured = [
         name

@@ -111,7 +111,7 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
     if test.part:
         note += f": {train.part or 'all of it'} is trained on, {test.part} is judged on"
     note += f"; {line}" if (line := where.named_as_folder()) else ""
-    note += f"; {line}" if (line := folder.shared(train, test)) else ""
+    note += f"; {line}" if (line := folder.shared_images(train, test)) else ""
     return train, test, note + _never_judged(test)
 
 
@@ -124,8 +124,8 @@ def with_classes_of(train: Images, test: Images, spec: str) -> Images:
     used = {test.classes[label] for label in np.unique(test.labels)}
     if not used <= set(train.classes):
         raise Refusal(
-            f"classes differ between the splits of {spec}: train has {some(train.classes)}, test has"
-            f" {some(test.classes)}; expected none that train lacks"
+            f"classes differ between the splits of {spec}: train has {listed(train.classes)}, test has"
+            f" {listed(test.classes)}; expected none that train lacks"
         )
     return test.with_classes(train.classes)
 
@@ -136,7 +136,7 @@ def _never_judged(test: Images) -> str:
     assert test.labels is not None
     counts = np.bincount(test.labels, minlength=len(classes))
     empty = tuple(name for name, count in zip(classes, counts, strict=False) if not count)
-    return f"; {len(empty)} of {len(classes)} classes have no test image: {some(empty, 5)}" if empty else ""
+    return f"; {len(empty)} of {len(classes)} classes have no test image: {listed(empty, 5)}" if empty else ""
 
 
 def only_labelled(images: Images) -> Images:
@@ -162,6 +162,7 @@ def hold_out(images: Images) -> tuple[Images, Images]:
     return images.subset(~held), images.subset(held)
 
 
-def some(names: tuple[str, ...] | None, limit: int = 12) -> str:
+def listed(names: tuple[str, ...] | None, limit: int = 12) -> str:
+    """Write out at most `limit` of the names."""
     names = names or ()
     return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

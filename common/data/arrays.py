@@ -95,7 +95,7 @@ def open_idx(folder: Path, split: str, where: str, classes: tuple[str, ...] | No
 
 
 def open_fashion(split: str, root: str | None, download: bool) -> Images:
-    places = [*given(root), DEBIAN, cache_folder()]
+    places = [*root_folder(root), DEBIAN, cache_folder()]
     for place in places:
         images = open_idx(place, split, "fashion-mnist", FASHION_CLASSES)
         if images is not None:
@@ -115,7 +115,7 @@ def open_cifar(name: str, split: str, root: str | None, download: bool) -> Image
     import torchvision.datasets
 
     reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    places = [*given(root), cache_folder()]
+    places = [*root_folder(root), cache_folder()]
     read: Callable[[Path], Any] = lambda place: reader(str(place), train=split == "train")  # noqa: E731
     for place in places:
         with contextlib.suppress(RuntimeError):  # what it says when the files are absent or their checksum is wrong
@@ -137,7 +137,7 @@ STL_SHAPE = (3, 96, 96)
 def open_stl(split: str, root: str | None, download: bool) -> Images:
     """Open STL-10; its training split is the 5,000 labelled images and after them the 100,000 unlabelled ones (label
     -1)."""
-    places = [*given(root), cache_folder()]
+    places = [*root_folder(root), cache_folder()]
     for place in places:
         images = read_stl(place, split)
         if images is not None:
@@ -212,7 +212,8 @@ def read_stl(place: Path, split: str) -> Images | None:
     return Images(source, "stl10", labels, classes)
 
 
-def given(root: str | None) -> list[Path]:
+def root_folder(root: str | None) -> list[Path]:
+    """List the folder that a user named, if any. Raises Refusal if it does not exist."""
     if root is None:
         return []
     folder = Path(root).expanduser()

@@ -183,7 +183,7 @@ def _part(layout: Layout, name: str, asked: bool, known: frozenset[str] = frozen
     return images
 
 
-def shared(train: Images, test: Images) -> str:
+def shared_images(train: Images, test: Images) -> str:
     """Say in a line which test images are training images as well, through links; or nothing.
 
     A second hard link is a file like any other, as is a copy.
@@ -191,10 +191,10 @@ def shared(train: Images, test: Images) -> str:
     first, second = train.source, test.source
     if not isinstance(first, Files) or not isinstance(second, Files):
         return ""
-    test_files = {(folder, name): i for i, name, folder in second.folders_of(test.places())}
+    test_files = {(folder, name): i for i, name, folder in second.folders_of(test.source_indices())}
     test_folders = {folder for folder, _ in test_files}
     pairs = []
-    for i, name, folder in first.folders_of(train.places()):
+    for i, name, folder in first.folders_of(train.source_indices()):
         if folder in test_folders and (at := test_files.get((folder, name))) is not None:
             pairs.append((at, i))
     if not pairs:

@@ -102,7 +102,7 @@ class Images:
         """Source of the pixels."""
         return self._source
 
-    def places(self) -> list[int]:
+    def source_indices(self) -> list[int]:
         """Return the index of each image in its source."""
         return list(range(len(self))) if self._indices is None else self._indices.tolist()
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are its images, and what of the rest a user should hear of.
+"""Which files of a folder are its images, and what of the rest a user should know.
 
 Names are relative to the folder, with slashes; neither the disk nor the locale decides about their order.
 """
@@ -171,7 +171,7 @@ class _Walk:
                     if name[0] == ".":
                         continue
                     if entry.is_file(follow_symlinks=False):
-                        if _is(name, self.endings):
+                        if _has_ending(name, self.endings):
                             yield prefix + name
                         else:
                             self.left.count(name)
@@ -194,7 +194,7 @@ class _Walk:
         for name, status in files:
             if status is not None and not stat.S_ISREG(status.st_mode):
                 self.left.special[_kind(status.st_mode)] += 1
-            elif not _is(name, self.endings):
+            elif not _has_ending(name, self.endings):
                 self.left.count(os.path.basename(name))
             elif status is None:
                 yield name  # an image that cannot be read, which is told where it is read
@@ -218,7 +218,7 @@ class _Walk:
             parent = os.stat(folder)
             self.parents[folder] = self.folders.get((parent.st_dev, parent.st_ino))
         prefix = self.parents[folder]
-        return prefix + file if prefix is not None and file[:1] != "." and _is(file, self.endings) else None
+        return prefix + file if prefix is not None and file[:1] != "." and _has_ending(file, self.endings) else None
 
 
 def real_folder(folder: bytes) -> tuple[int, int]:
@@ -272,7 +272,7 @@ def is_hidden(name: str) -> bool:
     return name[:1] == "." or name.lower() in JUNK_FOLDERS | JUNK_FILES
 
 
-def _is(name: str, endings: Collection[str]) -> bool:
+def _has_ending(name: str, endings: Collection[str]) -> bool:
     return name[name.rfind(".") :].lower() in endings
 
 

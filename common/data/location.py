@@ -92,7 +92,7 @@ def location_of(options: Mapping[str, Any]) -> Location:
     return Location("builtin" if spec is None else spec, **given)
 
 
-def changed(stored: Mapping[str, Any], given: Mapping[str, str | None]) -> Location:
+def changed_location(stored: Mapping[str, Any], given: Mapping[str, str | None]) -> Location:
     """Return the location that `given` options ask for; other data than the `stored` ones share none of their
     settings."""
     before = location_of(stored) if given.get("data") is None else Location(str(given["data"]))

@@ -23,13 +23,13 @@ from ..checkpoints.disk import is_full, no_room
 from ..errors import Refusal
 from ..printable import printable
 from .stopping import HEEDED, INTERRUPTED, Stopped, asked_to_stop, die_with_parent, kill_children, lost_worker
-from .streams import hold, protect
+from .streams import protect, reopen_closed
 
 REFUSED = Refusal.status
 ROOT = Path(__file__).resolve().parents[2]
 
 
-hold()  # now: what is opened next would take the numbers of closed streams
+reopen_closed()  # now: what is opened next would take the numbers of closed streams
 
 
 def entry(main: Callable[[list[str]], int | None]) -> Callable[[], None]:

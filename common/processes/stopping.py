@@ -134,7 +134,7 @@ class _Watch:
         self.waiting: float | None = None  # since when the main thread waits for a batch
         self.current: Callable[[], StopSignal | None] = lambda: None
         self.process = 0  # whose thread runs: a fork has none
-        self.told: float | None = None  # the wait that was told
+        self.warned: float | None = None  # the wait that was warned of
 
     @property
     def stop(self) -> StopSignal | None:
@@ -172,8 +172,8 @@ class _Watch:
     def _look(self, now: float) -> None:
         """Say that a batch takes long; end the process where it was asked to and cannot."""
         since, stop = self.waiting, self.stop
-        if since is not None and now - since > STALLED and self.told != since:
-            self.told = since
+        if since is not None and now - since > STALLED and self.warned != since:
+            self.warned = since
             complain(
                 f"warning: no batch for {now - since:.0f} s, still waiting: is the disk that holds the images slow or "
                 "gone, or are the loader's processes too few (loader.workers, --workers)?"

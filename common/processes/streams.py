@@ -10,7 +10,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)  # `| head -1`, a
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a log on a full disk: what cannot be written is lost, no more
 
 
-def hold() -> None:
+def reopen_closed() -> None:
     """Give descriptors 0, 1 and 2 to the null device where the caller closed them (`>&-`): the next file that is opened
     would get the number, and whatever is printed with it."""
     for number in range(3):

@@ -18,7 +18,7 @@ from common import config as configuration
 from common.checkpoints import public, storage
 from common.checkpoints.run_folder import CONFIG
 from common.data import Images, Location, labelled_splits
-from common.data.location import changed, place
+from common.data.location import changed_location, place
 from common.errors import Refusal
 from common.features.neighbors import FIELD
 from evaluate.comparison.settings import settings
@@ -209,7 +209,7 @@ def location_of_report(run: Run, found: Report, given: Mapping[str, str | None])
     """Where the images of a report are now: as `given`, else as it says, or the run where they are its own data."""
     parts = found.content["data"].get("location")
     own = run.training if found.spec == run.training.get("data") else {}
-    return changed({**(own if parts is None else parts), "data": found.spec}, given)
+    return changed_location({**(own if parts is None else parts), "data": found.spec}, given)
 
 
 def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:

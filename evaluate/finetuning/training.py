@@ -295,7 +295,7 @@ def _run(
         images, config.batch, seed, steps, start, rank, processes, config.accumulate, repeats=config.repeats
     )
     view = View(list(job.size), scale=[config.scale, 1.0], flip=config.flip, jitter=config.jitter, grayscale=0.0)
-    if changed := changes.note(training.version, start, changes.of_samples({"global": view})):
+    if changed := changes.note(training.version, start, changes.sample_changes({"global": view})):
         job.say(f"warning: {changed}; for what it would have become, begin again with --overwrite")
     samples = StrongSamples(job.train, {"global": view}, seed, backbone.channels, labelled=[LABELS])
     samples.set_strength(config.rand_augment, config.erasing, backbone.config.mean, backbone.config.std)

@@ -18,7 +18,7 @@ from common.batches.sampling import held_out
 from common.batches.unreadable import LISTED, USUAL, Limit, Look, look_at
 from common.checkpoints.run_folder import refuse_links
 from common.data import Images, Location, labelled_splits
-from common.data.location import changed
+from common.data.location import changed_location
 from common.errors import Refusal
 from common.features.extraction import RAW
 from common.features.finite import refuse_not_finite
@@ -191,7 +191,7 @@ def begin(
     training = subject.description.get("training", {})
     out = _out(arguments.out, subject, name)
     precision = _precision(arguments.precision, training.get("precision"), device)
-    location = changed(training, data_options(arguments))
+    location = changed_location(training, data_options(arguments))
     train, test, note = splits(location)
     if train.labels is not None:
         refuse_gaps(train, test, location.spec)

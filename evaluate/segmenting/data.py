@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.batches.sampling import generator, held_out
 from common.data import Images, Location, open_data
-from common.data.folder import Files, scan, shared
+from common.data.folder import Files, scan, shared_images
 from common.data.images import Arrays, identity_of
 from common.data.layout import IMAGES, MASKS, folders
 from common.data.listing import with_links
@@ -124,7 +124,7 @@ def _in_range(train: Scenes, test: Scenes, note: str, where: Location) -> tuple[
     if where.span is not None:
         for scenes in (train, test):
             scenes.set_range(parse_range(where.span))
-    return train, test, "; ".join(filter(None, (note, shared(train, test))))
+    return train, test, "; ".join(filter(None, (note, shared_images(train, test))))
 
 
 # ---------------------------------------------------------------------------------------------------- folders

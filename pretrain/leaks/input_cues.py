@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from common.batches.sampling import HELD_OUT_EPOCH, Samples
 from common.data import Images, open_data
-from common.data.location import changed
+from common.data.location import changed_location
 from common.errors import Refusal
 from pretrain.config import PretrainConfig
 from pretrain.task import Pretraining
@@ -26,7 +26,7 @@ DEVIATIONS = 3.29  # standard errors of a 99.9 % interval
 
 def open_images(config: PretrainConfig, data: str | None) -> Images:
     """Open the images of `data`, or of the recipe. Raises Refusal if they are too few."""
-    images = open_data(changed(vars(config), {"data": data}))
+    images = open_data(changed_location(vars(config), {"data": data}))
     if len(images) < 4:
         raise Refusal(f"--input needs at least 4 images, found {len(images)} in {data or config.data}")
     return images

@@ -464,8 +464,9 @@ def test_what_an_earlier_version_did_otherwise_is_told_of_the_views_it_is_true_o
     views = {"global": View(), "local": View(jitter=0.0), "grey": plain, "still": View(brightness=0.0, contrast=0.0,
              saturation=0.0, hue=0.0, grayscale=0.0)}  # fmt: skip
     centred = "a crop that fits an image in none of ten tries lies in its centre"
-    assert changes.of_samples(views) == ["colours of view global, local change as torchvision changes them", centred]
-    assert changes.of_samples({"global": plain}) == [centred]
+    coloured = "colours of view global, local change as torchvision changes them"
+    assert changes.sample_changes(views) == [coloured, centred]
+    assert changes.sample_changes({"global": plain}) == [centred]
     assert changes.note(changes.VERSION, 4, [centred]) == "" == changes.note(1, 4, [])
     assert changes.note(changes.version_of({}), 4, [centred]).endswith(f"earlier version; from there on {centred}")
     assert "version 99 of the samples" in changes.note(99, 4, [centred])

@@ -6,7 +6,7 @@ import pytest
 from pictures import save
 
 from common.data import Location, labelled_splits, open_data
-from common.data.location import changed, place
+from common.data.location import changed_location, place
 from common.data.splits import TEST, TRAIN, UNLABELLED, VALIDATION, role_of
 from common.errors import Refusal
 from evaluate.segmenting.data import open_scenes
@@ -177,9 +177,9 @@ def test_a_name_goes_before_a_folder_of_that_name(tmp_path, monkeypatch):
 
 def test_other_data_share_no_settings():
     stored = {"data": "cifar10", "data_root": "/r", "data_label": "y", "images_seen": 3}
-    assert changed(stored, {"data": None, "data_label": "z"}) == Location("cifar10", "/r", label="z")
-    assert changed(stored, {"data": "stl10"}) == Location("stl10")
-    assert changed({}, {}) == Location()
+    assert changed_location(stored, {"data": None, "data_label": "z"}) == Location("cifar10", "/r", label="z")
+    assert changed_location(stored, {"data": "stl10"}) == Location("stl10")
+    assert changed_location({}, {}) == Location()
 
 
 # ---------------------------------------------------------------------------- Hugging Face

@@ -7,7 +7,7 @@ import pytest
 from pictures import png, tiff
 
 from common.data import Location, Unreadable, open_data
-from common.data.location import changed, location_of
+from common.data.location import changed_location, location_of
 from common.decoding.decode import decode
 from common.decoding.depth import STRIP, parse_range
 from common.errors import Refusal
@@ -125,4 +125,4 @@ def test_the_option_reaches_the_files_and_the_fingerprint(tmp_path):
     with pytest.raises(Refusal, match="data_range=dark: expected auto, the value of white"):
         open_data(Location(str(tmp_path), span="dark"))
     options = location_of({"data": str(tmp_path), "data_range": "0:4095"}).options()
-    assert options["data_range"] == "0:4095" and changed(options, {}).span == "0:4095"  # as evaluations ask for it
+    assert options["data_range"] == "0:4095" and changed_location(options, {}).span == "0:4095"  # so evaluations ask
