@@ -46,8 +46,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.batches.sampling import Batch
-from common.batches.transforms import View
+from common.batches.samples import Batch
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.models.backbone import IMAGENET_MEAN, IMAGENET_STD

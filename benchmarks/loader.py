@@ -36,7 +36,8 @@ from PIL import Image, features
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from common.batches.transforms import View, augment
+from common.batches.crops import augment
+from common.batches.views import View
 from common.data import open_data
 from common.decoding.decode import JPEG_DECODERS, decode_with_pil, jpeg_decoder
 

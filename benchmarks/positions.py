@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.batches.sampling import Batch
-from common.batches.transforms import View
+from common.batches.samples import Batch
+from common.batches.views import View
 from common.models import Features, ModelConfig, create
 from common.models.plan import PlanSpec, TokenPlan
 from common.training.optim import parameter_groups

@@ -31,7 +31,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.batches.sampling import order
+from common.batches.sampler import order
 from common.checkpoints.storage import write_atomically
 from common.data import Images, labelled_splits
 from common.errors import Refusal

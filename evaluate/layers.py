@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batches.sampling import order
+from common.batches.sampler import order
 from common.checkpoints.storage import write_atomically
 from common.data import Images
 from common.errors import Refusal

@@ -13,7 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from common.batches.sampling import HELD_OUT_EPOCH, Samples, StepSampler, held_out
+from common.batches.sampler import HELD_OUT_EPOCH, StepSampler, held_out
+from common.batches.samples import Samples
 from common.batches.unreadable import LISTED, Limit, Look, look_at
 from common.checkpoints import pretrained
 from common.data import Images, open_data

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common.batches.transforms import height_width
+from common.batches.views import height_width
 from common.checkpoints import changes, private, public, storage
 from common.checkpoints.run_folder import commit
 from common.checkpoints.stored_state import read_checkpoint, restore

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
-from common.batches.transforms import View, presets
 from common.batches.unreadable import Limit
+from common.batches.views import View, presets
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.batches.sampling import HELD_OUT_EPOCH, loader
+from common.batches.sampler import HELD_OUT_EPOCH
+from common.batches.samples import loader
 from common.batches.unreadable import LISTED
 from common.models.backbone import count_parameters
 from common.models.create import set_attention

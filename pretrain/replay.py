@@ -14,7 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from common.batches.sampling import Batch, StepPart
+from common.batches.sampler import StepPart
+from common.batches.samples import Batch
 from common.checkpoints import changes
 from common.errors import Refusal
 from common.processes import group

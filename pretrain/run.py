@@ -17,7 +17,7 @@ from common.processes.launch import active_pil, entry  # first: it sets what tor
 # isort: split
 from contextlib import closing
 
-from common.batches.sampling import loader
+from common.batches.samples import loader
 from common.batches.unreadable import watch
 from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
 from common.printable import printable_lines

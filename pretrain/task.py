@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.batches.sampling import Batch, Collate, Draw
-from common.batches.transforms import View, height_width
+from common.batches.samples import Batch, Collate, Draw
+from common.batches.views import View, height_width
 from common.errors import Refusal
 from common.models import Backbone, Features
 from common.training import ema

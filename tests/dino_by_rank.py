@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.models import Features
 from common.processes import collectives
 from pretrain.distillation.prototypes import sinkhorn

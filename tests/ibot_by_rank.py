@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from small import backbone
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.models import Features
 from common.processes import collectives
 from pretrain.objectives import ibot, koleo

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from small import backbone
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.data import Images
 from common.data.images import Unreadable
 from pretrain.config import MonitorConfig

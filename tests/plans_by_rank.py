@@ -3,8 +3,9 @@
 import torch
 from small import Noise, task
 
-from common.batches.sampling import Samples, StepSampler
-from common.batches.transforms import View
+from common.batches.sampler import StepSampler
+from common.batches.samples import Samples
+from common.batches.views import View
 from common.data import Images
 
 OBJECTIVES = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from common.batches.sampling import Samples
-from common.batches.transforms import View
+from common.batches.samples import Samples
+from common.batches.views import View
 from common.data import Images
 from common.models import Backbone, ModelConfig, create
 from common.models.plan import TokenPlan

@@ -17,7 +17,7 @@ import torch
 from children import TINY, Run, training_here
 
 import pretrain.checkpoints
-from common.batches.sampling import Samples
+from common.batches.samples import Samples
 from common.checkpoints import changes, storage
 from common.data import open_data
 from common.errors import Refusal

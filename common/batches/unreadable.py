@@ -22,7 +22,7 @@ from ..errors import Refusal
 from ..features.metrics import wilson
 from ..processes.launch import usable_cores
 from .loading import Loader
-from .sampling import Batch
+from .samples import Batch
 
 UNREADABLE = "unreadable.txt"
 AUTO = "auto"  # a hundredth; of few images FEW, but no more than a tenth

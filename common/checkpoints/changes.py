@@ -7,7 +7,7 @@ or in `changed` of `pretrain.checkpoints` where a loss is changed, which trainin
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..batches.transforms import View
+from ..batches.views import View
 
 VERSION = 2
 FIRST = 1  # of states from before there was a number

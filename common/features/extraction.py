@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ..batches.crops import evaluation
 from ..batches.loading import Loader
-from ..batches.transforms import evaluation
 from ..batches.unreadable import USUAL, Limit
 from ..data import Images, Unreadable
 from ..models import Backbone

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.batches.transforms import evaluation
+from common.batches.crops import evaluation
 from common.checkpoints import public, storage
 from common.checkpoints.storage import HEAD, sha256
 from common.data import Images, Unreadable

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from common.batches.transforms import evaluation
+from common.batches.crops import evaluation
 from common.checkpoints import public
 from common.errors import Refusal
 from common.models import Backbone, Features

@@ -16,7 +16,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from common.batches.sampling import FIRST_VIEW, Batch, Samples, StepPart, StepSampler, generator, order
+from common.batches.sampler import StepPart, StepSampler, generator, order
+from common.batches.samples import FIRST_VIEW, Batch, Samples
 from common.errors import Refusal
 
 ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)

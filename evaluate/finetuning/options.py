@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.batches.transforms import height_width
+from common.batches.views import height_width
 from common.limits import BelowOne, Count, NotNegative, Positive, Probability, Share
 from common.limits import check as check_limits
 from common.training import ema, schedules

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import config as configuration
-from common.batches.sampling import Batch, generator, loader
-from common.batches.transforms import View, height_width
+from common.batches.sampler import generator
+from common.batches.samples import Batch, loader
 from common.batches.unreadable import NO_LIMIT, watch
+from common.batches.views import View, height_width
 from common.checkpoints import changes, pretrained, private, public, storage
 from common.checkpoints.storage import HEAD
 from common.checkpoints.stored_state import read_checkpoint, restore

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import data
-from common.batches.sampling import held_out
+from common.batches.sampler import held_out
 from common.batches.unreadable import LISTED, USUAL, Limit, Look, look_at
 from common.checkpoints.run_folder import refuse_links
 from common.data import Images, Location, labelled_splits

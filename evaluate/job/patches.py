@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.sampling import generator, order
+from common.batches.sampler import generator, order
 from common.batches.unreadable import NO_LIMIT, USUAL, Limit
 from common.data import Images
 from common.features.extraction import PIXELS, Part, parts_of_images, shown, shown_key

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from common import config as configuration
-from common.batches.transforms import PRESETS, View
+from common.batches.views import PRESETS, View
 from common.checkpoints import public, storage
 from common.checkpoints.pretrained import POSITION_TENSORS, RANDOM, TIMM, _timm, _without_pooling
 from common.checkpoints.public import build, describe, load_exactly

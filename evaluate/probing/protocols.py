@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common.batches.transforms import Interpolation
+from common.batches.views import Interpolation
 from common.errors import Refusal, nearest
 from common.features.extraction import RAW
 from evaluate.probing.probe import MOMENTUM, Training

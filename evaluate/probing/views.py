@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from common.batches.sampling import Samples, StepSampler, loader
-from common.batches.transforms import Interpolation, View
+from common.batches.sampler import StepSampler
+from common.batches.samples import Samples, loader
+from common.batches.views import Interpolation, View
 from common.data import Images
 from common.errors import Refusal
 from common.features.extraction import pooled_blocks

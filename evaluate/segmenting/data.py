@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batches.sampling import generator, held_out
+from common.batches.sampler import generator, held_out
 from common.data import Images, Location, open_data
 from common.data.folder import Files, scan, shared_images
 from common.data.images import Arrays, identity_of

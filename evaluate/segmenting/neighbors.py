@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.batches.sampling import generator
+from common.batches.sampler import generator
 from common.errors import Refusal
 from common.features.finite import IN_FP32
 from common.features.neighbors import centre_of, unit_vectors

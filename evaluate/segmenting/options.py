@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from common.batches.transforms import height_width
+from common.batches.views import height_width
 from common.errors import Refusal
 from common.limits import BelowOne, Count, NotNegative, Positive, Probability, Range, Share, flag
 from common.limits import check as check_limits

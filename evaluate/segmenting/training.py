@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import config as configuration
-from common.batches.sampling import FIRST_VIEW, Batch, StepSampler, loader
+from common.batches.sampler import StepSampler
+from common.batches.samples import FIRST_VIEW, Batch, loader
 from common.batches.unreadable import Limit, watch
 from common.checkpoints import public, storage
 from common.features.extraction import digest

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
-from common.batches.sampling import FIRST_VIEW, Batch, Samples, generator
+from common.batches.sampler import generator
+from common.batches.samples import FIRST_VIEW, Batch, Samples
 from evaluate.segmenting.data import IGNORED, Scenes
 from evaluate.segmenting.options import SegmentationConfig
 

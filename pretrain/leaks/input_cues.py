@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.sampling import HELD_OUT_EPOCH, Samples
+from common.batches.sampler import HELD_OUT_EPOCH
+from common.batches.samples import Samples
 from common.data import Images, open_data
 from common.data.location import changed_location
 from common.errors import Refusal

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common import positions
-from common.batches.sampling import HELD_OUT_EPOCH, Batch, Samples, StepPart
+from common.batches.sampler import HELD_OUT_EPOCH, StepPart
+from common.batches.samples import Batch, Samples
 from common.batches.unreadable import NO_LIMIT
 from common.data import Images
 from common.features.extraction import shown

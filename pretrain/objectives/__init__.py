@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from common.batches.sampling import Batch
-from common.batches.transforms import View
+from common.batches.samples import Batch
+from common.batches.views import View
 from common.config import merge, to_object
 from common.errors import Refusal, nearest
 from common.limits import check

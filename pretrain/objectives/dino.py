@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.features.metrics import rankme
 from common.limits import Count, NotNegative, Positive, Probability

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.batches.transforms import View, height_width
+from common.batches.views import View, height_width
 from common.errors import Refusal
 from common.limits import BelowOne, Count, NotNegative, Positive, Share, Shares
 from common.models import Backbone, Features

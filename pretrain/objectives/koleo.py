@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.limits import NotNegative
 from common.models import Backbone, Features

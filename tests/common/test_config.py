@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from common import config
-from common.batches.transforms import View, presets
+from common.batches.views import View, presets
 from common.errors import Refusal, nearest
 from common.limits import Range, check
 

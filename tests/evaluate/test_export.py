@@ -12,7 +12,7 @@ from backbones import ROWS, Row
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.batches.transforms import evaluation
+from common.batches.crops import evaluation
 from common.checkpoints import public, storage
 from common.checkpoints.storage import HEAD
 from common.errors import Refusal

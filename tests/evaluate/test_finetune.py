@@ -17,8 +17,9 @@ import torch
 from pictures import write_images
 from PIL import Image
 
-from common.batches.sampling import Samples, StepSampler, generator
-from common.batches.transforms import View
+from common.batches.sampler import StepSampler, generator
+from common.batches.samples import Samples
+from common.batches.views import View
 from common.checkpoints import public, storage
 from common.data.images import Arrays, Images
 from common.errors import Refusal

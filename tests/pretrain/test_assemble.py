@@ -7,7 +7,7 @@ import pytest
 from children import TINY
 
 from common import config as configuration
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.processes import group

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from children import ROOT, Run
 
-from common.batches.sampling import held_out
-from common.batches.transforms import View, height_width
+from common.batches.sampler import held_out
+from common.batches.views import View, height_width
 from common.data import labelled_splits, open_data
 from common.models import ModelConfig, create
 from common.models.plan import PlanSpec

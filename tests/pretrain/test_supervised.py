@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from small import Noise
 
 from common import positions
-from common.batches.sampling import Samples
-from common.batches.transforms import View
+from common.batches.samples import Samples
+from common.batches.views import View
 from common.config import find_recipe
 from common.data import Images
 from common.models import ModelConfig, create

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small import Noise, backbone
 
-from common.batches.sampling import Samples
-from common.batches.transforms import View
+from common.batches.samples import Samples
+from common.batches.views import View
 from common.data import Images
 from common.errors import Refusal
 from common.models import ModelConfig, create

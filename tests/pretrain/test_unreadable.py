@@ -9,7 +9,7 @@ import pytest
 from children import TINY, Run
 from PIL import Image
 
-from common.batches.sampling import held_out
+from common.batches.sampler import held_out
 from common.checkpoints.public import read_description
 from common.checkpoints.storage import WEIGHTS
 from common.errors import Refusal

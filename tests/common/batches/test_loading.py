@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from common.batches import loading
 from common.batches.loading import Loader, fitting, tensor_bytes
-from common.batches.sampling import Batch
+from common.batches.samples import Batch
 from common.errors import Refusal
 from common.processes import stopping
 from common.processes.stopping import Stopped, StopSignal, at_once

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.checkpoints import published
 from common.checkpoints.public import describe, export, load_backbone
 from common.errors import Refusal

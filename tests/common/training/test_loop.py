@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ranks import ranks
 from torch import Tensor, nn
 
-from common.batches import sampling
+from common.batches import samples
 from common.errors import Refusal
 from common.training import ema
 from common.training.averages import Averages
@@ -292,7 +292,7 @@ def test_ignored_pixels_leave_a_segmentation_the_same_in_one_part_and_in_several
         head.zero_grad()
         results = []
         for rows in torch.arange(4).chunk(parts):
-            batch = sampling.Batch({"global": images[rows]}, rows, {MASK: masks[rows].to(torch.int16)})
+            batch = samples.Batch({"global": images[rows]}, rows, {MASK: masks[rows].to(torch.int16)})
             results.append(task(batch))
             (results[-1]["loss"] / parts).backward()
         found.append((step_means(results), head.weight.grad.clone()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.models import Features
 from pretrain.distillation.collapse import DIMENSIONAL, HEALTHY, ONE_PROTOTYPE, UNIFORM, judge
 from pretrain.objectives import Verdict

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from common.batches.sampling import generator
+from common.batches.sampler import generator
 from pretrain.distillation.masks import ASPECT, SMALLEST, blocks, draw_masks
 
 GRIDS = [(14, 14), (7, 7), (3, 3), (2, 5), (1, 6), (5, 1), (1, 1)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from pretrain import audit as auditing

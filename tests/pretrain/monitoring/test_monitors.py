@@ -15,9 +15,9 @@ from PIL import Image
 from ranks import ranks
 from small import Noise
 
-from common.batches.sampling import Samples
-from common.batches.transforms import View
+from common.batches.samples import Samples
 from common.batches.unreadable import NO_LIMIT
+from common.batches.views import View
 from common.data import Images
 from common.features.extraction import extract
 from common.features.metrics import rankme

@@ -9,7 +9,7 @@ import torch
 from small import NONE, backbone, batch, task
 from torch.nn import functional as F
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from pretrain.leaks.controls import noise, orders, rearrange

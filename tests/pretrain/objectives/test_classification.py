@@ -13,8 +13,9 @@ import torch
 from children import Run, Train
 from small import Noise, backbone, task
 
-from common.batches.sampling import Batch, Samples, StepSampler
-from common.batches.transforms import View
+from common.batches.sampler import StepSampler
+from common.batches.samples import Batch, Samples
+from common.batches.views import View
 from common.data import Images, Unreadable
 from common.errors import Refusal
 from pretrain import objectives

@@ -12,7 +12,7 @@ from dino_by_rank import IMAGES, SMALL, dino, features, steps, together
 from ranks import ranks
 from torch import Tensor
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import Features
 from pretrain import objectives

@@ -13,8 +13,8 @@ from ranks import ranks
 from small import Noise, backbone
 from torch import nn
 
-from common.batches.sampling import Batch, Samples
-from common.batches.transforms import View
+from common.batches.samples import Batch, Samples
+from common.batches.views import View
 from common.data import Images
 from common.errors import Refusal
 from common.models import ModelConfig, create

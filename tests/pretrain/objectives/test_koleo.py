@@ -10,7 +10,7 @@ from ibot_by_rank import KOLEO, VIEWS, B, D, V, everything, made_ibot, made_kole
 from ranks import ranks
 from small import NONE, backbone
 
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import Features
 from pretrain.objectives import Pass

@@ -10,7 +10,7 @@ from small import BACKBONES, NONE, VIT, backbone, batch, task
 from torch.nn import functional as F
 
 from common import positions
-from common.batches.transforms import View
+from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from evaluate.job.objectives import facts_of

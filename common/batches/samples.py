@@ -1,27 +1,21 @@
-"""The stateless sampler: which images make up step s, and what each looks like, as pure functions of the seed.
-
-Epoch e visits the images in an order drawn from (seed, e); step s takes the next `batch` of them; process r of R takes
-the r-th part. Sample i of epoch e is augmented with a generator of its own, keyed by (seed, e, i). So neither workers,
-nor processes, nor an interruption change what the model sees, and resuming at step s needs no stored state but s.
-"""
+"""Samples: what each image of a step looks like, and the batches that are made of them in the loader's workers."""
 
 import functools
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, Images, Unreadable
-from ..errors import Refusal
+from .crops import augment
 from .loading import Loader
-from .transforms import View, augment
+from .sampler import StepPart, generator
+from .views import View
 
-HELD_OUT_EPOCH = 2**62  # the "epoch" of held-out samples: always the same crops, none that training sees
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
 Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -51,80 +45,6 @@ class Batch:
         self.views = {name: view.pin_memory() for name, view in self.views.items()}
         self.draws = {name: draw.pin_memory() for name, draw in self.draws.items()}
         return self
-
-
-def generator(seed: int, epoch: int, index: int, purpose: str = "") -> np.random.Generator:
-    """Return the random generator of one sample: counter-based, so that streams of different samples never overlap.
-
-    What is drawn for one `purpose` does not depend on what else is drawn: a second objective, or view, changes no crop.
-    """
-    stream = zlib.crc32(purpose.encode())  # 0 for the global crops, which have none
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, stream, index, epoch]))
-
-
-def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return the order in which epoch `epoch` visits `size` images, int64 (size,)."""
-    return generator(seed, epoch, 2**63).permutation(size)
-
-
-class StepPart(list[tuple[int, int]]):
-    """Keys (epoch, index) of the images of one part of a step, and `step`: the indices of all images of the step, in
-    any part and process. So the number of those with a label is known before any is read."""
-
-    def __init__(self, keys: Iterable[tuple[int, int]], step: np.ndarray) -> None:
-        super().__init__(keys)
-        self.step = step  # (batch,) int64
-
-
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Iterable of a `StepPart` for each part of each step of one process, from step `start` (0-based) up to `steps`.
-
-    Every epoch drops the images that do not fill a last global batch; they come first nowhere, as each epoch has an
-    order of its own. Raises Refusal if a global batch does not fit the data, the processes or the accumulation.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch: int,
-        seed: int,
-        steps: int,
-        start: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        if batch < 1:
-            raise Refusal(f"batch={batch}: expected at least 1")
-        if accumulate < 1:
-            raise Refusal(f"accumulate={accumulate}: expected at least 1")
-        if batch > size:
-            raise Refusal(f"batch={batch} is larger than the training data, {size} images: set batch={size} or less")
-        if batch % (processes * accumulate):
-            raise Refusal(
-                f"batch={batch} (global) cannot be shared by {processes} processes x {accumulate} accumulation steps: "
-                f"choose a multiple of {processes * accumulate}"
-            )
-        self.size, self.batch, self.seed, self.steps, self.start = size, batch, seed, steps, start
-        self.rank, self.processes, self.accumulate = rank, processes, accumulate
-        self.per_epoch = size // batch
-
-    def __len__(self) -> int:
-        return max(0, self.steps - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[StepPart]:
-        epoch, images = -1, np.empty(0, np.int64)
-        micro = self.batch // self.accumulate
-        share = micro // self.processes
-        for step in range(self.start, self.steps):
-            if step // self.per_epoch != epoch:
-                epoch = step // self.per_epoch
-                images = order(self.seed, epoch, self.size)
-            first = (step % self.per_epoch) * self.batch
-            step_images = images[first : first + self.batch]
-            for part in range(self.accumulate):
-                begin = part * micro + self.rank * share
-                yield StepPart(((epoch, int(index)) for index in step_images[begin : begin + share]), step_images)
 
 
 class Samples(Dataset):
@@ -234,13 +154,3 @@ class Samples(Dataset):
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> Loader:
     """Return a loader of batches from `workers` processes (0: in this one), in the sampler's order."""
     return Loader(samples, sampler, workers, prefetch=4, held=sampler.accumulate + 1, pin=pin)
-
-
-def held_out(size: int, share: float, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split `size` images: (indices to train on, indices held out for monitors), both sorted.
-
-    The split depends on `size` alone, so that runs with different seeds are judged on the same images.
-    """
-    count = min(int(size * share), most)
-    shuffled = order(0, HELD_OUT_EPOCH, size)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])

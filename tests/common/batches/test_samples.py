@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.batches.sampling import (
-    HELD_OUT_EPOCH,
-    Batch,
-    Samples,
-    StepSampler,
-    generator,
-    held_out,
-    loader,
-    order,
-)
-from common.batches.transforms import View, augment
+from common.batches.crops import augment
+from common.batches.sampler import HELD_OUT_EPOCH, StepSampler, generator, held_out, order
+from common.batches.samples import Batch, Samples, loader
+from common.batches.views import View
 from common.data import Images
 from common.errors import Refusal
 

@@ -14,21 +14,9 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as V
 
 from common.batches.colour import ORDERS, recolour
-from common.batches.sampling import generator
-from common.batches.transforms import (
-    CROP_TRIES,
-    DRAWS,
-    PRESETS,
-    SIGMA,
-    View,
-    augment,
-    blur,
-    colour_changes,
-    crop_box,
-    evaluation,
-    gaussian,
-    presets,
-)
+from common.batches.crops import CROP_TRIES, DRAWS, SIGMA, augment, blur, colour_changes, crop_box, evaluation, gaussian
+from common.batches.sampler import generator
+from common.batches.views import PRESETS, View, presets
 from common.checkpoints import changes
 from common.errors import Refusal
 
