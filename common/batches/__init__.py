@@ -1,1 +1,1 @@
-"""Which images make up a step, and what they look like."""
+"""Images of a step: which ones, and what they look like."""

@@ -65,8 +65,7 @@ def _blend(planes: np.ndarray, other: np.ndarray | np.float32, share: float) -> 
 
 
 def _product(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Set `values` to 0 where `mask` is not, in place: a tenth of the time of np.where, whose branches are hard to
-    foresee."""
+    """Set `values` to 0 where `mask` is not, in place: a tenth of the time of np.where, which branches."""
     values *= mask.astype(np.float32)
     return values
 

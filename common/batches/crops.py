@@ -29,8 +29,7 @@ DRAWS = 2 * CROP_TRIES + 12
 
 
 def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) -> Tensor:
-    """Cut crop number `crop` of a view out of an image, at random: uint8 (C, H, W) -> contiguous uint8 (C, h, w), C 1
-    or 3.
+    """Cut crop number `crop` of a view out of an image at random: uint8 (C, H, W) -> contiguous uint8 (C, h, w).
 
     Always takes the same number of draws from `rng`, whatever the image, the view and the crop. The number only says
     which of the view's probabilities apply.
@@ -77,8 +76,7 @@ def crop_box(height: int, width: int, view: View, draws: list[float]) -> tuple[i
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize uint8 (C, H, W) to uint8 (C, h, w), antialiased; the image itself comes back when it has that size
-    already."""
+    """Resize uint8 (C, H, W) to uint8 (C, h, w), antialiased; an image that has that size comes back itself."""
     if image.shape[-2:] == size:
         return image
     return F.interpolate(image[None], size, mode=interpolation, antialias=True)[0]

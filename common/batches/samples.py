@@ -48,8 +48,7 @@ class Batch:
 
 
 class Samples(Dataset):
-    """Data set that decodes, crops and draws: (epoch, index) pairs in, one `Batch` out. It runs in the loader's
-    workers.
+    """Data set that decodes, crops and draws, in the loader's workers: (epoch, index) pairs in, one `Batch` out.
 
     `draws` (purpose -> function of a generator) is called for every image. `collate` (purpose -> function) is called
     once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.

@@ -1,1 +1,1 @@
-"""What is written to disk while something trains, and read back."""
+"""Files that are written to disk while something trains, and read back."""

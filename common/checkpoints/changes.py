@@ -1,4 +1,4 @@
-"""What this version makes otherwise of the same options and seed than earlier ones, for trainings that are resumed.
+"""Changes in what this version makes of the same options and seed, for trainings that are resumed.
 
 A state stores `VERSION`; one that lacks it is of version 1. Whoever changes samples or losses raises it, and says here,
 or in `changed` of `pretrain.checkpoints` where a loss is changed, which trainings notice.

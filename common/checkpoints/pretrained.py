@@ -29,8 +29,7 @@ POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT an
 
 
 def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (`state` without an attention pooling that the backbone does without, a sentence about it if there is
-    one)."""
+    """Return (`state` without an attention pooling that the backbone has not, a sentence about it if it had one)."""
     model_state = backbone.model.state_dict()
     kept = {key: value for key, value in state.items() if key in model_state or not key.startswith("attn_pool.")}
     return kept, ["its attention pooling is left out"] if len(kept) < len(state) else []
@@ -39,8 +38,7 @@ def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict
 def _timm(
     name: str, weights: str | None, asked: str, option: str, altered: Mapping[str, bool] | None = None, **kwargs: Any
 ) -> tuple[Any, list[str], Path]:
-    """Return (timm's model `name` with published weights, all of them, and no classifier; what was done to them; their
-    file).
+    """Return (timm's model `name` with published weights and no classifier; what was done to them; their file).
 
     `altered`: arguments of `alter`, for a Swin. Raises Refusal, which names what `asked` for it and the `option` that
     names a file.
@@ -89,8 +87,7 @@ def _from_hub(repository: str, name: str | None) -> Path:
 
 
 def _notice_missing_network() -> None:
-    """Make the hub's client look into its cache alone where there is no network: it would try for a minute, line after
-    line."""
+    """Make the hub's client look into its cache alone where there is no network: it would try for a minute."""
     address = urllib.parse.urlparse(hub.ENDPOINT)
     if urllib.request.getproxies() or not address.hostname:
         return  # names may be resolved elsewhere

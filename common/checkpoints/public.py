@@ -42,8 +42,7 @@ NOUNS = {str: "a text", int: "a whole number", dict: "a mapping"}
 
 
 def describe(backbone: Backbone, position: str, pooling: str, training: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `backbone.json`: how to build the backbone, how to feed it, how its features were
-    trained."""
+    """Return the content of `backbone.json`: how to build the backbone, feed it, and how it was trained."""
     config = backbone.config
     return {
         "format": FORMAT,
@@ -75,8 +74,7 @@ def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: 
 
 
 def weights_file(checkpoint: str | Path) -> Path:
-    """Return the backbone.safetensors that a --ckpt argument means: a run folder, a checkpoint folder or the file
-    itself."""
+    """Return the weights file that a --ckpt argument means: a run folder, a checkpoint folder or the file itself."""
     path = Path(checkpoint)
     if path.is_dir():
         if (path / WEIGHTS).is_file():
@@ -101,14 +99,12 @@ def _paired(folder: Path) -> bool:
 
 
 def _newest_pair(run: Path) -> Path | None:
-    """Return the newest backbone under run/state: the run was killed, or is, between copying the one file and the
-    other."""
+    """Find the newest backbone under run/state: the run was killed, or is, between copying one file and the other."""
     return next((folder / WEIGHTS for folder in checkpoints_of(run) if _paired(folder)), None)
 
 
 def read_description(weights: Path) -> dict[str, Any]:
-    """Read the backbone.json beside `weights` and check it: it is one, of a format we know, and belongs to these
-    weights."""
+    """Read the backbone.json beside `weights`, which has to be whole, of a format we know, and of these weights."""
     path = weights.with_suffix(".json")
     for attempt in range(5):  # a running run replaces the two files one after the other
         try:

@@ -155,7 +155,7 @@ def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
 def _unwrap(
     content: Mapping[Any, Any], model: Any, branch: str | None, where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (the tensors of one model, under its own names; what was chosen and what was left out).
+    """Return (the tensors of one model, under its own names; what was chosen and left out).
 
     A model is recognised by its first convolution: "teacher.backbone.patch_embed.proj.weight" says that there is one
     under "teacher.backbone". Where it has another name, common wrappers are opened and the rest is left to timm.
@@ -273,8 +273,7 @@ def _filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 def _without_classifier(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (`state` without the classifier that this architecture is published with, the names of what was left
-    out)."""
+    """Return (`state` without the classifier that this architecture is published with, its names)."""
     names = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     dropped = [name for name in state if prefixes and name.startswith(prefixes) and name not in model.state_dict()]
@@ -300,8 +299,7 @@ def _resize_positions(state: dict[str, Tensor], model_state: Mapping[str, Tensor
 
 
 def _channels(tensor: Tensor, goal: Tensor, name: str) -> tuple[Tensor, str]:
-    """Return (a first kernel of three channels for as many as the model has, as timm makes it; what was done, or
-    "")."""
+    """Return (a first kernel of three channels made for the model's channels by timm's rule; what was done, or "")."""
     if not name.startswith("patch_embed.") or tensor.ndim != 4 or tensor.shape[0] != goal.shape[0] or goal.ndim != 4:
         return tensor, ""
     before, after = tensor.shape[1], goal.shape[1]
@@ -313,8 +311,7 @@ def _channels(tensor: Tensor, goal: Tensor, name: str) -> tuple[Tensor, str]:
 def _in_float32(
     state: dict[str, Tensor], goal: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (`state` in the model's types; a note if they were others). Raises Refusal for numbers that are no
-    weights."""
+    """Return (`state` in the model's types; a note if they were others). Raises Refusal for what is no weight."""
     types = sorted({str(state[name].dtype).removeprefix("torch.") for name in state if goal[name].is_floating_point()})
     whole = {}
     for name, tensor in state.items():

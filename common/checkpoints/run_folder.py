@@ -29,7 +29,7 @@ WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its c
 
 
 def commit() -> str | None:
-    """The commit of the checkout this code runs from, with "+" if it was changed; None outside a checkout."""
+    """Return the commit of the checkout this code runs from, with "+" if it was changed; None outside a checkout."""
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

@@ -51,8 +51,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], needed: int | 
 
 
 def sweep(path: Path) -> None:
-    """Remove what an earlier `write_atomically` of `path` left when it was killed; for the only process that writes
-    it."""
+    """Remove what a killed `write_atomically` of `path` left behind; for the only process that writes it."""
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink(missing_ok=True)
 

@@ -21,8 +21,7 @@ WRONG = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexErr
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read the dictionary in a state.pt, its tensors on the CPU. Raises Refusal for anything else; nothing is
-    executed."""
+    """Read the dictionary in a state.pt to the CPU; nothing is executed. Raises Refusal for anything else."""
     try:
         with zipfile.ZipFile(path) as packed:  # torch stores; what is deflated may be a thousand times its size
             if any(item.compress_type != zipfile.ZIP_STORED for item in packed.infolist()):
@@ -40,8 +39,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read the state of the checkpoint in state/step_*, which has to be of the step in the folder's name. Raises
-    Refusal."""
+    """Read the state in a checkpoint folder step_*. Raises Refusal if it is not of the step in that name."""
     state = read_state(folder / STATE)
     if state["step"] != int(folder.name[5:]):
         raise _strange(folder / STATE, f"it is of step {state['step']}")

@@ -1,4 +1,4 @@
-"""Where images come from: `open_data("builtin" | "fashion-mnist" | … | "hf:NAME" | PATH)`.
+"""Data sets of images: `open_data("builtin" | "fashion-mnist" | … | "hf:NAME" | PATH)`.
 
 images = open_data("~/photos")     # recursive; sub-folders are classes
 images.read(0)                     # uint8 (3, H, W)
@@ -116,8 +116,7 @@ def labelled_splits(where: Location | str, download: bool = True) -> tuple[Image
 
 
 def with_classes_of(train: Images, test: Images, spec: str) -> Images:
-    """Number the labels of `test` as those of `train`. Raises Refusal where it has an image of a class that `train`
-    lacks."""
+    """Number the labels of `test` as those of `train`. Raises Refusal if it has a class that `train` lacks."""
     assert train.classes is not None and test.classes is not None and test.labels is not None
     if train.classes == test.classes:
         return test
@@ -148,8 +147,7 @@ def only_labelled(images: Images) -> Images:
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
-    """Split into (train, test), stratified: a fixed random fifth of each class, but never its only image, is for the
-    test."""
+    """Split into (train, test): a fixed random fifth of each class, but never its only image, is for the test."""
     labels = images.labels
     assert labels is not None
     rng = np.random.default_rng(0)

@@ -51,8 +51,7 @@ def cache_folder() -> Path:
 
 
 def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """Return the image and the label file of a split in MNIST's format, gzipped or not, under `folder`; None if not
-    there."""
+    """Find the image and the label file of a split in MNIST's format, gzipped or not, under `folder`, if any."""
 
     def first(stem: str, kind: str) -> Path | None:
         names = [f"{stem}{dot}{kind}{gz}" for dot in "-." for gz in ("", ".gz")]  # both spellings are in circulation
@@ -135,8 +134,7 @@ STL_SHAPE = (3, 96, 96)
 
 
 def open_stl(split: str, root: str | None, download: bool) -> Images:
-    """Open STL-10; its training split is the 5,000 labelled images and after them the 100,000 unlabelled ones (label
-    -1)."""
+    """Open STL-10; its training split is the 5,000 labelled images, then the 100,000 unlabelled ones (label -1)."""
     places = [*root_folder(root), cache_folder()]
     for place in places:
         images = read_stl(place, split)

@@ -109,8 +109,7 @@ def _valid(column: Any) -> np.ndarray:
 
 
 def open_hub(where: Location, split: str) -> Images | None:
-    """Open the `split` of a Hugging Face data set, or None when it has no test split. Raises Refusal when it cannot be
-    had or used."""
+    """Open the `split` of a Hugging Face data set, if it has one to judge on. Raises Refusal if it is unusable."""
     shown = where.spec
     splits = load_splits(where)
     division = division_of(splits, where)
@@ -215,8 +214,7 @@ def is_labelled(table: Any, where: Location) -> bool:
 
 
 def image_column(table: Any, where: Location) -> tuple[Any, str]:
-    """Return (the table, the name of its image column). Raises Refusal where there is none, or several and no
-    choice."""
+    """Return (the table, the name of its image column). Raises Refusal where there is none, or no choice."""
     from datasets import Image
 
     columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
@@ -254,8 +252,7 @@ def can_label(feature: Any) -> bool:
 
 
 def label_name(table: Any, where: Location) -> tuple[str | None, str]:
-    """Return (the name of the label column, why there is none). Raises Refusal for a chosen column that holds no
-    labels."""
+    """Return (the name of the label column, why there is none). Raises Refusal for a chosen column without labels."""
     from datasets import ClassLabel
 
     features = table.features

@@ -137,8 +137,7 @@ class Images:
         self._source.span = span
 
     def subset(self, indices: Any) -> Images:
-        """Take the images at `indices` (integers, or one boolean per image), in that order, as a data set of its
-        own."""
+        """Take the images at `indices` (integers, or one boolean per image), in that order, as a new data set."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
@@ -169,7 +168,7 @@ class Images:
         return f"{KIND}{self._digest(first=False)}"
 
     def has_fingerprint(self, known: str) -> bool:
-        """Return whether `known` is the fingerprint of these images, be it of the first kind: one of names and sizes
+        """Return whether `known` is the fingerprint of these images, or one of the first kind: of names and sizes
         alone."""
         if known.startswith(KIND):
             return known == self.fingerprint()

@@ -1,4 +1,4 @@
-"""Which sub-folder of a folder of images serves as what; the names of splits are those of `splits`."""
+"""Layout of a folder of images: which sub-folder serves as what; the names of splits are those of `splits`."""
 
 from __future__ import annotations
 
@@ -197,8 +197,7 @@ def _has_images(root: Path, endings: frozenset[str]) -> bool:
 
 
 def _lone(root: Path, endings: frozenset[str]) -> Path:
-    """Return the only sub-folder with images, if it has a training split and another one and no image lies beside
-    it."""
+    """Find the only sub-folder with images, if it has a training split and another one and no image lies beside."""
     filled = []
     for name in folders(root):
         if holds_images(root / name, endings):

@@ -1,4 +1,4 @@
-"""Which files of a folder are its images, and what of the rest a user should know.
+"""Listing of a folder: which files are its images, and what of the rest a user should know.
 
 Names are relative to the folder, with slashes; neither the disk nor the locale decides about their order.
 """
@@ -91,8 +91,7 @@ def _first(name: str) -> str:
 
 
 def images_of(root: str, endings: Collection[str]) -> tuple[list[bytes], LeftOut]:
-    """List the files under `root` with one of these lower-case endings by sorted relative names, and what else is in
-    it.
+    """List the files under `root` with one of these lower-case endings, sorted, and what else is in it.
 
     Raises Refusal for a folder that cannot be listed.
     """
@@ -119,8 +118,7 @@ def with_links(names: list[bytes], left: LeftOut) -> list[bytes]:
 
 
 def walk(root: str, endings: Collection[str], left: LeftOut) -> Iterator[str]:
-    """Yield the relative names of the visible files under `root` with one of these endings; all others are counted in
-    `left`.
+    """Yield the relative names of the visible files under `root` with one of these endings; count others in `left`.
 
     Each file is named once, however many links lead to it: under its own name if that is under `root`, else under the
     first link to it in the order of bytes. Links to folders come before links to files. (A second hard link is a file
@@ -267,8 +265,7 @@ def sample_of(path: str) -> bytes:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is left out unsaid: it begins with a dot, or a system has made
-    it."""
+    """Return whether a file or folder of this name is left out unsaid: a dot begins it, or a system made it."""
     return name[:1] == "." or name.lower() in JUNK_FOLDERS | JUNK_FILES
 
 

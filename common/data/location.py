@@ -1,4 +1,4 @@
-"""Where images are: a data set, which of its parts serve as what, and which columns hold what."""
+"""Place of images: a data set, which of its parts serve as what, and which columns hold what."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ class Location:
                 )
 
     def named_as_folder(self) -> str:
-        """Return a note where a folder of the working directory has the name that was taken for something else; or
-        nothing."""
+        """Say that a folder here has the name that was taken for something else; nothing where none has."""
         if self.is_named and Path(self.spec).is_dir():
             return f"{self.spec} is the data set of that name, not the folder here: that is data=./{self.spec}"
         name = self.spec.removeprefix(HUB)
@@ -93,8 +92,7 @@ def location_of(options: Mapping[str, Any]) -> Location:
 
 
 def changed_location(stored: Mapping[str, Any], given: Mapping[str, str | None]) -> Location:
-    """Return the location that `given` options ask for; other data than the `stored` ones share none of their
-    settings."""
+    """Return the location that `given` options ask for; data other than the `stored` share none of their settings."""
     before = location_of(stored) if given.get("data") is None else Location(str(given["data"]))
     before = replace(before, spec=place(before.spec))
     known = {field: given.get(name) for field, name in OPTIONS.items() if field != "spec"}

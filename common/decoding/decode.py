@@ -61,8 +61,7 @@ def jpeg_by_torchvision() -> JpegDecoder:
 
 
 def jpeg_by_torchcodec() -> JpegDecoder:
-    """Load TorchCodec's decoder, which it has from version 0.16, without FFmpeg. Raises ImportError where there is
-    none."""
+    """Load TorchCodec's decoder (from version 0.16, without FFmpeg). Raises ImportError where there is none."""
     from torchcodec.decoders import decode_jpeg
 
     modes = {1: "GRAY", 3: "RGB"}
@@ -115,8 +114,7 @@ def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tupl
 
 @contextlib.contextmanager
 def open_picture(data: np.ndarray) -> Iterator[tuple[ImageFile, Header]]:
-    """Open the picture in uint8 (bytes,), not decoded yet and not turned, and read its header. The only way to PIL's
-    decoders.
+    """Open the picture in uint8 (bytes,), not decoded or turned yet, and its header. The only way to PIL's decoders.
 
     Raises ValueError if there is nothing or it has more than MAX_PIXELS, and what PIL raises.
     """

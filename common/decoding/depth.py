@@ -34,8 +34,7 @@ STRIP = 1 << 20  # pixels that are converted at once
 
 
 def parse_range(text: str, option: str = "data_range") -> Range | None:
-    """Parse a range: "auto" is None, "4095" is (0, 4095), "-1000:3000" is (-1000, 3000). Raises Refusal for anything
-    else."""
+    """Parse "auto" as None, "4095" as (0, 4095), "-1000:3000" as (-1000, 3000). Raises Refusal for anything else."""
     if text == "auto":
         return None
     low, colon, high = text.rpartition(":")
@@ -83,8 +82,7 @@ def deep_to_8_bit(image: Image.Image, header: Header, span: Range | None) -> np.
 
 
 def values_of(image: Image.Image, header: Header) -> np.ndarray:
-    """Return the values of a deep picture, (H, W); Pillow gives unsigned 32 bits a sign. Raises ValueError if some are
-    NaN."""
+    """Return the values of a deep picture, (H, W); Pillow gives unsigned 32 bits a sign. Raises ValueError for NaN."""
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("some of its pixels are NaN or infinite: replace them, or remove the image")
@@ -121,8 +119,7 @@ def range_of(image: Image.Image, header: Header) -> Range:
 
 
 def declared_range(image: Image.Image, header: Header, most: float, bits: int) -> Range | None:
-    """Return the range that the file itself declares; `bits`: those that occur in some value of a PNG with significant
-    bits."""
+    """Return the range that the file declares; `bits`: those in some value of a PNG with significant bits."""
     if header.kind == "PNG" and header.significant:
         # The standard wants them as the upper ones of 16. Some writers leave them where they were.
         raw = most < 1 << header.significant and bits & ((1 << 16 - header.significant) - 1)

@@ -1,4 +1,4 @@
-"""What the header of a picture says, read without decoding it: its size, its orientation, the range of its values.
+"""Headers of pictures, read without decoding: size, orientation, range of values.
 
 `read_header` also returns the picture's bytes without what it only says about itself (texts, profiles, thumbnails,
 previews, later pages): such things never decide whether it can be read. A file that is cut or wrong in its pixels stays
@@ -112,8 +112,7 @@ def _jpeg(data: memoryview, bare: bool) -> tuple[Header, list[Any]]:
 
 
 def _tells_of_colours(marker: int, start: bytes, length: int) -> bool:
-    """Return whether an application's segment of this `length`, whose data begin with `start`, is a valid JFIF or
-    Adobe."""
+    """Return whether a segment of this `length`, whose data begin with `start`, is a valid JFIF's or Adobe's."""
     if marker == 0xE0:
         return len(start) == 14 and start[:5] == b"JFIF\0" and length >= 18
     return marker == 0xEE and start[:5] == b"Adobe" and length >= 16
@@ -276,7 +275,6 @@ def _jpeg_2000(data: memoryview) -> Header:
 
 
 def _without_exif(data: memoryview) -> bytes:
-    """Return an AVIF whose EXIF item is called something else: how it is turned stands in its own boxes, not in
-    EXIF."""
+    """Rename the EXIF item of an AVIF: how it is turned stands in its own boxes, not in EXIF."""
     start = re.sub(rb"(infe[\x02\x03](?:.{7}|.{9}))Exif", rb"\1none", bytes(data[:MOST_BOXES]), flags=re.DOTALL)
     return start + bytes(data[MOST_BOXES:])

@@ -75,8 +75,7 @@ class Directory:
 
 
 def orientation_of(exif: list[bytes], xmp: bytes) -> int:
-    """Return the orientation, 1 to 8: what the first EXIF block that knows it says, or XMP as Pillow reads it; else
-    1."""
+    """Return the orientation, 1 to 8, of the first EXIF block that knows it, or XMP as Pillow reads it; else 1."""
     for block in exif:
         block = block.removeprefix(START).removeprefix(START)
         value = Directory(block).value(ORIENTATION) if byte_order(block[:8]) else None

@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other: sums, maxima and rows of all of them.
+"""Exchange among the processes of a job: sums, maxima and rows of all of them.
 
 Every process has to call these the same number of times and in the same order, or all wait forever. Without a process
 group, and inside `single_process()`, each is the identity of a job of one.
@@ -39,14 +39,12 @@ def rank() -> int:
 
 
 def total(x: Tensor) -> Tensor:
-    """Return the sum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one
-    process."""
+    """Return the sum of `x` over processes, in its shape and type, without gradient; `x` itself in one process."""
     return _reduced(x, dist.ReduceOp.SUM) if processes() > 1 else x.detach()
 
 
 def largest(x: Tensor) -> Tensor:
-    """Return the maximum of `x` over processes, in its shape and type, without gradient; `x` itself where there is one
-    process."""
+    """Return the maximum of `x` over processes, in its shape and type, without gradient; `x` itself in one process."""
     return _reduced(x, dist.ReduceOp.MAX) if processes() > 1 else x.detach()
 
 

@@ -24,8 +24,8 @@ LAUNCHERS_OWN = (
 
 
 def join(cpu: bool = False) -> PartialState:
-    """Join this process to those of the job, on the CPU if `cpu` or there is nothing else. Raises Refusal if they
-    cannot meet."""
+    """Join this process to the job's, on the CPU if `cpu` or nothing else is there. Raises Refusal if they cannot
+    meet."""
     # Without cpu=True, accelerate on a machine without GPUs runs torchrun's processes as so many unrelated first ones.
     _refuse_other_plans()
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -80,8 +80,7 @@ def _refuse_other_plans() -> None:
 
 
 def note_missing() -> str | None:
-    """Return the line to print where `accelerate launch` was to start several processes and started one, as it does on
-    CPUs."""
+    """Return the line about an `accelerate launch` of several processes that started one, as it does on CPUs."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return None  # not started by it, or by one that starts several
     count = _wanted_processes()
@@ -96,8 +95,7 @@ def note_missing() -> str | None:
 
 
 def _wanted_processes() -> int | None:
-    """Return the num_processes of the `accelerate launch` that started this process: its command line's or
-    configuration's."""
+    """Find the num_processes of the `accelerate launch` that started this, in its command line or configuration."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace", encoding="utf-8").split("\0")
     except OSError:

@@ -235,8 +235,7 @@ MEANT = {"pretrain": ("run", "train", "training", "pretraining", "start", "fit")
 
 
 def suggested(argv: Sequence[str]) -> str:
-    """Suggest what a command line without a known command may have meant: another name, a script's path, a
-    misspelling."""
+    """Suggest what an unknown command may have meant: another name, a script's path, a misspelling."""
     names = {name: name for name in scripts()} | {other: name for name, others in MEANT.items() for other in others}
     for word in argv:
         stem = Path(word).stem.lower().replace("_", "-") if not word.startswith("-") and "=" not in word else ""

@@ -41,8 +41,7 @@ class Stopped(BaseException):
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a process that stopped as asked: 130 after Ctrl-C, so that a script does not go on,
-    else 0."""
+    """Return the exit status of a process that stopped as asked: 130 after Ctrl-C, so that scripts stop, else 0."""
     return INTERRUPTED if number == signal.SIGINT else 0
 
 
