@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for `import common` and `import children`
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for `import common` and `from runs.children import ...`
 
-from children import TINY, Train, training_here  # noqa: E402
+from runs.children import TINY, Train, training_here  # noqa: E402
 
 # ---------------------------------------------------------------------------- the images
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import TINY
+from runs.children import TINY
 
 from common import config as configuration
 from common.batches.views import View

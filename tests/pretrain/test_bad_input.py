@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import TINY, Run
 from PIL import Image
+from runs.children import TINY, Run
 
 from common.data import Images
 from common.data.images import Arrays

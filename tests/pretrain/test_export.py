@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from children import Run
-from monitors_by_rank import DINO
+from ranks.monitors import DINO
+from runs.children import Run
 from safetensors.torch import load_file
 
 from common.checkpoints import private

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import Run, Train
+from runs.children import Run, Train
 from torch import Tensor, nn
 
 from common.checkpoints import public, storage

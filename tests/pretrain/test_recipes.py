@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from children import ROOT, Run
+from runs.children import ROOT, Run
 
 from common.batches.sampler import held_out
 from common.batches.views import View, height_width

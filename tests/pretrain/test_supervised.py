@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from children import Run
 from omegaconf import OmegaConf
+from runs.children import Run
 from small import Noise
 
 from common import positions

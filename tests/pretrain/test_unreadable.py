@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import TINY, Run
 from PIL import Image
+from runs.children import TINY, Run
 
 from common.batches.sampler import held_out
 from common.checkpoints.public import read_description

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import ranks
+from ranks.job import ranks
 
 from common.batches.unreadable import NO_LIMIT, Limit
 from common.data import Images, Unreadable, open_data

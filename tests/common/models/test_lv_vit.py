@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import vit_by_hand as by_hand
+from by_hand import vit as by_hand
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay

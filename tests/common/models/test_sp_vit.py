@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import vit_by_hand as by_hand
+from by_hand import vit as by_hand
 from timm.models.vision_transformer import Attention
 from torch import Tensor
 from torch.nn import functional as F

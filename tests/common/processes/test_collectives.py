@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ibot_by_rank import told, words
-from ranks import ranks
+from ranks.ibot import told, words
+from ranks.job import ranks
 
 from common.processes import collectives
 

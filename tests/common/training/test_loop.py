@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from ranks import ranks
+from ranks.job import ranks
 from torch import Tensor, nn
 
 from common.batches import samples

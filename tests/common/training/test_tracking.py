@@ -12,8 +12,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from children import ROOT, Run
 from PIL import Image
+from runs.children import ROOT, Run
 from safetensors import SafetensorError
 
 from common.checkpoints.disk import DiskFull

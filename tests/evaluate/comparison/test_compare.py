@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from reports_by_hand import K, comparer, maker, right, rows_of, standard, write
+from by_hand.reports import K, comparer, maker, right, rows_of, standard, write
 
 from common.data import labelled_splits
 from common.errors import Refusal

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from by_hand.reports import comparer, maker, right, rows_of, standard, write
 from PIL import Image
-from reports_by_hand import comparer, maker, right, rows_of, standard, write
 
 from common.data import Location
 from common.errors import Refusal

@@ -9,8 +9,8 @@ import subprocess
 
 import numpy as np
 import pytest
+from by_hand.reports import comparer, maker, standard, write
 from PIL import Image
-from reports_by_hand import comparer, maker, standard, write
 
 from evaluate.comparison import html as markup
 

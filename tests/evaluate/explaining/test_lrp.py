@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import vit_by_hand as by_hand
 from backbones import ROWS
+from by_hand import vit as by_hand
 
 from common.models import ModelConfig, create
 from common.models.plan import TokenPlan

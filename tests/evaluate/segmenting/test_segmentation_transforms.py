@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from ranks import ranks
+from ranks.job import ranks
 from torch import nn
 from torch.nn import functional as F
 

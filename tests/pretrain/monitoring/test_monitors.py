@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from children import Run, Train
-from monitors_by_rank import BROKEN, DINO, made, measured
 from PIL import Image
-from ranks import ranks
+from ranks.job import ranks
+from ranks.monitors import BROKEN, DINO, made, measured
+from runs.children import Run, Train
 from small import Noise
 
 from common.batches.samples import Samples

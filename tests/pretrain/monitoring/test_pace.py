@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import TINY, Run
+from runs.children import TINY, Run
 from torch import nn
 
 from common.errors import Refusal

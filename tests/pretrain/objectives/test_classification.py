@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from children import Run, Train
+from runs.children import Run, Train
 from small import Noise, backbone, task
 
 from common.batches.sampler import StepSampler

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dino_by_rank import IMAGES, SMALL, dino, features, steps, together
-from ranks import ranks
+from ranks.dino import IMAGES, SMALL, dino, features, steps, together
+from ranks.job import ranks
 from torch import Tensor
 
 from common.batches.views import View

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ibot_by_rank import IBOT, VIEWS, B, K, N, V, everything, features, made_ibot, masks, measured, tokens
-from ranks import ranks
+from ranks.ibot import IBOT, VIEWS, B, K, N, V, everything, features, made_ibot, masks, measured, tokens
+from ranks.job import ranks
 from small import Noise, backbone
 from torch import nn
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ibot_by_rank import KOLEO, VIEWS, B, D, V, everything, made_ibot, made_koleo, spread, tokens
-from ranks import ranks
+from ranks.ibot import KOLEO, VIEWS, B, D, V, everything, made_ibot, made_koleo, spread, tokens
+from ranks.job import ranks
 from small import NONE, backbone
 
 from common.batches.views import View

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from children import Run, Train
-from plans_by_rank import plans
-from ranks import ranks
+from runs.children import Run, Train
+from ranks.plans import plans
+from ranks.job import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"
-RUN_UNTIL = ROOT / "tests" / "run_until.py"
+RUN_UNTIL = ROOT / "tests" / "runs" / "run_until.py"
 PATIENCE = 150.0  # seconds a child may take, on a machine that is busy with something else
 
 # ---------------------------------------------------------------------------- the run it leaves

@@ -5,9 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from children import Run, Train
+from runs.children import Run, Train
 
-TINY_DINO = Path(__file__).resolve().parent / "fixtures" / "tiny_dino.yaml"
+TINY_DINO = Path(__file__).resolve().parents[1] / "fixtures" / "tiny_dino.yaml"
 KILLED = 6  # after the checkpoint of step 5, in mid-epoch; a line with two processes, which log every third step
 
 

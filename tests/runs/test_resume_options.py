@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import TINY, Run, training_here
+from runs.children import TINY, Run, training_here
 
 import pretrain.checkpoints
 from common.batches.samples import Samples

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from children import TINY, Run, alive, descendants
+from runs.children import TINY, Run, alive, descendants
 
 from common.processes.stopping import GRACE
 

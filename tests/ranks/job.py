@@ -26,8 +26,8 @@ def ranks(function: Found, processes: int = 2) -> list[Any]:
 
 
 def main(file: str, name: str) -> None:
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [str(here.parent), str(here), *(path for path in sys.path if Path(path).resolve() != here)]
+    tests = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(tests.parent), str(tests)]  # in place of the folder of this file
     import common.processes.launch  # noqa: F401  (before torch)
 
     # isort: split

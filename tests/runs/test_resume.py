@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import TINY, Ended, Run, Train, alive
+from runs.children import TINY, Ended, Run, Train, alive
 
 from common.checkpoints import private, public
 from common.checkpoints.stored_state import read_checkpoint
