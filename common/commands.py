@@ -121,8 +121,8 @@ def _beside(tool: str) -> str:
 def _shortest(program: str) -> str:
     """A program as one may type it here: by its name where a shell finds it by that, else by its path."""
     name = Path(program).name
-    found = shutil.which(name)
-    if program == name or (found is not None and os.path.abspath(found) == os.path.abspath(program)):
+    on_path = shutil.which(name)
+    if program == name or (on_path is not None and os.path.abspath(on_path) == os.path.abspath(program)):
         return name
     near = os.path.relpath(program)
     return shlex.quote(program if near.startswith("..") else near)

@@ -11,6 +11,6 @@ class Refusal(Exception):
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """`; did you mean 'a' or 'b'?` for the known names closest to `word`, or nothing when none is close."""
+    """Suggest `; did you mean 'a' or 'b'?` for the known names closest to `word`; empty when none is close."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

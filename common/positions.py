@@ -58,8 +58,8 @@ def offset_codes(grid: tuple[int, int]) -> Tensor:
 
 
 def pair_ends(pairs: Tensor, count: int, diagonal: bool = True) -> tuple[Tensor, Tensor]:
-    """(query, key) of numbered ordered pairs of `count` patches. With `diagonal` pair number query*count + key; without
-    it, pairs of a patch with itself have no number, and query*(count-1) is the first of a query's."""
+    """Ends (query, key) of numbered ordered pairs of `count` patches. With `diagonal` pair number query*count + key;
+    without it, pairs of a patch with itself have no number, and query*(count-1) is the first of a query's."""
     if diagonal:
         return pairs // count, pairs % count
     queries, keys = pairs // (count - 1), pairs % (count - 1)
@@ -78,7 +78,7 @@ def default_pairs(count: int, diagonal: bool = True) -> int:
 
 
 def sample_pairs(rng: Any, count: int, some: int, diagonal: bool = True) -> Any:
-    """`some` distinct ordered pairs of `count` patches by number (see `pair_ends`), int64 (Q,).
+    """Draw `some` distinct ordered pairs of `count` patches by number (see `pair_ends`), int64 (Q,).
 
     Uniform without replacement, so a mean over them is an unbiased estimate of the mean over all pairs. `rng`: a numpy
     Generator.

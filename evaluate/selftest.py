@@ -150,7 +150,7 @@ def judged(check: Check, arguments: argparse.Namespace) -> tuple[str, bool]:
 
 
 def published_figure(check: Check, content: Mapping[str, Any]) -> tuple[str, float]:
-    """(protocol, accuracy) of the number in a report that answers to the published one."""
+    """Read (protocol, accuracy) of the number in a report that corresponds to the published one."""
     entry, protocol = content["values"]["subject"][check.kind], content["protocol"]
     protocol = protocol["beside"] if check.beside == FIELD else protocol
     return protocol["id"], (entry[check.beside] if check.beside else entry)["accuracy"]

@@ -47,7 +47,7 @@ class _Shown(Dataset):
 def _batches(
     shown: _Shown, batches: Sequence[Sequence[int]], workers: int, limit: Limit
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
-    """(images, their indices, messages about those that cannot be read) of each of `batches`.
+    """Load each of `batches`: (images, their indices, messages about those that cannot be read).
 
     Raises Refusal as soon as more than `limit` allows of the whole data set cannot be read.
     """
@@ -85,7 +85,7 @@ def shown(
     warn: Callable[[str], None] = print,
     limit: Limit = USUAL,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(uint8 (b, C, h, w), their indices (b,)) over all of `images` in order, under the evaluation transform.
+    """Show all of `images` in order, under the evaluation transform: (uint8 (b, C, h, w), their indices (b,)).
 
     Images that cannot be read are left out and, at the end, counted and named to `warn`. Raises Refusal as soon as
     they are more than `limit` allows.
@@ -125,7 +125,7 @@ def extract(
     warn: Callable[[str], None] = print,
     limit: Limit = USUAL,
 ) -> dict[str, Tensor]:
-    """{"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, on the CPU.
+    """Extract {"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, CPU.
 
     Rows are in image order; `index` says which image each row is, 0 ... n-1 unless some could not be read (`warn` is
     told which). Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and
@@ -165,7 +165,7 @@ def extract_parts(
     limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
-    """`extract`, of one part of the images after another; `seen` is told how many images each batch had.
+    """Extract features of one part of the images after another; `seen` is called with the size of each batch.
 
     No batch spans two parts, so that a part is the same numbers whichever other parts are asked for.
     """
@@ -247,7 +247,7 @@ def pixels(
     warn: Callable[[str], None] = print,
     limit: Limit = USUAL,
 ) -> dict[str, Tensor]:
-    """{"pixels": raw pixels in [0, 1] (K, C * h * w), "index": (K,)} under the same evaluation transform.
+    """Raw pixels under the same evaluation transform: {"pixels": in [0, 1] (K, C * h * w), "index": (K,)}.
 
     A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
     """
@@ -267,7 +267,7 @@ def pixel_parts(
     limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
-    """`pixels`, of one part of the images after another; see `extract_parts`."""
+    """Raw pixels of one part of the images after another; see `extract_parts`."""
     small = (min(size[0], PIXELS), min(size[1], PIXELS))
 
     def features_of(batch: Tensor) -> dict[str, Tensor]:

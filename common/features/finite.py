@@ -26,7 +26,7 @@ OTHER_WEIGHTS = "the file is damaged or its training diverged: use an earlier ch
 
 
 def not_finite(features: Mapping[str, Tensor]) -> Tensor:
-    """(K,) bool: which images have a NaN or an infinity in one of their `features` (K, ...), or numbers of such a size
+    """Mask (K,) of images that have a NaN or an infinity in one of their `features` (K, ...), or numbers of such a size
     that their length, by which similarities are divided, is one; "index" is none."""
     result: Tensor | None = None
     for name, values in features.items():
@@ -39,7 +39,7 @@ def not_finite(features: Mapping[str, Tensor]) -> Tensor:
 
 
 def length(features: Tensor) -> Tensor:
-    """(K,) float32 norms of features (K, ...), as similarities know them: infinite above about 1e19."""
+    """Norms (K,) float32 of features (K, ...), as similarities know them: infinite above about 1e19."""
     return torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float32)
 
 

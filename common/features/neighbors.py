@@ -34,7 +34,7 @@ def centre_of(bank: Tensor, treatment: str = CENTRED) -> Tensor:
 
 
 def unit_vectors(features: Tensor, centre: Tensor) -> Tensor:
-    """`features` (..., D) less `centre` (D,) as unit vectors, float32, whose products are cosines.
+    """Unit vectors of `features` (..., D) less `centre` (D,), float32, whose products are cosines.
 
     A vector of zeros stays one: its cosine to everything is 0.
     """
@@ -71,7 +71,7 @@ def knn_many(
     chunk: int = 1024,
     treatment: str = CENTRED,
 ) -> dict[int, Tensor]:
-    """{k: predicted class of every query (Q,)} for several k from one search; with FIELD, as DINO does (eval_knn.py).
+    """Predict for several k from one search: {k: class of every query (Q,)}; with FIELD, as DINO does (eval_knn.py).
 
     bank (M, D), labels (M,) in [0, C), queries (Q, D): as they are, they are treated here. A neighbour's vote is
     exp(cosine similarity / temperature). `chunk` queries are compared at a time: chunk * M similarities in memory.

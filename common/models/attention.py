@@ -196,7 +196,7 @@ def _probabilities(
 
 
 def _fill(scores: Tensor, lookup: Tensor, tables: Tensor) -> None:
-    """scores (B, H, T, S) = the sum of lookup (B, H, T, n) at tables (R, 1 or B, T, S)."""
+    """Set scores (B, H, T, S) to the sum of lookup (B, H, T, n) at tables (R, 1 or B, T, S)."""
     lookup = _wide(lookup)
     torch.gather(lookup, -1, tables[0][:, None].expand_as(scores), out=scores)
     for table in tables[1:]:
@@ -204,7 +204,7 @@ def _fill(scores: Tensor, lookup: Tensor, tables: Tensor) -> None:
 
 
 def _add_product(scores: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """scores (B, H, T, S) += a (B, H, T, d) times b (B, H, S, d); if `fresh`, = that."""
+    """Add a (B, H, T, d) times b (B, H, S, d) to scores (B, H, T, S); if `fresh`, set them to it."""
     if a.dtype == scores.dtype:  # one pass over the scores instead of two
         flat = scores.flatten(0, 1)
         torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1).mT, beta=0 if fresh else 1, out=flat)
@@ -233,7 +233,7 @@ def _of(part: Part, ids: Tensor) -> Tensor:
 
 
 def _read(lookup: Tensor, table: Tensor) -> Tensor:
-    """lookup (B, H, T, n) at table (1 or B, T, S): (B, H, T, S)."""
+    """Read lookup (B, H, T, n) at table (1 or B, T, S): (B, H, T, S)."""
     return lookup.gather(-1, table[:, None].expand(*lookup.shape[:3], table.shape[-1]))
 
 

@@ -99,7 +99,7 @@ class Features:
 
 
 class Backbone(nn.Module):
-    """timm.create_model(name, **kwargs) with one output: `Features`.
+    """Adapter over timm.create_model(name, **kwargs) with one output: `Features`.
 
     Images are uint8 (normalised here, on the device, in float32) or already normalised floats, (B, C, H, W).
     Plain ViTs choose per pass whether position embeddings are added. Swin, NesT, BEiT and EVA carry position inside

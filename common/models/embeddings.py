@@ -38,7 +38,8 @@ def resize_without_antialiasing(model: Any) -> None:
 
 
 def _embed_eva(model: Any, maps: Tensor) -> tuple[Tensor, Tensor | None]:
-    """timm's hook: patches (B, h, w, D) to tokens (B, P+N, D) with position embedding, and the rotary embedding."""
+    """Embed, as timm's hook: patches (B, h, w, D) to tokens (B, P+N, D) with position embedding, and the rotary
+    embedding."""
     grid = (maps.shape[1], maps.shape[2])
     tokens, embedding = maps.flatten(1, 2), resize_embedding(model.pos_embed, model.patch_embed.grid_size, grid)
     tokens_before = (getattr(model, name, None) for name in ("cls_token", "reg_token"))

@@ -36,7 +36,7 @@ Grid = tuple[int, int]
 
 
 def piecewise(x: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """The index of a distance x (any shape): int64, odd in x, x itself up to alpha, then logarithmic up to beta.
+    """Index of a distance x (any shape): int64, odd in x, x itself up to alpha, then logarithmic up to beta.
 
     Rounds half to even, and before it clips: with beta = 3.8 the last index is 3.
     """
@@ -57,7 +57,7 @@ def num_buckets(method: str, ratio: float, num_prefix_tokens: int) -> int:
 
 
 def bucket_ids(method: str, grid: Grid, ratio: float, num_prefix_tokens: int) -> Tensor:
-    """The bucket of each pair [query, key]: (N, N) int64, prefix tokens first, then the grid's rows (arXiv 2107.14222;
+    """Bucket of each pair [query, key]: (N, N) int64, prefix tokens first, then the grid's rows (arXiv 2107.14222;
     alpha, beta, gamma = 1, 2 and 8 times `ratio`, in patches).
 
     `cross` gives its two tables, (2, N, N): `cross_rows`, then `cross_cols`. Raises Refusal for an unknown method.
@@ -124,7 +124,7 @@ class BucketIds(nn.Module):
         self.ids = self._build(self.grid, self.ids.device)
 
     def _build(self, grid: Grid, device: Any) -> Tensor:
-        """(R, 1, N, N); the second table of `cross` is read behind the first."""
+        """Build ids (R, 1, N, N); the second table of `cross` is read behind the first."""
         ids = bucket_ids(self.method, grid, self.ratio, self.num_prefix_tokens)
         if self.method == "cross":
             ids[1] += num_buckets(self.method, self.ratio, self.num_prefix_tokens)
@@ -205,7 +205,8 @@ class CrossTable(nn.Module):
 
 
 class RelativeAttention(Attention):
-    """timm's Attention with tables `rpe_q`, `rpe_k`, `rpe_v`: made of one, whose modules and settings it takes over."""
+    """Attention of timm with tables `rpe_q`, `rpe_k`, `rpe_v`: made of one, whose modules and settings it takes
+    over."""
 
     rpe_q: Any
     rpe_k: Any
@@ -255,7 +256,7 @@ class RelativeAttention(Attention):
         return self.proj_drop(self.proj(out))
 
     def _project(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, T, d), k and v (B, H, S, d): of all tokens, or k and v of those at keys (B, S)."""
+        """Project to q (B, H, T, d), k and v (B, H, S, d): of all tokens, or k and v of those at keys (B, S)."""
         B, H, d = x.shape[0], self.num_heads, self.head_dim
         if keys is None:
             q, k, v = self.qkv(x).view(B, -1, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)

@@ -60,7 +60,7 @@ def kept(grid: tuple[int, int], box: Box) -> float:
 
 
 def swap_box(tokens: Tensor, grid: tuple[int, int], box: Box) -> Tensor:
-    """tokens (B, N, D) or (B, h, w, D), of the same shape, where those in the box are image B-1-b's in image b.
+    """Swap tokens (B, N, D) or (B, h, w, D): those of the box in image b become image B-1-b's.
 
     Of an even number of images it is its own inverse: what was mixed before the blocks, the same call puts back after.
     Raises ValueError for a box that leaves the grid.
@@ -120,7 +120,7 @@ class Stem(PatchEmbed):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, N, D), or what `output_fmt` says."""
+        """Embed images as (B, N, D), or in the form of `output_fmt`."""
         size = tuple(images.shape[-2:])
         full = tuple(side * STRIDE for side in self.dynamic_feat_size((size[0], size[1])))
         if self.strict_img_size and size != tuple(self.img_size):
@@ -146,7 +146,7 @@ class Scale(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """x * factor."""
+        """Multiply by the factor."""
         return x * self.factor
 
     def extra_repr(self) -> str:
@@ -269,11 +269,12 @@ class LvVit(VisionTransformer):
             self.pos_embed = nn.Parameter(resized, requires_grad=embedding.requires_grad)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """(h, w) of the tokens of images (B, 3, H, W)."""
+        """Grid (h, w) of the tokens of images (B, 3, H, W)."""
         return self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """(1, N, D), with the class token's entry first where it has one; resized if `grid` is not the model's."""
+        """Embedding (1, N, D), with the class token's entry first where it has one; resized if `grid` is not the
+        model's."""
         embedding: Any = self.pos_embed
         return resize_embedding(embedding, self.patch_embed.grid_size, grid)
 
@@ -341,8 +342,8 @@ def _init_linear(module: nn.Linear) -> None:
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: Any, old_grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """A published file's state dict for `model`, an LvVit or SpVit: unwrapped, its position embedding at the model's
-    size (bicubic; said in the log), without the auxiliary head if the model has none.
+    """Convert a published file's state dict for `model`, an LvVit or SpVit: unwrapped, its position embedding at the
+    model's size (bicubic; said in the log), without the auxiliary head if the model has none.
 
     `old_grid` (h, w): of the file; None finds it where it is the model's or a square. Raises Refusal where it cannot,
     or where one of the two has an entry for the class token and the other has not.
@@ -383,7 +384,7 @@ def _grid_of(entries: int, prefix: int, grid: tuple[int, ...]) -> tuple[int, int
 
 
 def config(crop: float) -> dict[str, Any]:
-    """timm's description of a published model that shows the central `crop` of the short side."""
+    """Description, in timm's form, of a published model that shows the central `crop` of the short side."""
     return {
         "url": "",  # the authors' files are given by pretrained_cfg_overlay={"file": ...}
         "num_classes": 1000,

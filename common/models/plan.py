@@ -56,7 +56,7 @@ class PlanSpec:
         return self.keep == 1 and self.context == 1 and self.position != "partial"
 
     def counts(self, num_patches: int) -> tuple[int, int, int]:
-        """(K, V, C) on a grid of `num_patches`. Raises Refusal where too few are left to ask anything."""
+        """Numbers (K, V, C) on a grid of `num_patches`. Raises Refusal if too few are left to ask about."""
         kept = _share(self.keep, num_patches)
         if kept < 2:
             raise Refusal(
@@ -69,8 +69,8 @@ class PlanSpec:
         return kept, _share(self.position_keep, kept), keys
 
     def draw(self, rng: Any, num_patches: int) -> dict[str, Any]:
-        """One sample's plan: "kept" (K,) patches, rising; "visible" (K,) bool, told their place; "context" (C,) rising,
-        which of the K are keys. Only what this spec needs. `rng`: a numpy Generator."""
+        """Draw one sample's plan: "kept" (K,) patches, rising; "visible" (K,) bool, told their place; "context" (C,)
+        rising, which of the K are keys. Only what this spec needs. `rng`: a numpy Generator."""
         kept, visible, keys = self.counts(num_patches)
         drawn = {}
         if self.keep < 1:

@@ -32,7 +32,7 @@ Grid = tuple[int, int]
 
 
 def tabulate(grid: Grid, reference: Grid | None = None, device: Any = None) -> tuple[Tensor, Tensor]:
-    """(offsets, index) of grid (h, w), whose patches are row-major.
+    """Tabulate (offsets, index) of grid (h, w), whose patches are row-major.
 
     offsets ((2h-1)(2w-1), 2) float: (dx, dy), columns and rows from query to key in patches, row by row from the most
     negative. index (N*N,) int32: which of them is between query i and key j, at i*N + j. `reference` (h, w): scale the
@@ -50,7 +50,7 @@ def tabulate(grid: Grid, reference: Grid | None = None, device: Any = None) -> t
 
 
 class Offsets(nn.Module):
-    """`tabulate` of a grid as buffers: one for all layers of a model, and in no checkpoint."""
+    """Buffers with `tabulate` of a grid: one for all layers of a model, and in no checkpoint."""
 
     offsets: Tensor
     index: Tensor
@@ -138,13 +138,13 @@ class Convolution(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd))
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        """(B, N, D) on `grid`, of the same shape."""
+        """Convolve (B, N, D) on `grid`: the same shape."""
         maps = patches.mT.unflatten(2, grid)  # a channels-last view; in (B, D, h, w) order it takes 3 times as long
         return patches + self.proj(maps).flatten(2).mT
 
 
 class SpBlock(Block):
-    """timm's block, with the prior in its attention if `prior`, followed by the convolution of its patches."""
+    """Block of timm, with the prior in its attention if `prior`, followed by the convolution of its patches."""
 
     def __init__(self, where: Offsets, prior: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -232,7 +232,7 @@ class SpVit(LvVit):
         self.where.to(self.patch_embed.proj.weight.dtype)
 
     def _layers(self, images: Tensor, position: bool = True, box: Box = NO_BOX) -> Iterator[tuple[Tensor, int, Grid]]:
-        """(tokens (B, P+N, D) without the final norm, P, grid) after each block."""
+        """Yield (tokens (B, P+N, D) without the final norm, P, grid) after each block."""
         grid = self.grid_of(images)
         where = self.where.at(grid)
         tokens = swap_box(self.patch_embed(images), grid, box).flatten(1, -2)
@@ -253,10 +253,10 @@ class SpVit(LvVit):
     def run(
         self, images: Tensor, wanted: Sequence[int], position: bool = True, norm: bool = True
     ) -> Iterator[tuple[Tensor, int, Grid]]:
-        """(tokens (B, P+N, D), P, grid) of each of the `wanted` blocks, counted from 0 and shallowest first, the final
-        norm applied if `norm`; P is 0 before the class token joins, and blocks above the deepest are not run.
-        position=False: no position embedding, no prior and no convolution; what is left is what the zeros around the
-        image tell in the stem."""
+        """Run images: (tokens (B, P+N, D), P, grid) of each of the `wanted` blocks, counted from 0 and shallowest
+        first, the final norm applied if `norm`; P is 0 before the class token joins, and blocks above the deepest are
+        not run. position=False: no position embedding, no prior and no convolution; what is left is what the zeros
+        around the image tell in the stem."""
         for i, (tokens, P, grid) in enumerate(self._layers(images, position)):
             if i in wanted:
                 yield self.norm(tokens) if norm else tokens, P, grid

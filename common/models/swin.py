@@ -116,10 +116,10 @@ class UnbiasedAttention(WindowAttention):
         self.window_area = self.window_size[0] * self.window_size[1]
 
     def reset_parameters(self) -> None:
-        """Nothing: timm's fills the table."""
+        """Do nothing: timm's fills the table."""
 
     def _init_buffers(self) -> None:
-        """Nothing: timm's fills the table's index."""
+        """Do nothing: timm's fills the table's index."""
 
 
 # ------------------------------------------------------------------------------------------- a last stage that keeps
@@ -186,7 +186,7 @@ PARTS = ("patch_embed", "layers", "norm", "head")  # of a Swin; what else a file
 
 
 def published_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of a published Swin under the names that timm has now, names of what was left out).
+    """Rename the tensors of a published Swin as timm names them now: (tensors, names of what was left out).
 
     Swin's authors merge patches at the end of a stage, timm at the beginning of the next: `downsample` is one stage
     further. Positional Label's Swin has the convolution under `cpe`, here `conv`, and the heads of its labels beside.

@@ -34,8 +34,9 @@ def run(
     masked: Masked | None = None,
     norm: bool = True,
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """(tokens (B, T, D), grid) of each of the `wanted` blocks, counted from 0 and shallowest first; the final norm is
-    applied to each if `norm`. Prefix tokens are always kept and always keys; blocks above the deepest are not run.
+    """Run images: (tokens (B, T, D), grid) of each of the `wanted` blocks, counted from 0 and shallowest first; the
+    final norm is applied to each if `norm`. Prefix tokens are always kept and always keys; blocks above the deepest are
+    not run.
 
     `hidden` (D,): what stands for a hidden position embedding, with position "partial" (DropPos, arXiv 2309.03576).
     `masked`: patches that are not shown (iBOT, arXiv 2111.07832); their position embeddings are.
@@ -62,7 +63,7 @@ def run(
 def embed(
     model: Any, images: Tensor, plan: TokenPlan, hidden: Tensor | None, masked: Masked | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(prefix and kept patches with their position embeddings (B, T, D), grid)."""
+    """Embed images: (prefix and kept patches with their position embeddings (B, T, D), grid)."""
     tokens = model.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
     grid = tuple(tokens.shape[1:3]) if tokens.ndim == 4 else tuple(model.patch_embed.grid_size)
     tokens = tokens.flatten(1, -2)
@@ -104,7 +105,7 @@ def _embeddings(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def gather(tokens: Tensor, indices: Tensor) -> Tensor:
-    """tokens (B, N, D) at indices (B, K): (B, K, D)."""
+    """Gather tokens (B, N, D) at indices (B, K): (B, K, D)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 

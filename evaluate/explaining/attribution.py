@@ -89,7 +89,7 @@ def unsupported(backbone: Backbone) -> str | None:
 
 
 def _start(features: Features, pooling: str, score: Score) -> Tensor:
-    """(B, T, D): relevance of the final tokens."""
+    """Relevance (B, T, D) of the final tokens."""
     P = features.prefix.shape[1]
     tokens = torch.cat([features.prefix, features.tokens], 1).detach().requires_grad_(True)
     pooled = replace(features, prefix=tokens[:, :P], tokens=tokens[:, P:]).pooled(pooling)
@@ -164,8 +164,8 @@ def _identity(heads: Tensor) -> Tensor:
 
 
 def attributions(attended: Attended, pooling: str) -> dict[str, Tensor]:
-    """{method: (B, N)}, higher is more relevant: the last block's attention, rollout and, after a pass with a score,
-    gradient x attention and, where it is supported, transformer attribution."""
+    """Attributions {method: (B, N)}, higher is more relevant: the last block's attention, rollout and, after a pass
+    with a score, gradient x attention and, where it is supported, transformer attribution."""
     P = attended.features.prefix.shape[1]
     maps = {"attention": attended.probabilities[-1].mean(1), "rollout": rollout(attended.probabilities)}
     if attended.gradients:
@@ -206,7 +206,7 @@ def deletion(
     pooling: str = "mean",
     shares: Sequence[float] = SHARES,
 ) -> Tensor:
-    """The score (B, shares) of uint8 images (B, C, H, W) with the first share of their patches deleted.
+    """Score (B, shares) of uint8 images (B, C, H, W) with the first share of their patches deleted.
 
     orders: (B, N), patches in the order in which they go. A deleted patch has the mean colour of its image.
     """
@@ -223,7 +223,7 @@ def deletion(
 
 
 def random_orders(images: int, num_patches: int, draws: int, seed: int) -> Tensor:
-    """(draws, images, N): permutations of the patches, from a generator of their own."""
+    """Draw permutations (draws, images, N) of the patches, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(draws, images, num_patches, generator=generator).argsort(-1)
 
@@ -257,7 +257,7 @@ def components(tokens: Tensor, count: int = 3) -> Tensor:
 
 
 def summary(curves: Mapping[str, Tensor], random: Tensor) -> dict[str, dict[str, Any]]:
-    """{method: area under its mean curve, and how far below random's it lies, with a 95 % interval over images}.
+    """Summarise: {method: area under its mean curve, its gap below random's, with a 95 % interval over images}.
 
     curves: (B, shares) of each method; random: (draws, B, shares). `gap` is paired: the same images in both.
     """

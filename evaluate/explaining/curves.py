@@ -89,20 +89,18 @@ def path(axes: Axes, values: Values, rows: Sequence[str]) -> None:
     start = next(iter(values["pixels"].values()))
     for row in rows:
         colour = CURVES[row][0]
-        wheres, whats = (
+        positions, meanings = (
             [100 * entry[half]["accuracy"] for entry in (start, *values[row].values())] for half in ("position", "knn")
         )
-        curve(axes, wheres, whats, row)
-        last = len(wheres) - 1
+        curve(axes, positions, meanings, row)
+        last = len(positions) - 1
         for number, word, offset in ((1, "1", (-7, 5)), (last, f"{last}  {LABELS[row]}", (7, -3))):
-            at = (wheres[number], whats[number])
+            at = (positions[number], meanings[number])
             text = axes.annotate(word, at, offset, textcoords="offset points", size=8, color=colour)
             text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable where it meets a line
-    where, what = 100 * start["position"]["accuracy"], 100 * start["knn"]["accuracy"]
-    axes.plot([where], [what], "D", color=GREY, markersize=5, zorder=3)
-    axes.annotate(
-        "pixels of patches", (where, what), (8, 0), textcoords="offset points", va="center", size=8, color=GREY
-    )
+    x, y = 100 * start["position"]["accuracy"], 100 * start["knn"]["accuracy"]
+    axes.plot([x], [y], "D", color=GREY, markersize=5, zorder=3)
+    axes.annotate("pixels of patches", (x, y), (8, 0), textcoords="offset points", va="center", size=8, color=GREY)
     axes.set_xlabel("position accuracy (%)")
     axes.set_ylabel("class accuracy (%)")
     axes.margins(0.08)

@@ -22,7 +22,8 @@ EPSILON = 1e-9  # keeps a denominator away from 0
 
 
 def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, whose magnitude grows by 1e-9 first; 0 where it is 0: nothing contributed there."""
+    """Divide numerator by denominator, whose magnitude grows by 1e-9 first; 0 where it is 0: nothing contributed
+    there."""
     return numerator / (denominator + EPSILON * denominator.sign()).where(denominator != 0, torch.inf)
 
 
@@ -57,14 +58,15 @@ def added(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total = relevance.sum((1, 2), keepdim=True)
     sizes = sums[0].abs() + sums[1].abs()
     first, second = (
-        part * divided(divided(own.abs() * total, sizes), own) for part, own in zip(parts, sums, strict=True)
+        part * divided(divided(sum_of_part.abs() * total, sizes), sum_of_part)
+        for part, sum_of_part in zip(parts, sums, strict=True)
     )
     return first, second
 
 
 def cloned(relevances: Sequence[Tensor], x: Tensor) -> Tensor:
     """Relevance of x from those of its copies: x * sum of (R / x); 0 where x is 0."""
-    return x * sum(divided(each, x) for each in relevances)
+    return x * sum(divided(of_copy, x) for of_copy in relevances)
 
 
 def start(tokens: Tensor, slope: Tensor) -> Tensor:
@@ -94,28 +96,28 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
-Seen = dict[str, Tensor]  # what went through a block, by the names that `recording` gives
+Record = dict[str, Tensor]  # what went through a block, by the names that `recording` gives
 
 
 @contextlib.contextmanager
-def recording(model: Any) -> Iterator[list[Seen]]:
+def recording(model: Any) -> Iterator[list[Record]]:
     """One `Seen` for each block of `model`, shallowest first, filled by the passes that are run meanwhile.
 
     Attention has to be explicit (`fused_attn` off): its probabilities are read where they are applied.
     """
-    seen: list[Seen] = [{} for _ in model.blocks]
+    records: list[Record] = [{} for _ in model.blocks]
     hooks = []
 
-    def keep(into: Seen, before: str | None, after: str | None) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
-            for name, tensor in ((before, given[0]), (after, out)):
+    def keep(into: Record, before: str | None, after: str | None) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            for name, tensor in ((before, inputs[0]), (after, out)):
                 if name is not None:
                     into[name] = tensor.detach()
 
         return hook
 
     try:
-        for block, into in zip(model.blocks, seen, strict=True):
+        for block, into in zip(model.blocks, records, strict=True):
             for module, before, after in (
                 (block.norm1, "x", None),
                 (block.attn.qkv, "normed", "qkv"),
@@ -128,48 +130,48 @@ def recording(model: Any) -> Iterator[list[Seen]]:
                 (block.drop_path2, None, "thought"),
             ):
                 hooks.append(module.register_forward_hook(keep(into, before, after)))
-        yield seen
+        yield records
     finally:
-        for one in hooks:
-            one.remove()
+        for hook_handle in hooks:
+            hook_handle.remove()
 
 
 @torch.no_grad()
-def relevances(model: Any, seen: Sequence[Seen], relevance: Tensor) -> list[Tensor]:
-    """(B, H, T, T) of the attention of each block, shallowest first, from that of the final tokens (B, T, D).
+def relevances(model: Any, records: Sequence[Record], relevance: Tensor) -> list[Tensor]:
+    """Relevances (B, H, T, T) of each block's attention, shallowest first, from that of the final tokens (B, T, D).
 
     In float64, whatever the model's type: quotients by a sum that nearly cancels lose digits at every block.
     """
-    relevance, found = relevance.double(), []
-    for block, recorded in zip(reversed(model.blocks), reversed(seen), strict=True):
-        relevance, of_attention = _block(block, {name: one.double() for name, one in recorded.items()}, relevance)
-        found.append(of_attention)
-    return found[::-1]
+    relevance, of_attentions = relevance.double(), []
+    for block, record in zip(reversed(model.blocks), reversed(records), strict=True):
+        relevance, of_attention = _block(block, {name: tensor.double() for name, tensor in record.items()}, relevance)
+        of_attentions.append(of_attention)
+    return of_attentions[::-1]
 
 
-def _block(block: Any, seen: Seen, relevance: Tensor) -> tuple[Tensor, Tensor]:
+def _block(block: Any, record: Record, relevance: Tensor) -> tuple[Tensor, Tensor]:
     """Relevances of the tokens that enter the block (B, T, D), and of its attention (B, H, T, T)."""
-    skipped, thought = added(relevance, seen["between"], seen["thought"])
-    hidden = linear(thought, seen["hidden"], block.mlp.fc2.weight.double())
-    normed = linear(hidden, seen["normed2"], block.mlp.fc1.weight.double())
-    between = cloned((skipped, normed), seen["between"])
-    skipped, attended = added(between, seen["x"], seen["attended"])
-    normed, of_attention = _attention(block.attn, seen, attended)
-    return cloned((skipped, normed), seen["x"]), of_attention
+    skipped, thought = added(relevance, record["between"], record["thought"])
+    hidden = linear(thought, record["hidden"], block.mlp.fc2.weight.double())
+    normed = linear(hidden, record["normed2"], block.mlp.fc1.weight.double())
+    between = cloned((skipped, normed), record["between"])
+    skipped, attended = added(between, record["x"], record["attended"])
+    normed, of_attention = _attention(block.attn, record, attended)
+    return cloned((skipped, normed), record["x"]), of_attention
 
 
-def _attention(attention: Any, seen: Seen, relevance: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(attention: Any, record: Record, relevance: Tensor) -> tuple[Tensor, Tensor]:
     """Relevances of the tokens that enter the attention (B, T, D), and of its probabilities (B, H, T, T)."""
-    B, T, _ = seen["qkv"].shape
+    B, T, _ = record["qkv"].shape
     H, d = attention.num_heads, attention.head_dim
-    q, k, v = seen["qkv"].view(B, T, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = record["qkv"].view(B, T, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = (_normed(norm, x) for norm, x in ((attention.q_norm, q), (attention.k_norm, k)))
-    mixed = linear(relevance, seen["mixed"], attention.proj.weight.double())
+    mixed = linear(relevance, record["mixed"], attention.proj.weight.double())
     mixed = mixed.view(B, T, H, d).transpose(1, 2)
-    of_probabilities, of_v = product(mixed, seen["probabilities"], v)
+    of_probabilities, of_v = product(mixed, record["probabilities"], v)
     of_q, of_k = product(of_probabilities, q * attention.scale, k.mT)
     of_qkv = torch.stack([of_q, of_k.mT, of_v]).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * d)
-    return linear(of_qkv, seen["normed"], attention.qkv.weight.double()), of_probabilities
+    return linear(of_qkv, record["normed"], attention.qkv.weight.double()), of_probabilities
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
@@ -182,9 +184,9 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def attribution(gradients: Sequence[Tensor], relevances: Sequence[Tensor]) -> Tensor:
-    """(B, T, T), from the gradients and the relevances (B, H, T, T) of each block, the shallowest first: the product of
-    identity + mean over heads of (gradient * relevance)^+, the deepest first (section 3.3 of the paper). In float64:
-    where relevance is spread over all tokens it is small beside the identity."""
+    """Attribution (B, T, T), from the gradients and the relevances (B, H, T, T) of each block, the shallowest first:
+    the product of identity + mean over heads of (gradient * relevance)^+, the deepest first (section 3.3 of the paper).
+    In float64: where relevance is spread over all tokens it is small beside the identity."""
     result = torch.eye(gradients[0].shape[-1], dtype=torch.float64, device=gradients[0].device)
     result = result.expand(len(gradients[0]), -1, -1)
     for slope, relevance in zip(gradients, relevances, strict=True):

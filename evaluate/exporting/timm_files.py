@@ -147,7 +147,8 @@ def _poolings(made: Recipe, about: Mapping[str, Any], num_classes: int) -> list[
 
 
 def _built(made: Recipe, about: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None) -> Any:
-    """timm's model with these weights, in eval mode; what it says of itself is true of them, not of published ones."""
+    """Build timm's model with these weights, in eval mode; what it says of itself is true of them, not of published
+    ones."""
     known = timm.get_pretrained_cfg(made.name)
     config = data_config(about) | {"architecture": made.name, "num_classes": made.kwargs.get("num_classes", 0)}
     for name in ("first_conv", "classifier", "fixed_input_size"):
@@ -183,7 +184,7 @@ def _pools(model: Any, backbone: Backbone, about: Mapping[str, Any], head: dict[
 
 
 def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
-    """The pooled features (B, D), or with a `head` its logits (B, K)."""
+    """Pooled features (B, D), or with a `head` its logits (B, K)."""
     pooled = features.pooled(pooling)
     return pooled if head is None else F.linear(pooled, head["weight"].float(), head["bias"].float())
 
@@ -197,7 +198,7 @@ def difference(output: Tensor, expected: Tensor) -> float:
 
 
 def read(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(timm's model of the two files in `folder`, in eval mode; how timm would put images into it)."""
+    """Read the two files in `folder`: (timm's model in eval mode, its data config)."""
     level = logging.getLogger("timm").level
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
@@ -208,13 +209,14 @@ def read(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def normalised(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """uint8 (B, C, H, W) to floats, by the mean and std of timm's `config`."""
+    """Normalise uint8 (B, C, H, W) by the mean and std of timm's `config`."""
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255 - mean) / std
 
 
 def through_timm(pictures: list[Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Whole pictures, uint8 (C, h, w) of any size, through timm's evaluation transform of `config`: (B, C, H, W)."""
+    """Put whole pictures, uint8 (C, h, w) of any size, through timm's evaluation transform of `config`: (B, C, H,
+    W)."""
     transform: Any = create_transform(**config, is_training=False)
     return torch.stack([transform(to_pil_image(picture)) for picture in pictures])
 

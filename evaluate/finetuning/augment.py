@@ -26,7 +26,7 @@ ERASING_TRIES = 10
 
 
 def rand_augment(spec: str, size: Sequence[int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment (arXiv 1909.13719) of `spec`, such as rand-m9-mstd0.5-inc1, for crops of `size` (h, w).
+    """Build timm's RandAugment (arXiv 1909.13719) of `spec`, such as rand-m9-mstd0.5-inc1, for crops of `size` (h, w).
 
     It reads Python's and NumPy's global generators: see `seeded`. What moves into the picture has the colour `mean`
     ([0, 1], one a channel). Raises Refusal for a spec that timm does not know.
@@ -53,13 +53,13 @@ def rand_augment(spec: str, size: Sequence[int], mean: Sequence[float]) -> Calla
 
 
 def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's strongest posterisation leaves no bits. That was a black picture, and Pillow 13 raises ValueError."""
+    """Posterise. timm's strongest leaves no bits: that was a black picture, and Pillow 13 raises ValueError."""
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @contextlib.contextmanager
 def seeded(rng: np.random.Generator) -> Iterator[None]:
-    """Python's and NumPy's global generators begin at what `rng` draws, and are afterwards what they were."""
+    """Seed Python's and NumPy's global generators from `rng`, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(int(rng.integers(2**63)))
     np.random.seed(int(rng.integers(2**32)))
@@ -73,7 +73,7 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
 def erase(
     image: Tensor, rng: np.random.Generator, probability: float, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Random erasing (arXiv 1708.04896): with `probability` a box of the image becomes noise. uint8 (C, H, W), changed
+    """Erase at random (arXiv 1708.04896): with `probability` a box of the image becomes noise. uint8 (C, H, W), changed
     in place, and returned.
 
     Each value is drawn from a normal distribution of the channel's `mean` and `std` (in [0, 1]) and rounded to 8 bits:
@@ -100,7 +100,7 @@ class StrongSamples(Samples):
     """Samples whose first view then goes through RandAugment (`spec`; None: not) and random erasing."""
 
     def set_strength(self, spec: str | None, erasing: float, mean: Sequence[float], std: Sequence[float]) -> None:
-        """`erasing`: its probability; `mean`, `std`: of the channels, in [0, 1]."""
+        """Set the probability `erasing`, and `mean` and `std` of the channels in [0, 1]."""
         self.spec, self.erasing, self.mean, self.std = spec, erasing, tuple(mean), tuple(std)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
@@ -130,8 +130,8 @@ def _array(picture: Image.Image) -> Tensor:
 
 
 class RepeatedSampler(StepSampler):
-    """Repeated augmentation (arXiv 1902.05509): every image comes `repeats` times in a row of steps, each time in
-    another crop.
+    """Sampler of repeated augmentation (arXiv 1902.05509): every image comes `repeats` times in a row of steps, each
+    time in another crop.
 
     An epoch has as many steps as without, so it shows one of `repeats` images: as in DeiT's code. Copies of one image
     are of different "epochs", of which there are `repeats` in each; within a batch they lie far apart.

@@ -22,5 +22,5 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> logits (B, K), float32."""
+        """Classify uint8 (B, C, H, W): logits (B, K), float32."""
         return self.head(self.backbone(images).pooled(self.pooling)).float()

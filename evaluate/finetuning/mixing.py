@@ -46,7 +46,7 @@ def draw(
         return Mixture(share)
     # the box lies around any pixel, and what of it is outside the image is cut off (arXiv 1905.04899, appendix A)
     sides = [int(side * math.sqrt(1 - share)) for side in (height, width)]
-    centre = [int(where * side) for where, side in zip(middle, (height, width), strict=True)]
+    centre = [int(share_of_side * side) for share_of_side, side in zip(middle, (height, width), strict=True)]
     ends = [
         (max(0, at - cut // 2), min(side, at + (cut + 1) // 2))
         for at, cut, side in zip(centre, sides, (height, width), strict=True)

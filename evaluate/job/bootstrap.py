@@ -109,13 +109,13 @@ def difference(
 
 
 def quantiles(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """(low, high) between which the middle share `level` of the draws lies; NaN where a draw is."""
+    """Quantiles (low, high) that enclose the middle share `level` of the draws; NaN where a draw is."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def _by_seed(outcomes: np.ndarray) -> np.ndarray:
-    """(S, K) or (S, K, C, 3)."""
+    """Add the axis of seeds: (S, K) or (S, K, C, 3)."""
     outcomes = np.asarray(outcomes)
     if outcomes.ndim not in (1, 2, 3, 4) or (outcomes.ndim > 2 and outcomes.shape[-1] != 3):
         raise ValueError(f"outcomes {outcomes.shape}: expected (K,), (S, K), (K, C, 3) or (S, K, C, 3)")
@@ -123,5 +123,5 @@ def _by_seed(outcomes: np.ndarray) -> np.ndarray:
 
 
 def _columns(outcomes: np.ndarray) -> np.ndarray:
-    """(S, K, ...) as (K, S * ...), float64: whole numbers below 2^53 are exact."""
+    """Flatten (S, K, ...) to (K, S * ...), float64: whole numbers below 2^53 are exact."""
     return np.moveaxis(outcomes, 1, 0).reshape(outcomes.shape[1], -1).astype(np.float64)

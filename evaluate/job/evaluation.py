@@ -225,7 +225,7 @@ def begin(
 
 
 def any_splits(location: Location) -> tuple[Images, Images, str]:
-    """(train, test, note) for evaluations that need no labels: labelled if both splits are, else without labels."""
+    """Open (train, test, note) for evaluations that need no labels: labelled if both splits are, else without."""
     train, test, spec = data.open_data(location), data.open_split(location, "test"), location.spec
     if train.has_labels and (test is None or test.has_labels):
         return labelled_splits(location)

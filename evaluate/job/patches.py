@@ -34,7 +34,8 @@ class Filters:
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> (B, 2 * F * 4): how much of each filter, and of its negative, is in each quarter."""
+        """Answer uint8 (B, C, H, W) with (B, 2 * F * 4): how much of each filter, and of its negative, is in each
+        quarter."""
         return torch.cat([self._answers(some) for some in images.split(AT_ONCE)])
 
     def _answers(self, images: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def halved(length: int) -> tuple[slice, slice]:
 
 
 def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (B, C, H, W) -> float32 (B, C, h, w) from -128 to 127, averaged down where `size` is smaller."""
+    """Convert uint8 (B, C, H, W) to float32 (B, C, h, w) from -128 to 127, averaged down where `size` is smaller."""
     pixels = images.float().sub_(128)
     return pixels if pixels.shape[-2:] == size else F.adaptive_avg_pool2d(pixels, size)
 
@@ -113,7 +114,7 @@ def patch_parts(
     limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
-    """{"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`; see
+    """Extract {"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`; see
     `features.extract_parts`."""
     filters = learned(train, size, crop, channels, seed, workers)
     filters = Filters(filters.weights.to(device), filters.offsets.to(device), filters.size)

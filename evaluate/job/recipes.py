@@ -67,7 +67,7 @@ class TrainingOptions:
 
 
 def add_options(options: argparse.ArgumentParser, kind: type) -> None:
-    """--resume, --overwrite, recipe and key=value words, and a flag for every option of the dataclass `kind` that
+    """Add --resume, --overwrite, recipe and key=value words, and a flag for every option of the dataclass `kind` that
     `options` has not yet."""
     add = options.add_argument
     add("words", nargs="*", metavar="RECIPE|key=value", help="a recipe, and options by name")
@@ -86,7 +86,8 @@ def add_options(options: argparse.ArgumentParser, kind: type) -> None:
 
 
 def read(options: Parser, kind: type[Config], argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, Config]:
-    """(arguments, the recipe's name, options). Raises Refusal for what is unknown or of another type."""
+    """Read the command line: (arguments, recipe's name, options). Raises Refusal for values unknown or of another
+    type."""
     argv = options.as_flags(argv)
     # `--seeds 0 1 epochs=3`: argparse would take the last word for a seed
     loose = [at for at, word in enumerate(argv) if re.match(r"\w+=", word) and at and not _takes(argv[at - 1], options)]
@@ -115,7 +116,7 @@ def _takes(word: str, options: argparse.ArgumentParser) -> bool:
 
 
 def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Config) -> tuple[str | None, Config]:
-    """The recipe and options that were stored when it was begun. Raises Refusal if others are given now."""
+    """Read the recipe and options that were stored at the beginning. Raises Refusal if others are given now."""
     path = folder_of(job) / CONFIG
     if not path.is_file():
         raise Refusal(f"--resume: nothing was begun in {path.parent}: leave --resume out")
@@ -137,7 +138,7 @@ def resumed(job: Evaluation, kind: type[Config], recipe: str | None, config: Con
 
 
 def fit_batch(batch: int, accumulate: int, images: int, processes: int, of_each: int = 1) -> tuple[int, str]:
-    """(a batch that `images` fill and that can be shared, what was changed).
+    """Fit the batch to `images` and processes: (batch, note on what was changed).
 
     `of_each`: images that every process needs in every accumulated part; 2 where they are mixed in pairs. Raises
     Refusal, with the number that is needed, where there are too few images or the batch cannot be shared.
@@ -146,13 +147,13 @@ def fit_batch(batch: int, accumulate: int, images: int, processes: int, of_each:
     unit = parts * of_each
     of = f"{_counted(processes, 'process')} x {_counted(accumulate, 'accumulation step')}"
     if images < unit:
-        each = "one image" if of_each == 1 else "two images, as they are mixed in pairs,"
+        needed = "one image" if of_each == 1 else "two images, as they are mixed in pairs,"
         smaller = ["a smaller --accumulate"] if accumulate > 1 else []
         smaller += ["fewer processes"] if processes > 1 else []
         smaller += ["--mixup 0 --cutmix 0"] if of_each > 1 else []
         instead = f", or choose {' or '.join(smaller)}" if smaller else ""
         raise Refusal(
-            f"{_counted(images, 'training image')} and a step needs at least {unit}: {each} for each of {of}; "
+            f"{_counted(images, 'training image')} and a step needs at least {unit}: {needed} for each of {of}; "
             f"give more images{instead}"
         )
     if batch > images:
@@ -165,7 +166,7 @@ def fit_batch(batch: int, accumulate: int, images: int, processes: int, of_each:
 
 
 def _counted(number: int, noun: str) -> str:
-    """`1 process`, `2 processes`."""
+    """Count in words: `1 process`, `2 processes`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
@@ -200,8 +201,8 @@ def prepare(job: Evaluation, recipe: str | None, config: Any, accelerator: Accel
 
 
 def interrupted(folder: Path, report: Path) -> list[Path]:
-    """Trainings below `folder` that were interrupted after a checkpoint, or that were done when another was: no
-    `report` tells of them yet."""
+    """Trainings below `folder` that no `report` covers yet: interrupted after a checkpoint, or done when another
+    was."""
     cut = {path.parents[1] for path in folder.glob("*/state/step_*") if not (path.parents[1] / "result.json").exists()}
     written = report.stat().st_mtime if report.is_file() else 0.0
     done = {path.parent for path in folder.glob("*-seed*/result.json") if path.stat().st_mtime > written}
@@ -225,7 +226,7 @@ def identity(job: Evaluation, batch: int) -> dict[str, Any]:
 def earlier(job: Evaluation, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Identity that an earlier version stored for the same images: fingerprints of the first kind."""
     sides = {"training images": job.train, "test images": job.test}
-    return {name: identity[name] for name, each in sides.items() if each.has_fingerprint(str(identity.get(name)))}
+    return {name: identity[name] for name, images in sides.items() if images.has_fingerprint(str(identity.get(name)))}
 
 
 def changed(recipe: str | None, config: Any) -> list[str]:

@@ -128,7 +128,7 @@ def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(content of a report, its outcomes: "index" and "row/kind", as `write` stores them; empty where it has none).
+    """Read a report: (content, outcomes: "index" and "row/kind", as `write` stores them; empty if it has none).
 
     Raises Refusal for what is no report, for one of another format, and for outcomes that are missing or not its own.
     """
@@ -167,13 +167,13 @@ class Outcomes:
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[np.ndarray]]] = {}
 
-    def add(self, row: str, kind: str, each: Tensor | np.ndarray) -> None:
-        """`each`: (K, ...) of the next seed."""
-        array = each.cpu().numpy() if isinstance(each, Tensor) else each
+    def add(self, row: str, kind: str, outcomes: Tensor | np.ndarray) -> None:
+        """Add outcomes (K, ...) of the next seed."""
+        array = outcomes.cpu().numpy() if isinstance(outcomes, Tensor) else outcomes
         self.found.setdefault(row, {}).setdefault(kind, []).append(array)
 
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
-        """{row: {kind: (S, K, ...)}}."""
+        """Stack the outcomes: {row: {kind: (S, K, ...)}}."""
         return {row: {kind: np.stack(all_) for kind, all_ in kinds.items()} for row, kinds in self.found.items()}
 
 
@@ -211,7 +211,7 @@ def accuracies(values: Sequence[float], test_images: int) -> dict[str, Any]:
 
 
 def ordered(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
-    """(row, kind, entry) of a report's values, in the order of a table."""
+    """Yield (row, kind, entry) of a report's values, in the order of a table."""
     for row in LABELS:
         for kind in (CHOSEN, *KINDS, *RAW):
             if kind in values.get(row, {}):
@@ -219,19 +219,19 @@ def ordered(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str,
 
 
 def percent(entry: Mapping[str, Any]) -> str:
-    """`71.3`, or `71.3 ±0.4` over several seeds."""
+    """Format as `71.3`, or `71.3 ±0.4` over several seeds."""
     spread = "" if entry.get("std") is None else f" ±{100 * entry['std']:.1f}"
     return f"{100 * entry['accuracy']:.1f}{spread}"
 
 
 def interval(entry: Mapping[str, Any]) -> str:
-    """`70.1-72.5`."""
+    """Format as `70.1-72.5`."""
     low, high = entry["interval"]
     return f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first two to the left and numbers to the right."""
+    """Format columns of text, the first two to the left and numbers to the right."""
     widths = [max(len(line[at]) for line in [header, *rows]) for at in range(len(header))]
     lines = []
     for line in [header, ["-" * width for width in widths], *rows]:

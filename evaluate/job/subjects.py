@@ -1,4 +1,4 @@
-"""What an evaluation judges: a checkpoint, weights that timm publishes, an untrained backbone, or raw pixels."""
+"""The subject of an evaluation: a checkpoint, weights that timm publishes, an untrained backbone, or raw pixels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Subject:
         return Subject(RANDOM, self.description, None, self.folder)
 
     def for_finetuning(self, seed: int = 0, **kwargs: Any) -> tuple[Backbone, str]:
-        """(a backbone to train further, with position encoding; what was added to it, or nothing).
+        """Build a backbone to train further: (it, with position encoding; a note on what was added, or empty).
 
         A backbone trained without position embedding gets a fresh one, as the architecture initialises it: labels may
         depend on where things are. `kwargs`: further arguments of the architecture, such as drop_path_rate.

@@ -47,7 +47,7 @@ class Masks(Protocol):
     """Source of masks. It must survive pickling, because spawned workers get a copy."""
 
     def read(self, i: int) -> np.ndarray:
-        """int16 (H, W) of classes, or IGNORED."""
+        """Read classes, or IGNORED: int16 (H, W)."""
         ...
 
     def identity(self) -> bytes:
@@ -77,32 +77,32 @@ class Scenes(Images):
         return part
 
     def _digest(self, first: bool) -> str:
-        """16 hex digits of what is in here, masks included."""
+        """Digest of the content, masks included: 16 hex digits."""
         return hashlib.sha256(super()._digest(first).encode() + identity_of(self._masks, first)).hexdigest()[:16]
 
 
-def open_scenes(where: Location | str, reduce_zero: ReduceZero = "auto") -> tuple[Scenes, Scenes, str]:
-    """(training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
+def open_scenes(location: Location | str, reduce_zero: ReduceZero = "auto") -> tuple[Scenes, Scenes, str]:
+    """Open (training images, test images, note) of `builtin` or of a folder in one of LAYOUTS. Raises Refusal.
 
     Every mask is read once, so that a label that is no class is met before anything is trained.
     reduce_zero  whether label 0 means none and label 1 is the first class: yes, no, or auto, see `masks.settle`
     """
-    where = Location(where) if isinstance(where, str) else where
-    spec, folder = where.spec, where.path
+    location = Location(location) if isinstance(location, str) else location
+    spec, folder = location.spec, location.path
     if spec == "builtin":
-        where.refuse_unused(True)
+        location.refuse_unused(True)
         return compose("train"), compose("test"), f"scenes of 1-4 items of Fashion-MNIST on {CANVAS}x{CANVAS} pixels"
     if not folder.is_dir():
         raise Refusal(f"data={spec}: segmentation needs masks: expected builtin, or a folder with {LAYOUTS}")
-    where.refuse_unused(where.is_named)
-    split, held, divided = _find_splits(where)
+    location.refuse_unused(location.is_named)
+    split, held, divided = _find_splits(location)
     is_ade = [part.name.lower() for part in (split[1].parent, split[1])] == ["annotations", "training"]
     if is_ade and held is None:
         held = split[0].parent / "validation", split[1].parent / "validation"
     if held is not None and _pictures(held[0]) == 0:
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
     if is_ade and held is not None:
-        return _in_range(*_open_ade(folder, split, held, divided, reduce_zero), where)
+        return _in_range(*_open_ade(folder, split, held, divided, reduce_zero), location)
     names = _named(folder, *(pair for pair in (split, held) if pair is not None))
     surveys = [_survey(*pair) for pair in (split, held) if pair is not None]
     labels = settle(surveys, names, reduce_zero, None)
@@ -116,14 +116,14 @@ def open_scenes(where: Location | str, reduce_zero: ReduceZero = "auto") -> tupl
     else:
         test, note = _scenes(surveys[1], labels, names), f"as split in {spec}: {divided}"
     train, test = _with_classes(train, test, spec, names)
-    return _in_range(train, test, f"{note}; {labels}{_never_seen(train)}", where)
+    return _in_range(train, test, f"{note}; {labels}{_never_seen(train)}", location)
 
 
-def _in_range(train: Scenes, test: Scenes, note: str, where: Location) -> tuple[Scenes, Scenes, str]:
+def _in_range(train: Scenes, test: Scenes, note: str, location: Location) -> tuple[Scenes, Scenes, str]:
     """Apply the range of deep pictures that the location names, if it does."""
-    if where.span is not None:
+    if location.span is not None:
         for scenes in (train, test):
-            scenes.set_range(parse_range(where.span))
+            scenes.set_range(parse_range(location.span))
     return train, test, "; ".join(filter(None, (note, shared_images(train, test))))
 
 
@@ -165,14 +165,14 @@ def _pictures(folder: Path) -> int:
     return len(scan(str(folder))[0]) if folder.is_dir() else 0
 
 
-def _find_splits(where: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] | None, str]:
-    """(images, masks) of the training split, and of the split to judge on if there is one; which they are. Raises
+def _find_splits(location: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] | None, str]:
+    """Find (images, masks) of the training split, and of the split to judge on if there is one; which they are. Raises
     Refusal."""
-    folder = where.path
+    folder = location.path
     images, masks = _kind(folder, IMAGES, "images"), _kind(folder, MASKS, "masks")
     if images.is_dir():
         inside = folders(images)
-        names = [name for name in inside if name in roles_of(inside) or name == where.train]
+        names = [name for name in inside if name in roles_of(inside) or name == location.train]
         pairs = {name: (images / name, _alike(masks, name)) for name in names}
         if not names:
             return (images, masks), None, ""
@@ -181,10 +181,10 @@ def _find_splits(where: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] 
         pairs = {name: (path, _kind(folder / name, MASKS, "masks")) for name, path in inner.items() if path.is_dir()}
         if not pairs:
             raise Refusal(f"data={folder} has no masks that are found: expected {LAYOUTS}")
-    for asked, option in ((where.train, "data_train"), (where.validation, "data_validation")):
+    for asked, option in ((location.train, "data_train"), (location.validation, "data_validation")):
         if asked is not None and asked not in pairs:
             raise Refusal(f"{option}={asked}: no such split of images in {folder}; there is {', '.join(pairs)}")
-    division = divide(list(pairs), where.train, where.validation, str(folder))
+    division = divide(list(pairs), location.train, location.validation, str(folder))
     tests = division.tests[::-1]  # validation first: test masks are seldom published
     held = judge(replace(division, tests=tests), pairs.__getitem__, lambda pair: pair[1].is_dir(), str(folder))
     judged = next((name for name, pair in pairs.items() if pair == held), "")
@@ -283,7 +283,7 @@ class ArrayMasks:
         self.values = values
 
     def read(self, i: int) -> np.ndarray:
-        """int16 (H, W), a copy."""
+        """Copy the mask: int16 (H, W)."""
         return self.values[i].copy()
 
     def identity(self) -> bytes:

@@ -44,7 +44,7 @@ class Linear(nn.Module):
         self.classifier = _classifier(width, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """[(B, D, h, w)] -> {"logits": (B, K, h, w)}, float32."""
+        """Convert [(B, D, h, w)] to {"logits": (B, K, h, w)}, float32."""
         return {"logits": self.classifier(self.norm(self.dropout(maps[-1]))).float()}
 
 
@@ -104,7 +104,7 @@ def _point(width: int, channels: int) -> list[nn.Module]:
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    """1x1, begun as mmsegmentation and DINOv3 begin it."""
+    """Convolution 1x1, initialised as in mmsegmentation and DINOv3."""
     layer = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def make(
     channels: int | None = None,
     dropout: float = 0.1,
 ) -> Segmenter:
-    """A segmenter of `num_classes` classes on `backbone`, whose position embedding fits the size of the images.
+    """Make a segmenter of `num_classes` classes on `backbone`, whose position embedding fits the size of the images.
 
     `plan`: how the backbone is run; None is every patch with its position. `blocks`, `channels`: of upernet only,
     None for the usual ones (`usual_blocks`; 256). Raises Refusal for blocks the backbone

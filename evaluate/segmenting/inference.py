@@ -79,17 +79,17 @@ def slide(model: Callable[[Tensor], Mapping[str, Tensor]], image: Tensor, view: 
     image = padded_image(image, view.window, view.fill)
     (wh, ww), (H, W) = view.window, image.shape[-2:]
     places = [(y, x) for y in starts(H, wh, view.stride[0]) for x in starts(W, ww, view.stride[1])]
-    total, seen = torch.empty(0), torch.zeros(H, W, device=image.device)
+    total, windows_on_pixel = torch.empty(0), torch.zeros(H, W, device=image.device)
     for first in range(0, len(places), WINDOWS):
-        some = places[first : first + WINDOWS]
-        logits = model(torch.stack([image[:, y : y + wh, x : x + ww] for y, x in some]))["logits"]
+        part = places[first : first + WINDOWS]
+        logits = model(torch.stack([image[:, y : y + wh, x : x + ww] for y, x in part]))["logits"]
         logits = F.interpolate(logits.float(), view.window, mode="bilinear", align_corners=False)
         if not total.numel():
             total = logits.new_zeros(logits.shape[1], H, W)
-        for (y, x), each in zip(some, logits, strict=True):
-            total[:, y : y + wh, x : x + ww] += each
-            seen[y : y + wh, x : x + ww] += 1
-    return (total / seen)[:, :h, :w]
+        for (y, x), window_logits in zip(part, logits, strict=True):
+            total[:, y : y + wh, x : x + ww] += window_logits
+            windows_on_pixel[y : y + wh, x : x + ww] += 1
+    return (total / windows_on_pixel)[:, :h, :w]
 
 
 def whole(model: Callable[[Tensor], Mapping[str, Tensor]], image: Tensor, view: View) -> Tensor:
@@ -129,7 +129,7 @@ def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def segment(model: Any, image: Tensor, view: View) -> dict[str, Tensor]:
-    """{"single": classes (H, W) of an image uint8 (C, H, W), and "multi" where the view has ratios}, int64.
+    """Segment an image uint8 (C, H, W): {"single": classes (H, W), and "multi" where the view has ratios}, int64.
 
     `model`: images (B, C, h, w) -> {"logits": (B, K, ...)} at any resolution, in eval mode, on the image's device.
     Raises NotFinite.
@@ -167,7 +167,7 @@ class _Pairs(Dataset):
 
 
 def pairs(scenes: Scenes, rows: Sequence[int], channels: int, workers: int = 0) -> Iterator[tuple[int, Any, Any]]:
-    """(index, image uint8 (C, H, W) or a message why it cannot be read, mask int16 (H, W) or None) of `rows`."""
+    """Yield (index, image uint8 (C, H, W) or a message why it cannot be read, mask int16 (H, W) or None) of `rows`."""
     yield from Loader(_Pairs(scenes, rows, channels), None, workers)
 
 
@@ -182,7 +182,7 @@ def judge(
     say: Callable[[str], None] = print,
     limit: Limit = USUAL,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({"single": counts int64 (n, C, 3), "multi": ...}, which images could be read, (n,) bool) on all of `scenes`.
+    """Judge on all of `scenes`: ({"single": counts int64 (n, C, 3), "multi": ...}, which could be read, (n,) bool).
 
     Each process judges every R-th image, and everybody gets all counts: no image is counted twice. An image that
     cannot be read counts nothing. Raises Refusal if more than `limit` allows cannot be, or if scores are not finite.

@@ -45,7 +45,7 @@ class Labels:
     wide: bool = False
 
     def classes(self, values: np.ndarray, deep: bool) -> np.ndarray:
-        """int32 (H, W) of classes, or IGNORED, of a mask's values; `deep`: it has more than 8 bits."""
+        """Classes, or IGNORED, of a mask's values: int32 (H, W); `deep`: it has more than 8 bits."""
         none = (values < 0) | (values == (DEEP_VOID if deep else VOID))
         if deep and not self.wide:
             none |= values == VOID
@@ -58,7 +58,7 @@ class Labels:
 
 
 def read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
-    """(values as a file holds them, int32 (H, W), upright; whether they have more than 8 bits).
+    """Read a mask: (its values, int32 (H, W), upright; whether they have more than 8 bits).
 
     Of a palette's picture they are the indices, whatever their colours. Raises Refusal for what holds no indices.
     """
@@ -113,7 +113,7 @@ class FileMasks:
         self.files, self.labels = files, labels
 
     def read(self, i: int) -> np.ndarray:
-        """int16 (H, W) of classes, or IGNORED."""
+        """Read classes, or IGNORED: int16 (H, W)."""
         classes = self.labels.classes(*read_mask(self.files.path(i)))
         if classes.size and int(classes.max()) >= MOST_CLASSES:
             raise Refusal(
@@ -154,7 +154,7 @@ class Survey:
         return [values[rule.classes(values, deep) >= 0] for values, deep in zip(self.values, self.deep, strict=True)]
 
     def pixels(self, rule: Labels, names: Sequence[str] | None) -> np.ndarray:
-        """(n, C) int64: pixels of each class in every mask. Raises Refusal for a label that is no class."""
+        """Count the pixels of each class in every mask, (n, C) int64. Raises Refusal for a label that is no class."""
         rows = []
         for i, (values, counts, deep) in enumerate(zip(self.values, self.counts, self.deep, strict=True)):
             classes = rule.classes(values, deep)
@@ -201,7 +201,7 @@ def survey(images: Files, masks: Files, left_out: str = "") -> Survey:
 
 
 def _size(path: str) -> tuple[int, int] | None:
-    """(height, width) of a picture, upright; None if it cannot be read, which is reported where it is used."""
+    """Size (height, width) of a picture, upright; None if it cannot be read, which is reported where it is used."""
     try:
         with open_picture(np.fromfile(path, np.uint8)) as (image, header):
             return (image.width, image.height) if header.orientation >= 5 else (image.height, image.width)
@@ -223,7 +223,7 @@ def settle(surveys: Sequence[Survey], names: Sequence[str] | None, asked: Reduce
         reduce_zero = _zero_means_none(surveys, names, ade)
     if names is not None:
         return Labels(reduce_zero, len(names) + reduce_zero > VOID)
-    wide = any(((labels > VOID) & (labels < DEEP_VOID)).any() for each in surveys for labels in each.labels(True))
+    wide = any(((labels > VOID) & (labels < DEEP_VOID)).any() for split in surveys for labels in split.labels(True))
     return Labels(reduce_zero, bool(wide))
 
 
@@ -234,7 +234,7 @@ def _zero_means_none(surveys: Sequence[Survey], names: Sequence[str], ade: int) 
     nor both of those do, or if of as many names as ADE20K has exactly 0 to K - 1 do: shifted by one they fit as well.
     """
     count = len(names)
-    occur = {int(label) for each in surveys for labels in each.labels(count > VOID) for label in labels}
+    occur = {int(label) for split in surveys for labels in split.labels(count > VOID) for label in labels}
     if not occur or max(occur) > count:
         return count == ade  # refused elsewhere
     if count in occur:

@@ -64,7 +64,8 @@ def histograms(mask: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
 
 
 class Neighbors(nn.Module):
-    """k-NN of patches: each is what the training patches most like it are, as DINO's k-NN of images votes.
+    """Classifier of patches by k-NN: each is what the training patches most like it are, as DINO's k-NN of images
+    votes.
 
     The bank holds final-norm tokens (M, D) and the classes of their pixels (M, C): a neighbour's vote,
     exp(cosine similarity / temperature), is shared as its pixels are. Tokens are centred by the bank's mean.
@@ -86,7 +87,7 @@ class Neighbors(nn.Module):
         self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, C, H, W) -> {"logits": (B, K, h, w)}: shares of the votes, which sum to 1."""
+        """Classify uint8 (B, C, H, W): {"logits": (B, K, h, w)}: shares of the votes, which sum to 1."""
         features = self.backbone.layers(images, 1, self.plan)[0]
         tokens = unit_vectors(features.tokens, self.centre)
         shares = []
@@ -110,8 +111,8 @@ def collect(
     workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> tuple[Tensor, Tensor]:
-    """(bank (M, D), labels (M, C)) for `Neighbors`: of every training image (if they are more than `most`, of so many)
-    one window, and of it equally many patches, drawn from (seed, image).
+    """Collect (bank (M, D), labels (M, C)) for `Neighbors`: of every training image (if they are more than `most`, of
+    so many) one window, and of it equally many patches, drawn from (seed, image).
 
     Each process looks at its share of the images, and all get the same bank. Raises Refusal if nothing is labelled.
     """

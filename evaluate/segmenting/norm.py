@@ -13,14 +13,14 @@ from common.processes import collectives
 
 
 class TogetherBatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose means and variances in training are those of all processes' images.
+    """BatchNorm2d whose means and variances in training are those of all processes' images.
 
     The gradient of the mean of the processes' losses is the mean of their gradients, as DistributedDataParallel takes
     it. Where there is one process it is nn.BatchNorm2d.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape."""
+        """Normalise (B, C, H, W): the same shape."""
         if not self.training or collectives.processes() == 1:
             return super().forward(input)
         x = input.float()
@@ -44,7 +44,7 @@ class TogetherBatchNorm(nn.BatchNorm2d):
 
 
 def together(module: nn.Module, gpu: bool) -> Any:
-    """`module` with every batch norm over the images of all processes; itself where there is one process."""
+    """Make every batch norm of `module` see the images of all processes; returns it, unchanged if there is one."""
     if collectives.processes() == 1:
         return module
     if gpu:

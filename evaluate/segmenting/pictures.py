@@ -24,8 +24,8 @@ NO_CLASS = (128, 128, 128)
 
 
 def palette(count: int) -> np.ndarray:
-    """uint8 (C, 3): black, Okabe and Ito's colours, then the same lighter, darker, lighter still: as no palette tells
-    more than a dozen classes apart, they are numbered in the pictures too."""
+    """Colours of C classes, uint8 (C, 3): black, Okabe and Ito's colours, then the same lighter, darker, lighter still:
+    as no palette tells more than a dozen classes apart, they are numbered in the pictures too."""
     colours: list[Any] = [FIRST]
     for k in range(count - 1):
         turn, at = divmod(k, len(OKABE_ITO))
@@ -35,7 +35,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def coloured(classes: Tensor, count: int) -> np.ndarray:
-    """uint8 (H, W, 3) of class indices (H, W); pixels without a class are grey."""
+    """Colour class indices (H, W): uint8 (H, W, 3); pixels without a class are grey."""
     colours = np.concatenate([palette(count), [NO_CLASS]]).astype(np.uint8)
     return colours[np.where(classes.numpy() == IGNORED, count, classes.numpy())]
 
@@ -44,36 +44,37 @@ def coloured(classes: Tensor, count: int) -> np.ndarray:
 def sheet(
     model: nn.Module, scenes: Scenes, view: View, channels: int, device: torch.device, shown: int = SHOWN
 ) -> np.ndarray:
-    """uint8 (H, W, 3): so many of the images, evenly chosen, with their masks and the classes that `model` gives."""
+    """Draw a sheet, uint8 (H, W, 3): so many of the images, evenly chosen, with their masks and the classes that
+    `model` gives."""
     rows = np.unique(np.linspace(0, len(scenes) - 1, min(shown, len(scenes))).round().astype(int)).tolist()
     model.eval()
-    classes = []
+    examples = []
     for _, image, mask in pairs(scenes, rows, channels):
         if mask is not None:
-            said = segment(model, image.to(device), view)[SINGLE].cpu()
-            classes.append((with_channels(image, 3).permute(1, 2, 0).numpy(), mask, said))
-    return _drawn(classes, scenes.classes or ())
+            predicted = segment(model, image.to(device), view)[SINGLE].cpu()
+            examples.append((with_channels(image, 3).permute(1, 2, 0).numpy(), mask, predicted))
+    return _drawn(examples, scenes.classes or ())
 
 
-def _drawn(found: Sequence[tuple[np.ndarray, Tensor, Tensor]], classes: Sequence[str]) -> np.ndarray:
+def _drawn(examples: Sequence[tuple[np.ndarray, Tensor, Tensor]], classes: Sequence[str]) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot, which would keep the figure and ask for a display
     from matplotlib.patches import Patch
 
     C, colours = len(classes), [tuple(colour) for colour in (palette(len(classes)) / 255).tolist()]
-    figure = Figure((1.7 * len(found) + 2.4, 5.4), dpi=110, layout="constrained")
-    axes = figure.subplots(3, max(1, len(found)), squeeze=False)
+    figure = Figure((1.7 * len(examples) + 2.4, 5.4), dpi=110, layout="constrained")
+    axes = figure.subplots(3, max(1, len(examples)), squeeze=False)
     for row, name in enumerate(("image", "truth", "prediction")):
         axes[row][0].set_ylabel(name, size=10)
-    seen: set[int] = set()
-    for (picture, mask, said), column in zip(found, axes.T, strict=False):
+    classes_drawn: set[int] = set()
+    for (picture, mask, predicted), column in zip(examples, axes.T, strict=False):
         column[0].imshow(picture)
-        for panel, values in zip(column[1:], (mask, said), strict=True):
+        for panel, values in zip(column[1:], (mask, predicted), strict=True):
             panel.imshow(coloured(values, C), interpolation="nearest")
-            seen |= _number(panel, values)
+            classes_drawn |= _number(panel, values)
         for panel in column:
             panel.set(xticks=[], yticks=[])
-    listed = sorted(seen)[:LISTED]
+    listed = sorted(classes_drawn)[:LISTED]
     handles = [Patch(facecolor=colours[k], edgecolor="0.5", label=f"{k} {classes[k]}") for k in listed]
     handles.append(Patch(facecolor=(0.5, 0.5, 0.5), edgecolor="0.5", label="not labelled"))
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False, ncols=1 + len(listed) // 22)
@@ -83,15 +84,15 @@ def _drawn(found: Sequence[tuple[np.ndarray, Tensor, Tensor]], classes: Sequence
 
 
 def _number(panel: Any, values: Tensor) -> set[int]:
-    """Write the number of each larger class where it lies; which classes there are."""
+    """Write the number of each larger class where it lies; returns the classes that occur."""
     from matplotlib.patheffects import withStroke
 
-    there = {int(k) for k in values.unique() if k != IGNORED}
-    for k in there:
+    classes = {int(k) for k in values.unique() if k != IGNORED}
+    for k in classes:
         places = torch.nonzero(values == k)
         if len(places) >= NUMBERED * values.numel():
             middle = places[(places - places.double().mean(0)).square().sum(1).argmin()]
             edge = [withStroke(linewidth=1.5, foreground="black")]
             panel.text(int(middle[1]), int(middle[0]), str(k), size=7, color="white", ha="center", va="center",
                        path_effects=edge)  # fmt: skip
-    return there
+    return classes

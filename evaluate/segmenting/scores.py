@@ -18,7 +18,8 @@ INTERSECTION, PREDICTED, LABELLED = range(3)
 
 
 def counts(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """int64 (C, 3) of one image: predicted classes (H, W) and true ones (H, W), IGNORED where there is none."""
+    """Count pixels of one image, int64 (C, 3): predicted classes (H, W) and true ones (H, W), IGNORED where there is
+    none."""
     known = mask != IGNORED
     predicted, labelled = prediction[known].long(), mask[known].long()
     columns = (predicted[predicted == labelled], predicted, labelled)
@@ -26,12 +27,13 @@ def counts(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 
 
 def majority(pixels: np.ndarray) -> int:
-    """The class that most pixels are of, where images have `pixels` (n, C) of each."""
+    """Class that most pixels are of, where images have `pixels` (n, C) of each."""
     return int(pixels.sum(0).argmax())
 
 
 def constant(pixels: np.ndarray, chosen: int) -> np.ndarray:
-    """int64 (K, C, 3) of answering class `chosen` everywhere, where images have `pixels` (K, C) of each class."""
+    """Counts, int64 (K, C, 3), of answering class `chosen` everywhere, where images have `pixels` (K, C) of each
+    class."""
     counts = np.zeros((*pixels.shape, 3), np.int64)
     counts[:, chosen, INTERSECTION] = pixels[:, chosen]
     counts[:, chosen, PREDICTED] = pixels.sum(1)
@@ -48,8 +50,8 @@ def per_class(total: np.ndarray) -> np.ndarray:
 
 def mean_iou(total: np.ndarray) -> float:
     """Mean over the classes that are there or were called, of summed counts (C, 3); 0 if there is none."""
-    each = per_class(total)
-    return float(np.nanmean(each)) if np.isfinite(each).any() else 0.0
+    iou = per_class(total)
+    return float(np.nanmean(iou)) if np.isfinite(iou).any() else 0.0
 
 
 def pixel_accuracy(total: np.ndarray) -> float:
@@ -63,12 +65,12 @@ def summary(several: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     mIoU. Classes that neither are there nor were called have no IoU (None)."""
     totals = several.sum(1)
     shares = [mean_iou(total) for total in totals]
-    each = np.ma.masked_invalid(per_class(totals)).mean(0).filled(np.nan).tolist()
+    iou = np.ma.masked_invalid(per_class(totals)).mean(0).filled(np.nan).tolist()
     return {
         "accuracy": float(np.mean(shares)),
         "by_seed": shares,
         "std": float(np.std(shares, ddof=1)) if len(shares) > 1 else None,
         "interval": list(bootstrap.interval(several)),
         "pixel_accuracy": float(np.mean([pixel_accuracy(total) for total in totals])),
-        "per_class": {name: None if np.isnan(value) else value for name, value in zip(classes, each, strict=True)},
+        "per_class": {name: None if np.isnan(value) else value for name, value in zip(classes, iou, strict=True)},
     }

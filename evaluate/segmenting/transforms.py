@@ -24,8 +24,8 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18 / 180  # 
 
 
 def scaled_size(height: int, width: int, short: int | None, long: int | None, factor: float = 1.0) -> tuple[int, int]:
-    """(h, w) of an image whose short side becomes `short`, or less where its long side would exceed `long`; both times
-    `factor`. short=None: as it is; long=None: four times `short`, ADE20K's 2048 to 512."""
+    """Size (h, w) of an image whose short side becomes `short`, or less where its long side would exceed `long`; both
+    times `factor`. short=None: as it is; long=None: four times `short`, ADE20K's 2048 to 512."""
     if long is None:
         long = 4 * short if short is not None else max(height, width)
     zoom = factor * min(long / max(height, width), (short or min(height, width)) / min(height, width))
@@ -33,7 +33,7 @@ def scaled_size(height: int, width: int, short: int | None, long: int | None, fa
 
 
 def rescaled(image: Tensor, size: tuple[int, int], mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """(image, mask) at `size`: bilinear and antialiased; a mask keeps its labels (nearest pixel)."""
+    """Rescale (image, mask) to `size`: bilinear and antialiased; a mask keeps its labels (nearest pixel)."""
     if tuple(image.shape[-2:]) != size:
         image = tv.resize(tv_tensors.Image(image), list(size), antialias=True).as_subclass(Tensor)
         if mask is not None:
@@ -49,7 +49,7 @@ def padded_image(image: Tensor, size: tuple[int, int], fill: Sequence[int]) -> T
 
 
 def padded(image: Tensor, mask: Tensor, size: tuple[int, int], fill: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`padded_image`, and its mask, which has no class there."""
+    """Pad as `padded_image`, and the mask too, without a class there."""
     border = _border(image, size)
     if border is not None:
         mask = tv.pad(tv_tensors.Mask(mask), border, fill=IGNORED).as_subclass(Tensor)
@@ -63,13 +63,13 @@ def _border(image: Tensor, size: tuple[int, int]) -> list[int] | None:
 
 
 def fill_of(mean: Sequence[float]) -> list[int]:
-    """The colour that is nothing after normalisation: uint8, one a channel, of means in [0, 1]."""
+    """Colour that is zero after normalisation: uint8, one a channel, of means in [0, 1]."""
     return [min(255, round(255 * value)) for value in mean]
 
 
 def random_crop(mask: Tensor, size: tuple[int, int], most_of_one: float, rng: np.random.Generator) -> tuple[int, int]:
-    """(top, left) of a random crop, in which no class has more than `most_of_one` of the labelled pixels and there are
-    two or more, if one of ten is such."""
+    """Draw (top, left) of a random crop, in which no class has more than `most_of_one` of the labelled pixels and there
+    are two or more, if one of ten is such."""
     room = [max(0, have - side) for have, side in zip(mask.shape, size, strict=True)]
     draws = rng.random((TRIES + 1, 2))
     top = left = 0
@@ -85,8 +85,8 @@ def random_crop(mask: Tensor, size: tuple[int, int], most_of_one: float, rng: np
 
 
 def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """SSD's photometric distortion: brightness, contrast, saturation and hue, each with probability one half; contrast
-    comes before or after the colours. Grey images have no colours.
+    """Apply SSD's photometric distortion: brightness, contrast, saturation and hue, each with probability one half;
+    contrast comes before or after the colours. Grey images have no colours.
 
     Saturation blends with grey (as torchvision's), which in HSV, where the authors scale it, is nearly the same.
     """
@@ -120,7 +120,8 @@ def augmented(
     fill: Sequence[int],
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(image, mask) of a training crop of `size`: scaled, cropped, mirrored, distorted, and padded where too small."""
+    """Make (image, mask) of a training crop of `size`: scaled, cropped, mirrored, distorted, and padded where too
+    small."""
     scale, flip = rng.uniform(config.scale[0], config.scale[1]), rng.random() < config.flip
     H, W = image.shape[-2:]
     image, scaled = rescaled(image, scaled_size(H, W, config.short, config.long, scale), mask)
@@ -136,7 +137,8 @@ def augmented(
 
 
 class Crops(Samples):
-    """(epoch, index) pairs in; out a `Batch` with crops as its first view and their masks, int16 (B, h, w), as MASK."""
+    """Data set that turns (epoch, index) pairs into a `Batch` with crops as its first view and their masks, int16 (B,
+    h, w), as MASK."""
 
     def prepare(self, size: tuple[int, int], config: SegmentationConfig, mean: Sequence[float]) -> "Crops":
         """Set the `size` of crops and the `mean` of the channels, in [0, 1]; returns itself."""

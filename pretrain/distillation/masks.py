@@ -22,7 +22,7 @@ def blocks(
     smallest: int = SMALLEST,
     tries: int = TRIES,
 ) -> np.ndarray:
-    """A mask of exactly `num_masked` patches of an (h, w) grid, bool (N,), made of rectangles that may overlap.
+    """Draw a mask of exactly `num_masked` patches of an (h, w) grid, bool (N,), made of rectangles that may overlap.
 
     Each rectangle has an area that is uniform from `smallest` to what is left to mask, a log-uniform height:width
     within `aspect`, and any place; none is as high or as wide as a grid of several rows or columns. Once none was found
@@ -74,8 +74,8 @@ def draw_masks(
     probability: float = 0.5,
     ratio: tuple[float, float] = (0.1, 0.5),
 ) -> dict[str, np.ndarray]:
-    """One sample's masks: {"masked": bool (crops, N)}. Each crop is masked with `probability`, and then a share of its
-    patches that is uniform within `ratio`, rounded down but 1 at least."""
+    """Draw one sample's masks: {"masked": bool (crops, N)}. Each crop is masked with `probability`, and then a share of
+    its patches that is uniform within `ratio`, rounded down but 1 at least."""
     num_patches = grid[0] * grid[1]
     masked = np.zeros((crops, num_patches), bool)
     for crop in masked:

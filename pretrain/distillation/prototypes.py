@@ -18,8 +18,8 @@ ROWS = 64  # that the cross-entropy handles at a time: its temporaries stay smal
 
 
 def cross_entropy(logits_NK: Tensor, targets_NK: Tensor, temperature: float) -> Tensor:
-    """-sum_k targets * log softmax(logits / temperature) of each row, (N,), nats. Each row of targets sums to 1; no
-    gradient reaches them."""
+    """Cross-entropy -sum_k targets * log softmax(logits / temperature) of each row, (N,), nats. Each row of targets
+    sums to 1; no gradient reaches them."""
     parts = ((targets, 1) for targets in targets_NK.split(ROWS))
     return _Rows.apply(logits_NK, temperature, parts)  # type: ignore[return-value]
 
@@ -41,8 +41,8 @@ def crops_cross_entropy(logits: Tensor, targets: Tensor, images: int, temperatur
 
 
 class _Rows(torch.autograd.Function):
-    """mass * logsumexp(z / t) - targets . z / t of every row z, (N, K) -> (N,), where a row's targets sum to `mass`.
-    `parts`: (targets (n, K), mass) of the first n rows, the next ones and so on.
+    """Loss mass * logsumexp(z / t) - targets . z / t of every row z, (N, K) -> (N,), where a row's targets sum to
+    `mass`. `parts`: (targets (n, K), mass) of the first n rows, the next ones and so on.
 
     The gradient, mass * softmax - targets, is made while the row is at hand, in the one (N, K) that is kept: three
     quarters of the time of the same formula in torch's operations, and a third of their memory (80 x 65,536 on a CPU).
@@ -104,13 +104,13 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def note(self, logits_NK: Tensor) -> None:
-        """Add rows to what the next `commit` averages."""
+        """Note rows that the next `commit` averages."""
         self.pending[:-1] += logits_NK.sum(0, dtype=self.pending.dtype)
         self.pending[-1] += len(logits_NK)
 
     @torch.no_grad()
     def commit(self) -> None:
-        """c <- momentum * c + (1 - momentum) * mean of the rows noted; unchanged if no process noted any."""
+        """Move the centre: c <- momentum * c + (1 - momentum) * mean of the rows noted; not at all without rows."""
         sums = collectives.total(self.pending)
         count = sums[-1]
         moved = torch.lerp(sums[:-1] / count.clamp(min=1), self.centre, self.momentum)
@@ -147,7 +147,7 @@ def sinkhorn(
 
 
 def _columns(values_NK: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
-    """log sum exp over the rows of all processes, (1, K), or of each row's group, (N, K)."""
+    """Log-sum-exp over the rows of all processes, (1, K), or of each row's group, (N, K)."""
     K = values_NK.shape[1]
     if groups is None:
         most = values_NK.amax(0, keepdim=True) if len(values_NK) else values_NK.new_full((1, K), -math.inf)

@@ -34,10 +34,10 @@ def board(
     kept: Tensor | None = None,
     asked: Tensor | None = None,
 ) -> np.ndarray:
-    """Images as the encoder saw them, and below each the same patches where the model believes they belong.
+    """Draw images as the encoder saw them, and below each the same patches where the model believes they belong.
 
     images: uint8 (B, C, H, W). guesses: (B, K) predicted place of each kept patch. kept: (B, K) which patches those
-    are; None: all. The others are grey. asked: (B, K) bool; None: all. A patch that was not asked was told its place,
+    are; None: all. The others are grey. asked: (B, K) bool; None: all. A patch that was not asked was shown its place,
     and lies there without an edge. A patch at its right place has a green edge, others a red one. A place that no patch
     claims is grey; where several do, the one that belongs there is seen, else the last in raster order: every right
     answer shows. Their share is written below each image, and for the whole sheet at its top.
@@ -64,7 +64,7 @@ def board(
 
 
 def _patches(images: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """Enlarged patches of uint8 images (B, C, H, W) in raster order, (B, N, ph, pw, 3)."""
+    """Enlarge patches of uint8 images (B, C, H, W) in raster order, (B, N, ph, pw, 3)."""
     B, C, H, W = images.shape
     h, w = grid
     enlarge = max(math.ceil(SIDE / min(H // h * h, W // w * w)), math.ceil(PATCH / min(H // h, W // w)))
@@ -83,7 +83,7 @@ def _join(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _edged(patches: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Patches (K, ph, pw, 3) with an edge that leaves most of them to see."""
+    """Give patches (K, ph, pw, 3) an edge that leaves most of them to see."""
     thick = max(1, min(patches.shape[1:3]) // 12)
     edged = np.empty_like(patches)
     edged[:] = colour
@@ -96,7 +96,7 @@ def _share(right: int, asked: int) -> str:
 
 
 def _percent(share: float) -> str:
-    """61 %, but 0.5 % and 99.8 %: near both ends a decimal more."""
+    """Format as 61 %, but 0.5 % and 99.8 %: near both ends a decimal more."""
     return f"{100 * share:.{0 if share in (0, 1) or 0.0995 <= share < 0.995 else 1}f} %"
 
 
@@ -110,7 +110,7 @@ def _caption(right: int, asked: int, some_kept: bool, some_told: bool) -> str:
 
 
 def _sheet(columns: list[tuple[np.ndarray, np.ndarray, str]], caption: str) -> np.ndarray:
-    """Columns of two images of one size with a line below, under a caption: uint8 (H, W, 3)."""
+    """Put columns of two images of one size with a line below, under a caption: uint8 (H, W, 3)."""
     H, W, _ = columns[0][0].shape
     width = max(GAP + len(columns) * (W + GAP), NARROWEST)
     # a font that comes with Pillow; pillow-simd may have been built without FreeType, which it takes to scale one
@@ -134,7 +134,7 @@ def _sheet(columns: list[tuple[np.ndarray, np.ndarray, str]], caption: str) -> n
 
 
 def maps(tally: Tally, chance: float) -> np.ndarray:
-    """Three heat maps over the classes of a tally: accuracy, mean distance, and how often each is guessed.
+    """Draw three heat maps over the classes of a tally: accuracy, mean distance, and how often each is guessed.
 
     Classes lie where they are in the grid, or with `relative` where the query lies as seen from the key. `chance`: the
     accuracy of the best answer that ignores the image. A class that was never asked is grey. Bright is good in the
@@ -170,7 +170,7 @@ def maps(tally: Tally, chance: float) -> np.ndarray:
 
 
 def _map(axes: Any, tally: Tally, values: np.ndarray, colours: str, scale: Any, title: str) -> Any:
-    """One heat map with square cells, in each its number where there are few; returns its colour bar."""
+    """Draw one heat map with square cells, in each its number where there are few; returns its colour bar."""
     from matplotlib.ticker import MaxNLocator
 
     (rows, columns), (h, w) = tally.cells, tally.grid

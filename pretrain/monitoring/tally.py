@@ -97,6 +97,6 @@ def _whole(distances: Tensor) -> Tensor:
 
 
 def _num_distances(grid: tuple[int, int], relative: bool = False) -> int:
-    """L: whole distances from 0 to the largest between two places of the grid, or between two offsets."""
+    """Number L of whole distances from 0 to the largest between two places of the grid, or between two offsets."""
     h, w = grid
     return int(math.hypot(h - 1, w - 1) * (2 if relative else 1) + 0.5) + 1
