@@ -91,6 +91,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == here
+    assert {f"{stage}/py.typed" for stage in ("common", "pretrain", "evaluate")} <= packed
     assert "common/data/fashion_mnist_extract.xz" in here and "configs/pretrain/quickstart.yaml" in here
 
 

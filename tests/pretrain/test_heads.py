@@ -1,13 +1,14 @@
 """Heads: the papers' sizes, and what is computed once instead of for every pair."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.errors import Refusal
-from pretrain.heads import LAST_LAYERS, Decoder, HalfHead, LinearHead, MlpHead, PairHead, ProjectionHead
+from pretrain.heads import Decoder, HalfHead, LastLayer, LinearHead, MlpHead, PairHead, ProjectionHead
 
 
 def size(head: nn.Module) -> int:
@@ -173,7 +174,7 @@ def test_projection_head_has_the_sizes_of_dino() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("last", LAST_LAYERS)
+@pytest.mark.parametrize("last", get_args(LastLayer))
 def test_projection_head_is_the_definition(last: str, dtype: torch.dtype, within: float) -> None:
     head, rows = projection(last).to(dtype), torch.randn(5, 12, dtype=dtype, requires_grad=True)
     ours, theirs = head(rows), by_definition(head, rows)
@@ -194,7 +195,7 @@ def test_a_normed_layer_gives_cosines_from_the_start() -> None:
     torch.testing.assert_close(head(torch.zeros(1, 12)), torch.zeros(1, 500))  # eps, where the bottleneck is 0
 
 
-@pytest.mark.parametrize("last", LAST_LAYERS)
+@pytest.mark.parametrize("last", get_args(LastLayer))
 def test_a_projection_head_can_be_copied_and_frozen(last: str) -> None:
     head, rows = projection(last), torch.randn(5, 12, requires_grad=True)
     twin = copy.deepcopy(head).requires_grad_(False)
@@ -207,7 +208,7 @@ def test_a_projection_head_can_be_copied_and_frozen(last: str) -> None:
     assert rows.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("last", LAST_LAYERS)
+@pytest.mark.parametrize("last", get_args(LastLayer))
 def test_a_projection_head_in_bf16_answers_in_float32(last: str) -> None:
     head, rows = projection(last), torch.randn(5, 12)
     exact = head(rows)
