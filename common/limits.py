@@ -76,7 +76,7 @@ def _hints(schema: type) -> dict[str, Any]:
 
 
 def expected(hint: Any, value: Any) -> str | None:
-    """What a value of the type `hint` was expected to be, in words; None if `value` is that."""
+    """Describe what a value of the type `hint` should be; None if `value` is that."""
     if value is None and type(None) in parts_of(hint):
         return None
     choices = choices_of(hint)

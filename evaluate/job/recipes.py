@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound="TrainingOptions")
 
 @dataclass
 class TrainingOptions:
-    """What every training of an evaluation has. A recipe file of configs/evaluate, flags, and words set it."""
+    """Options that every training of an evaluation has. A recipe file of configs/evaluate, flags, and words set it."""
 
     like: str | None = field(default=None, metadata=path_option(run_or_recipe))
     """Architecture of --ckpt random where --like says nothing: a run, or a pretraining recipe."""
