@@ -1,6 +1,5 @@
 """From options to parts: data, backbone, task, optimizer; and a reason for every automatic value."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -28,9 +27,9 @@ from common.processes.stopping import Stopped, StopSignal, at_once
 from common.training import precision, schedules
 from common.training.optim import parameter_groups
 from common.training.tracking import patient
-from pretrain import objectives
-from pretrain.automatic import settle
-from pretrain.config import PretrainConfig, num_steps
+from pretrain import automatic, objectives
+from pretrain.automatic import Facts, Labels, Settled
+from pretrain.config import PretrainConfig
 from pretrain.leaks.verdict import Verdict, cached_audit
 from pretrain.task import Pretraining, build, resolve
 
@@ -108,30 +107,19 @@ def assemble(
     Stopped while something is measured or looked at. `typed`: options that the user gave; a batch that nobody typed is
     lowered to what few images fill.
     """
-    config = dataclasses.replace(config)
-    reasons: dict[str, str] = {}
-    config.threads, reasons["threads"] = set_threads(config.threads)
+    threads = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
     chosen = resolve(config.objectives)
 
     images = open_data(location_of(vars(config)))
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
-    if "batch" not in typed:
-        _settle_batch(config, len(train), process.num_processes, reasons)
-    sampler = StepSampler(
-        len(train), config.batch, config.seed, 1, 0, process.process_index, process.num_processes, config.accumulate
+    processes = process.num_processes
+    labels = _labels_for(chosen, images)
+    settled = automatic.resolve(
+        config, Facts(len(train), labels, processes, usable_cores(), threads, lower_batch="batch" not in typed)
     )
-    steps = num_steps(config, sampler.per_epoch)
-    if config.steps is None:
-        reasons["steps"] = f"{config.epochs:g} epochs of {sampler.per_epoch} steps"
-        config.steps = steps
-    elif config.epochs is not None:
-        reasons["epochs"] = f"steps={config.steps} goes before epochs={config.epochs:g}"
-        config.epochs = None
-    notes = settle(config, chosen, len(train), steps, sampler.per_epoch, process.num_processes, reasons)
-    notes += _settle_classes(chosen, images, reasons)
-    config.objectives = {name: dataclasses.asdict(options) for name, options in chosen.items()}
+    config, chosen = settled.options, resolve(settled.options.objectives)
 
     torch.manual_seed(config.seed)
     say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
@@ -141,20 +129,16 @@ def assemble(
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, chosen, config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
-    _settle_export(config, task, reasons)
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
     verdict = _audit(config, task, process)
     views = {name: view for name, view in config.views.items() if name in task.views}
     samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates, task.labelled)
 
-    if config.loader.workers is None:
-        cores = usable_cores() // max(1, process.num_processes)
-        config.loader.workers = max(1, min(8, cores - 1))
-        reasons["loader.workers"] = f"{cores} usable cores per process, one of them for training"
-    pace = _settle_precision(config, task, samples, process, reasons, heed)
+    settled, pace = _measured(settled, task, samples, process, heed)
+    assert config.steps is not None
     return Parts(
-        config,
+        settled.options,
         process,
         images,
         train,
@@ -162,49 +146,27 @@ def assemble(
         task,
         verdict,
         samples,
-        steps,
-        sampler.per_epoch,
-        reasons,
-        notes,
+        config.steps,
+        len(train) // config.batch,
+        settled.reasons,
+        settled.notes,
         look,
         init,
         pace,
     )
 
 
-def _settle_classes(chosen: Mapping[str, Any], images: Images, reasons: dict[str, str]) -> list[str]:
-    """Replace classes=auto of the objectives that read labels by those of the data; returns a line if some images have
-    no label. Raises Refusal where none has."""
-    notes = []
-    for name, options in chosen.items():
-        where = f"objectives.{name}"
-        if not objectives.find(name).labelled or not options.weight > 0:
-            continue
-        if not images.has_labels:
-            raise Refusal(f"{where} reads labels, and {images.where} has none: {images.why_unlabelled}")
-        labels = images.labels
-        assert labels is not None and images.classes is not None
-        count = max(len(images.classes), int(labels.max()) + 1)
-        if options.classes == "auto":
-            options.classes, reasons[f"{where}.classes"] = count, f"the classes of {images.where}"
-        elif isinstance(options.classes, int) and options.classes < count:
-            raise Refusal(f"{where}.classes={options.classes}, and {images.where} has {count}: use classes=auto")
-        if unknown := int((labels < 0).sum()):
-            notes.append(f"{where}: {unknown:,} of {len(images):,} images have no label and take no part in it")
-    return notes
-
-
-def _settle_export(config: PretrainConfig, task: Pretraining, reasons: dict[str, str]) -> None:
-    """Replace export=auto by "teacher" or "student". Raises Refusal for a teacher that is not there."""
-    if config.export == "auto":
-        config.export = "student" if task.teacher is None else "teacher"
-        reasons["export"] = "no objective has a teacher" if task.teacher is None else "its features are the better ones"
-    elif config.export != "student" and task.teacher is None:
-        known = " or ".join(objectives.with_teacher())
-        raise Refusal(
-            f"export={config.export}: this run has no teacher, as none of its objectives "
-            f"({', '.join(task.objectives)}) compares with one; use export=student, or add {known}"
-        )
+def _labels_for(chosen: Mapping[str, Any], images: Images) -> Labels | None:
+    """What is known of the labels, where an objective reads them. Raises Refusal where there are none."""
+    readers = [name for name, options in chosen.items() if objectives.find(name).labelled and options.weight > 0]
+    if not readers:
+        return None
+    if not images.has_labels:
+        raise Refusal(f"objectives.{readers[0]} reads labels, and {images.where} has none: {images.why_unlabelled}")
+    labels = images.labels
+    assert labels is not None and images.classes is not None
+    classes = max(len(images.classes), int(labels.max()) + 1)
+    return Labels(images.where, classes, len(images), int((labels < 0).sum()))
 
 
 def _look(
@@ -247,28 +209,16 @@ def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> 
     return verdict[0]
 
 
-def _settle_batch(config: PretrainConfig, images: int, processes: int, reasons: dict[str, str]) -> None:
-    """Lower a recipe's batch to what so few images fill; the learning rate follows by optimizer.scaling."""
-    unit = processes * config.accumulate
-    if config.batch > images >= unit:
-        reasons["batch"] = f"there are {images:,} images to train on, fewer than the recipe's {config.batch:,}"
-        config.batch = images // unit * unit
-
-
-def _settle_precision(
-    config: PretrainConfig,
-    task: Pretraining,
-    samples: Samples,
-    process: PartialState,
-    reasons: dict[str, str],
-    heed: Callable[[], None],
-) -> float | None:
-    """Replace precision=auto and model.attention=auto by what the first process measures to be fastest; returns seconds
-    for a forward and backward pass of one image, which are also measured where the monitors' intervals follow from
-    them. Raises Stopped, in all processes, if a signal reached the first one meanwhile."""
+def _measured(
+    settled: Settled, task: Pretraining, samples: Samples, process: PartialState, heed: Callable[[], None]
+) -> tuple[Settled, float | None]:
+    """Options with precision and attention that the first process measured to be fastest, where they are automatic, and
+    seconds for a forward and backward pass of one image, which are also measured where the monitors' intervals follow
+    from them. Raises Stopped, in all processes, if a signal reached the first one meanwhile."""
+    config = settled.options
     was = config.precision, config.model.attention
     if "auto" not in was and config.monitor.every is not None:
-        return None
+        return settled, None
     chosen: list[Any] = [None]
     if process.is_main_process:
         batches: dict[int, Any] = {}
@@ -299,12 +249,14 @@ def _settle_precision(
         broadcast_object_list(chosen)
     if isinstance(chosen[0], int):
         raise Stopped(chosen[0])
-    config.precision, config.model.attention = chosen[0].precision, chosen[0].attention
-    precision.set_attention(task, config.model.attention)
-    for name, before in zip(("precision", "model.attention"), was, strict=True):
-        if before == "auto":
-            reasons[name] = chosen[0].why
-    return chosen[0].seconds
+    precision.set_attention(task, chosen[0].attention)
+    names = ("precision", "model.attention")
+    settled = settled.having(
+        dict(zip(names, (chosen[0].precision, chosen[0].attention), strict=True)),
+        {name: chosen[0].why for name, before in zip(names, was, strict=True) if before == "auto"},
+    )
+    task.backbone.config = settled.options.model  # what its description says
+    return settled, chosen[0].seconds
 
 
 def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Optimizer:

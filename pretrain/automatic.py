@@ -1,19 +1,23 @@
-"""Sizes chosen for the data set: what the authors tuned on 1.28 million images does not suit ten thousand.
+"""Where automatic options get their values: every `auto`, null and time such as "10 epochs", here and only here.
 
-`auto` is the default of every option here; a value that is given wins. The rules say what they were made from.
+A value that is given wins. The rules say what they were made from: what the authors tuned on 1.28 million images does
+not suit ten thousand. What has to be measured (precision, attention, the monitors' pace) is a `Settled` with more
+values, made where it is measured.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from common.batches.sampler import StepSampler
 from common.errors import Refusal, nearest
 from common.training import schedules
 from common.training.ema import half_life
 from pretrain import objectives
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, num_steps
+from pretrain.task import resolve as options_of
 
 AUTO = "auto"
 
@@ -37,55 +41,124 @@ WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED = 10, 0.1, 0.3  # DINO's; caps as Li
 FREEZE_EPOCHS, FREEZE_MOST = 1, 0.1  # DINO's
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What is known of the labels of all images, those held out included."""
+
+    where: str  # the images, in words
+    classes: int
+    images: int
+    unlabelled: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules start from, beside the options."""
+
+    images: int  # to train on
+    labels: Labels | None = None  # where an objective reads them
+    processes: int = 1
+    cores: int = 1  # that this machine's processes may use
+    threads: tuple[int, str] = (1, "given")  # of torch in each process, and where the number came from
+    lower_batch: bool = False  # whether a batch that is larger than the images becomes as large: nobody typed it
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Options without anything automatic."""
+
+    options: PretrainConfig
+    reasons: dict[str, str] = field(default_factory=dict)  # automatic value -> the rule it came from
+    notes: list[str] = field(default_factory=list)  # what was repaired, and what looks unwise
+
+    def having(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> "Settled":
+        """The same with further values, {dotted name: value}, and their reasons."""
+        return Settled(replaced(self.options, values), {**self.reasons, **reasons}, self.notes)
+
+
+def replaced(options: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a dataclass with other `values`, {dotted name: value}; no part of `options` itself is changed."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        groups.setdefault(first, {})[rest] = value
+    changes = {
+        name: inner[""] if "" in inner else replaced(getattr(options, name), inner) for name, inner in groups.items()
+    }
+    return dataclasses.replace(options, **changes)
+
+
 @dataclass
-class _Facts:
-    """What the rules start from, and what they found."""
+class _Rules:
+    """The length of a run, and what the rules said on the way."""
 
     images: int
     batch: int
     steps: int
     per_epoch: int
-    reasons: dict[str, str]  # automatic value -> the rule it came from
-    notes: list[str]  # repairs, and what looks unwise
+    reasons: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def epochs(self) -> float:
         return self.steps / self.per_epoch
 
 
-def settle(
-    config: PretrainConfig,
-    chosen: Mapping[str, Any],
-    images: int,
-    steps: int,
-    per_epoch: int,
-    processes: int,
-    reasons: dict[str, str],
-) -> list[str]:
-    """Replace every `auto`, and every time such as "10 epochs", by a value, in `config` and in the objectives' options
-    `chosen`; returns a line for every repair and for what looks unwise.
-
-    `images` to train on, `steps` in all, `per_epoch` of them an epoch. `reasons` is told the rule of each automatic
-    value. Settling again changes nothing. Raises Refusal for a value out of range.
+def resolve(config: PretrainConfig, facts: Facts) -> Settled:
+    """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
+    is given changes, and resolving what was resolved changes nothing. Raises Refusal for what cannot be.
     """
-    facts = _Facts(images, config.batch, steps, per_epoch, reasons, [])
-    config.optimizer = dataclasses.replace(config.optimizer)  # the caller's own keep what they say
-    config.teacher = dataclasses.replace(config.teacher)
-    config.optimizer.warmup = _time(
-        config.optimizer.warmup, "optimizer.warmup", WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED, facts
+    chosen = options_of(config.objectives)
+    threads, source = facts.threads
+    values: dict[str, Any] = {"threads": threads}
+    reasons = {"threads": source}
+    batch = config.batch
+    unit = facts.processes * config.accumulate
+    if facts.lower_batch and batch > facts.images >= unit:  # the learning rate follows by optimizer.scaling
+        reasons["batch"] = f"there are {facts.images:,} images to train on, fewer than the recipe's {batch:,}"
+        batch = values["batch"] = facts.images // unit * unit
+    per_epoch = StepSampler(
+        facts.images, batch, config.seed, 1, processes=facts.processes, accumulate=config.accumulate
+    ).per_epoch
+    steps = num_steps(config, per_epoch)
+    if config.steps is None:
+        reasons["steps"] = f"{config.epochs:g} epochs of {per_epoch} steps"
+        values["steps"] = steps
+    elif config.epochs is not None:
+        reasons["epochs"] = f"steps={config.steps} goes before epochs={config.epochs:g}"
+        values["epochs"] = None
+
+    rules = _Rules(facts.images, batch, steps, per_epoch, reasons)
+    has_teacher = any(objectives.find(name).taught and options.weight > 0 for name, options in chosen.items())
+    optimizer, teacher = config.optimizer, config.teacher
+    values["optimizer.warmup"] = _time(
+        optimizer.warmup, "optimizer.warmup", WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED, rules
     )
-    config.optimizer.weight_decay = _schedule(
-        config.optimizer.weight_decay, "optimizer.weight_decay", 0.0, math.inf, facts
-    )
-    learns = any(hasattr(options, "teacher_temperature") for options in chosen.values())
-    config.teacher.momentum = _momentum(config.teacher.momentum, config.teacher.half_life, facts, told=learns)
-    config.teacher.half_life = None  # said by the momentum from here on
-    _refuse_lonely(config, chosen, processes)
+    values["optimizer.weight_decay"] = _schedule(optimizer.weight_decay, "optimizer.weight_decay", 0.0, math.inf, rules)
+    values["teacher.momentum"] = _momentum(teacher.momentum, teacher.half_life, rules, told=has_teacher)
+    values["teacher.half_life"] = None  # said by the momentum from here on
+    _refuse_lonely(dataclasses.replace(config, batch=batch), chosen, facts.processes)
     owners = {name: options for name, options in chosen.items() if not getattr(options, "shared_head", False)}
     for name, options in {**owners, **chosen}.items():  # those who share a head after those who have one
         shared = "" if name in owners else objectives.find(name).head_of
-        _settle_objective(f"objectives.{name}", options, shared, owners.get(shared), facts)
-    return facts.notes
+        _settle_objective(f"objectives.{name}", options, shared, owners.get(shared), rules)
+    _settle_classes(chosen, facts.labels, rules)
+    values["objectives"] = {name: dataclasses.asdict(options) for name, options in chosen.items()}
+
+    if config.export == "auto":
+        values["export"] = "teacher" if has_teacher else "student"
+        reasons["export"] = "its features are the better ones" if has_teacher else "no objective has a teacher"
+    elif config.export != "student" and not has_teacher:
+        trained = [name for name, options in chosen.items() if options.weight > 0]
+        raise Refusal(
+            f"export={config.export}: this run has no teacher, as none of its objectives ({', '.join(trained)}) "
+            f"compares with one; use export=student, or add {' or '.join(objectives.with_teacher())}"
+        )
+    if config.loader.workers is None:
+        cores = facts.cores // facts.processes
+        values["loader.workers"] = max(1, min(8, cores - 1))
+        reasons["loader.workers"] = f"{cores} usable cores per process, one of them for training"
+    return Settled(replaced(config, values), reasons, rules.notes)
 
 
 def prototypes_for(images: int) -> int:
@@ -107,7 +180,7 @@ def momentum_for(images: int, batch: int) -> float:
     return min(most, max(least, round(0.5 ** (batch / (images * HALF_LIFE_EPOCHS)), 6)))
 
 
-def _settle_objective(where: str, options: Any, shared: str, owner: Any, facts: _Facts) -> None:
+def _settle_objective(where: str, options: Any, shared: str, owner: Any, rules: _Rules) -> None:
     """Settle the options of one objective; `owner`: those of the objective `shared` whose head it uses, if it does."""
     for name in ("prototypes", "freeze_last_layer"):
         if (
@@ -116,14 +189,14 @@ def _settle_objective(where: str, options: Any, shared: str, owner: Any, facts: 
             and _automatic(getattr(options, name), f"{where}.{name}", "a value")
         ):
             setattr(options, name, getattr(owner, name))
-            facts.reasons[f"{where}.{name}"] = f"{shared}'s, whose head it shares"
+            rules.reasons[f"{where}.{name}"] = f"{shared}'s, whose head it shares"
     if hasattr(options, "prototypes"):
-        options.prototypes = _prototypes(options.prototypes, f"{where}.prototypes", facts)
+        options.prototypes = _prototypes(options.prototypes, f"{where}.prototypes", rules)
     if hasattr(options, "teacher_temperature"):
-        options.teacher_temperature = _temperature(options.teacher_temperature, f"{where}.teacher_temperature", facts)
+        options.teacher_temperature = _temperature(options.teacher_temperature, f"{where}.teacher_temperature", rules)
     if hasattr(options, "freeze_last_layer"):
         options.freeze_last_layer = _time(
-            options.freeze_last_layer, f"{where}.freeze_last_layer", FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, facts
+            options.freeze_last_layer, f"{where}.freeze_last_layer", FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules
         )
 
 
@@ -134,29 +207,29 @@ def _automatic(value: Any, where: str, otherwise: str) -> bool:
     return isinstance(value, str) and value == AUTO
 
 
-def _time(value: Any, where: str, epochs: int, most: float, repaired: float, facts: _Facts) -> float:
+def _time(value: Any, where: str, epochs: int, most: float, repaired: float, rules: _Rules) -> float:
     """A length of time as a share of the training; automatic: so many `epochs`, at most the share `most`."""
     if not _automatic(value, where, 'a time such as "10 epochs"'):
-        found, note = schedules.share(value, facts.steps, facts.per_epoch, where, instead=repaired)
-        facts.notes += [note] if note else []
+        found, note = schedules.share(value, rules.steps, rules.per_epoch, where, instead=repaired)
+        rules.notes += [note] if note else []
         return found
-    found = min(most, epochs / facts.epochs)
-    facts.reasons[where] = (
-        f"{schedules.counted(found * facts.epochs, 'epochs')} of {schedules.counted(facts.epochs, 'epochs')}: "
+    found = min(most, epochs / rules.epochs)
+    rules.reasons[where] = (
+        f"{schedules.counted(found * rules.epochs, 'epochs')} of {schedules.counted(rules.epochs, 'epochs')}: "
         f"{schedules.counted(epochs, 'epochs')}, at most {most * 100:g} % of the training"
     )
     return found
 
 
-def _schedule(value: Any, where: str, least: float, most: float, facts: _Facts, repaired: float = 1.0) -> Any:
+def _schedule(value: Any, where: str, least: float, most: float, rules: _Rules, repaired: float = 1.0) -> Any:
     """A number or schedule whose values lie in [least, most], as it was given but for a time in `over`."""
     if isinstance(value, Mapping):
         value = dict(value)
         if isinstance(value.get("over"), str):
             value["over"], note = schedules.share(
-                value["over"], facts.steps, facts.per_epoch, f"{where}.over", instead=repaired
+                value["over"], rules.steps, rules.per_epoch, f"{where}.over", instead=repaired
             )
-            facts.notes += [note] if note else []
+            rules.notes += [note] if note else []
     found = schedules.parse(value, where)
     if not least <= min(found.start, found.end) <= max(found.start, found.end) <= most:
         within = f"of at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
@@ -164,7 +237,7 @@ def _schedule(value: Any, where: str, least: float, most: float, facts: _Facts, 
     return value
 
 
-def _momentum(value: Any, images: float | None, facts: _Facts, told: bool) -> Any:
+def _momentum(value: Any, images: float | None, rules: _Rules, told: bool) -> Any:
     """The teacher's momentum; `images` is the half-life that was asked for. `told`: whether somebody has a teacher."""
     where = "teacher.momentum"
     automatic = _automatic(value, where, "a number in [0, 1]")
@@ -173,62 +246,60 @@ def _momentum(value: Any, images: float | None, facts: _Facts, told: bool) -> An
             raise Refusal(
                 f"teacher.half_life={images:g} and teacher.momentum say the same thing twice: set one of them"
             )
-        if not 0 < images < math.inf:
-            raise Refusal(f"teacher.half_life={images:g}: expected a number of images above 0")
-        start, rule = 0.5 ** (facts.batch / images), "teacher.half_life"
+        start, rule = 0.5 ** (rules.batch / images), "teacher.half_life"
     elif automatic:
-        start = momentum_for(facts.images, facts.batch)
-        wanted = facts.images * HALF_LIFE_EPOCHS
+        start = momentum_for(rules.images, rules.batch)
+        wanted = rules.images * HALF_LIFE_EPOCHS
         rule = f"a seventh of an epoch, {wanted:,.0f}"
         if start in MOMENTA:
             rule += f", but the momentum not {'below' if start == MOMENTA[0] else 'above'} {start:g}"
     else:
-        return _schedule(value, where, 0.0, 1.0, facts)
+        return _schedule(value, where, 0.0, 1.0, rules)
     if told:
-        facts.reasons[where] = (
-            f"starts with a half-life of {half_life(start, facts.batch):,.0f} images at batch {facts.batch} ({rule})"
+        rules.reasons[where] = (
+            f"starts with a half-life of {half_life(start, rules.batch):,.0f} images at batch {rules.batch} ({rule})"
         )
     return {"schedule": "cosine", "start": start, "end": 1.0}
 
 
-def _prototypes(value: Any, where: str, facts: _Facts) -> int:
+def _prototypes(value: Any, where: str, rules: _Rules) -> int:
     """A number of prototypes."""
-    suits = prototypes_for(facts.images)
+    suits = prototypes_for(rules.images)
     if _automatic(value, where, "a whole number of at least 2"):
-        facts.reasons[where] = (
-            f"the power of two nearest to {facts.images:,} images / {IMAGES_PER_PROTOTYPE}, "
+        rules.reasons[where] = (
+            f"the power of two nearest to {rules.images:,} images / {IMAGES_PER_PROTOTYPE}, "
             f"from {PROTOTYPES[0]:,} to {PROTOTYPES[1]:,}"
         )
         return suits
     if isinstance(value, bool) or not isinstance(value, int) or value < 2:
         raise Refusal(f"{where}={value!r}: expected auto or a whole number of at least 2")
-    if value > max(facts.images, suits):
-        facts.notes.append(
-            f"{where}={value} is more than one prototype per image ({facts.images:,} images): "
+    if value > max(rules.images, suits):
+        rules.notes.append(
+            f"{where}={value} is more than one prototype per image ({rules.images:,} images): "
             f"most will stay empty; about {suits} would make sense"
         )
     return value
 
 
-def _temperature(value: Any, where: str, facts: _Facts) -> Any:
+def _temperature(value: Any, where: str, rules: _Rules) -> Any:
     """A teacher's temperature: a number or schedule above 0."""
     if not _automatic(value, where, "a number above 0"):
-        settled = _schedule(value, where, -math.inf, math.inf, facts, TEMPERATURE_MOST)
+        settled = _schedule(value, where, -math.inf, math.inf, rules, TEMPERATURE_MOST)
         found = schedules.parse(settled, where)
         if min(found.start, found.end) <= 0:
             raise Refusal(f"{where}={found}: expected {'numbers' if found.start != found.end else 'a number'} above 0")
         return settled
     (few, low), (many, high) = TEMPERATURES
-    end = temperature_for(facts.images)
+    end = temperature_for(rules.images)
     start = min(FIRST_TEMPERATURE, end)
     rule = (
-        f"for {facts.images:,} images: {low:g} up to {few:,}, {high:g} from {many:,}, between linear in the logarithm"
+        f"for {rules.images:,} images: {low:g} up to {few:,}, {high:g} from {many:,}, between linear in the logarithm"
     )
     if start == end:
-        facts.reasons[where] = f"{end:g} {rule}"
+        rules.reasons[where] = f"{end:g} {rule}"
         return end
-    over = min(TEMPERATURE_MOST, TEMPERATURE_EPOCHS / facts.epochs)
-    facts.reasons[where] = (
+    over = min(TEMPERATURE_MOST, TEMPERATURE_EPOCHS / rules.epochs)
+    rules.reasons[where] = (
         f"ends at {end:g} {rule}; over {TEMPERATURE_EPOCHS} epochs, "
         f"at most {TEMPERATURE_MOST * 100:g} % of the training"
     )
@@ -248,4 +319,22 @@ def _refuse_lonely(config: PretrainConfig, chosen: Mapping[str, Any], processes:
             raise Refusal(
                 f"objectives.{name} needs at least two images per part of a step{where}: batch={config.batch} with "
                 f"accumulate={config.accumulate} leaves {config.batch // parts}; set batch={least * parts} or more"
+            )
+
+
+def _settle_classes(chosen: Mapping[str, Any], labels: Labels | None, rules: _Rules) -> None:
+    """Replace classes=auto of the objectives that read labels by those of the data; note how many images have none."""
+    for name, options in chosen.items():
+        where = f"objectives.{name}"
+        if labels is None or not objectives.find(name).labelled or not options.weight > 0:
+            continue
+        if options.classes == AUTO:
+            options.classes, rules.reasons[f"{where}.classes"] = labels.classes, f"the classes of {labels.where}"
+        elif isinstance(options.classes, int) and options.classes < labels.classes:
+            raise Refusal(
+                f"{where}.classes={options.classes}, and {labels.where} has {labels.classes}: use classes=auto"
+            )
+        if labels.unlabelled:
+            rules.notes.append(
+                f"{where}: {labels.unlabelled:,} of {labels.images:,} images have no label and take no part in it"
             )

@@ -69,7 +69,7 @@ class TeacherConfig:
     momentum: Any = "auto"
     """teacher = momentum * teacher + (1 - momentum) * student after every step: a number, {schedule: cosine, start:
     0.996, end: 1.0}, or auto: from the number of images and the batch."""
-    half_life: float | None = None
+    half_life: Positive | None = None
     """The same said in images, after which a weight counts half: DINO's 0.996 at batch 1024 is 177,000. It sets where
     the momentum starts; it ends at 1."""
 

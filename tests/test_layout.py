@@ -167,6 +167,15 @@ def test_imports_only_torch(module: str) -> None:
     assert {ours.replace(".", "/") for ours in GRAPH[dotted(path)]} <= allowed
 
 
+def test_only_pretrain_automatic_gives_options_a_value() -> None:
+    """Options are resolved once, by a pure function; what is measured is a copy with more values."""
+    for path in sources(*STAGES):
+        assigned = re.findall(r"^\s*\w*\.?(?:config|options)(?:\.\w+)+ [-+*/|]?= .*$", path.read_text(), re.MULTILINE)
+        allowed = ("options.prototypes", "options.teacher_temperature", "options.freeze_last_layer", "options.classes")
+        own = path == ROOT / "pretrain/automatic.py"  # objectives' options that `resolve` made itself
+        assert not [line for line in assigned if not (own and line.strip().startswith(allowed))], name_of(path)
+
+
 def test_what_we_depend_on_does_not_import_a_package_named_evaluate() -> None:
     """Where the checkout stands first on the path, `import evaluate` is ours and not Hugging Face's."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import {}; assert 'evaluate' not in sys.modules"

@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from common.processes import collectives
 from common.processes.stopping import Stopped, at_once
 from common.training.tracking import clock, patient
 from pretrain.assemble import UNWRITTEN, Parts
+from pretrain.automatic import replaced
 from pretrain.monitoring import monitors
 
 SHARE = 0.1  # of the run's time that measurements may take
@@ -72,13 +74,12 @@ def advice(parts: Parts, seconds: float) -> list[str]:
 def settle(parts: Parts, heed: Callable[[], None]) -> None:
     """Replace monitor.every=null by an interval at which measuring takes about a tenth of the run's time at most, and
     monitor.images=null by all images or, where one measurement would take more, by fewer. Raises Stopped."""
-    config = parts.config.monitor = dataclasses.replace(parts.config.monitor)
-    if config.every is not None:
+    if parts.config.monitor.every is not None:
         return
     step = step_seconds(parts)
     if step is None or not len(parts.held_out):
-        config.every, parts.reasons["monitor.every"] = math.ceil(parts.steps / TIMES[0]), "ten times in the run"
-        return
+        every, reason = math.ceil(parts.steps / TIMES[0]), "ten times in the run"
+        return _set(parts, {"monitor.every": every}, {"monitor.every": reason})
     if parts.pace is not None and parts.pace > DEAR:  # trying it would keep one waiting
         return _choose(parts, step * parts.steps, Cost(0.0, TIMES_AS_LONG * parts.pace, parts.pace))
     found: list[Cost | int | None] = [None]
@@ -117,30 +118,40 @@ class Cost:
 def _choose(parts: Parts, training: float, cost: Cost) -> None:
     """Set the interval and the number of images, for a run that trains for so many seconds."""
     config, every_image = parts.config.monitor, len(parts.held_out)
+    reasons: dict[str, str] = {}
 
-    def takes() -> float:
-        return cost.of(min(config.images or every_image, every_image), len(monitors.labelled(parts.train, config)[0]))
+    def voters(chosen: int | None) -> int:
+        return len(monitors.labelled(parts.train, dataclasses.replace(config, images=chosen))[0])
 
-    times = next((times for times in TIMES if times * takes() <= SHARE * training), 1)
-    if config.images is None and takes() > SHARE * training:
+    def takes(chosen: int | None) -> float:
+        return cost.of(min(chosen or every_image, every_image), voters(chosen))
+
+    chosen = config.images
+    times = next((times for times in TIMES if times * takes(chosen) <= SHARE * training), 1)
+    if chosen is None and takes(chosen) > SHARE * training:
         enough = max(SHARE * training, 1.5 * cost.fixed)  # fewer images make no picture cheaper
-        config.images = every_image  # fewer voters
-        while config.images > LEAST and takes() > enough:
-            config.images = max(LEAST, config.images // 2)
+        chosen = every_image  # fewer voters
+        while chosen > LEAST and takes(chosen) > enough:
+            chosen = max(LEAST, chosen // 2)
         reason = f"of {every_image:,} held out: more, or more that vote, would take longer"
-        if 0 < len(monitors.labelled(parts.train, config)[0]) < monitors.NEIGHBORS:
+        if 0 < voters(chosen) < monitors.NEIGHBORS:
             reason += f"; no k-NN, for which {monitors.NEIGHBORS} have to vote"
-        parts.reasons["monitor.images"] = reason
-    config.every = math.ceil(parts.steps / times)
-    images, share = min(config.images or every_image, every_image), times * takes() / max(1e-9, training)
+        reasons["monitor.images"] = reason
+    images, share = min(chosen or every_image, every_image), times * takes(chosen) / max(1e-9, training)
     limit = f"at most {SHARE:.0%}"
     if share > SHARE:
         limit = f"more than {SHARE:.0%}, as the run is so short"
         limit += f": drawing alone takes {_short(cost.fixed)}" if cost.fixed > SHARE * training else ""
-    parts.reasons["monitor.every"] = (
+    reasons["monitor.every"] = (
         f"{'once, at the end' if times == 1 else f'{times} times in the run'}: looking at {images:,} held-out images "
-        f"takes about {_short(takes())}, {share:.1%} of the training's time ({limit})"
+        f"takes about {_short(takes(chosen))}, {share:.1%} of the training's time ({limit})"
     )
+    _set(parts, {"monitor.every": math.ceil(parts.steps / times), "monitor.images": chosen}, reasons)
+
+
+def _set(parts: Parts, values: dict[str, Any], reasons: dict[str, str]) -> None:
+    parts.config = replaced(parts.config, values)
+    parts.reasons |= reasons
 
 
 def _short(seconds: float) -> str:
@@ -180,8 +191,7 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
 
 def _with(parts: Parts, images: int) -> Parts:
     """The same, measured on so many held-out images."""
-    few = dataclasses.replace(parts.config.monitor, images=images, every=1)
-    return dataclasses.replace(parts, config=dataclasses.replace(parts.config, monitor=few))
+    return dataclasses.replace(parts, config=replaced(parts.config, {"monitor.images": images, "monitor.every": 1}))
 
 
 class _Nowhere:

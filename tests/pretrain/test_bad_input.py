@@ -123,6 +123,7 @@ NUMBERS = "expected a whole number of at least"
             ["optimizer.weight_decay.schedule='liner'", "did you mean 'linear'"],
         ),
         ("teacher.momentum=1.5", ["teacher.momentum=1.5"]),
+        ("teacher.half_life=0", ["teacher.half_life=0.0: expected a number above 0"]),
         ("teacher.momentum=0.9 teacher.half_life=1000", ["teacher.momentum", "teacher.half_life"]),
         ("objectives.dino.weight=1", ["objectives.dino compares crops of an image", "views.global.count=1"]),
         (

@@ -18,8 +18,8 @@ from common.batches.samples import Batch, Samples
 from common.batches.views import View
 from common.data import Images, Unreadable
 from common.errors import Refusal
-from pretrain import objectives
-from pretrain.assemble import _settle_classes
+from pretrain import automatic, objectives
+from pretrain.assemble import _labels_for
 from pretrain.config import PretrainConfig
 from pretrain.leaks.verdict import cached_audit
 from pretrain.monitoring import monitors
@@ -331,15 +331,15 @@ def test_a_run_learns_exports_and_resumes(
 
 def test_unlabelled_images_are_counted_and_still_say_where_they_are() -> None:
     labels = np.array([0, 1, -1, -1, 1, 0, -1, 1])
-    chosen = resolve({"classification": {}, "absolute": {}})
-    reasons: dict[str, str] = {}
-    (note,) = _settle_classes(chosen, Images(Noise(), "here", labels, ["a", "b"]), reasons)
-    assert note == "objectives.classification: 3 of 8 images have no label and take no part in it"
-    assert chosen["classification"].classes == 2
-    assert reasons == {"objectives.classification.classes": "the classes of here"}
-    assert not _settle_classes(resolve({"absolute": {}}), Images(Noise(), "here"), reasons)
-    left_out = resolve({"classification": {"weight": 0}, "absolute": {}})
-    assert not _settle_classes(left_out, Images(Noise(), "here"), reasons)
+    given = {"classification": {}, "absolute": {}}
+    known = _labels_for(resolve(given), Images(Noise(), "here", labels, ["a", "b"]))
+    config = PretrainConfig(batch=2, steps=1, objectives=given)
+    settled = automatic.resolve(config, automatic.Facts(8, known))
+    assert settled.notes == ["objectives.classification: 3 of 8 images have no label and take no part in it"]
+    assert settled.options.objectives["classification"]["classes"] == 2
+    assert settled.reasons["objectives.classification.classes"] == "the classes of here"
+    assert _labels_for(resolve({"absolute": {}}), Images(Noise(), "here")) is None
+    assert _labels_for(resolve({"classification": {"weight": 0}, "absolute": {}}), Images(Noise(), "here")) is None
     made = task({"classification": THREE, "absolute": {}})
     report = made(told(made, [-1]))
     assert report["loss"] == report["absolute/loss"] > 0 == report["classification/loss"]
