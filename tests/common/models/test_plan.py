@@ -74,7 +74,7 @@ def test_the_number_kept_is_rounded_down(keep: float, patches: int, kept: int) -
     ("given", "words"),
     [
         ({"position": "partail"}, "did you mean 'partial'"),
-        ({"keep": 0.0}, "keep=0.0: expected a share of the patches, above 0 and up to 1"),
+        ({"keep": 0.0}, "keep=0.0: expected a number above 0, at most 1"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"keep": float("nan")}, "keep=nan"),
         ({"context": -0.5}, "context=-0.5"),
