@@ -170,7 +170,7 @@ def augmented(
         return batches(
             backbone, subject.plan, job.train.subset(split.train_index[fit.cpu()].numpy()), batch=batch, steps=steps,
             seed=seed, blocks=protocol.blocks, crop=view(job.size, protocol.interpolation),
-            device=job.device, precision=job.precision, workers=job.arguments.workers,
+            precision=job.precision, workers=job.arguments.workers,
         )  # fmt: skip
 
     return make

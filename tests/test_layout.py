@@ -33,11 +33,11 @@ PAPERS = {
 WIDE = {
     "common/training/loop.py fit", "common/models/lv_vit.py __init__", "common/models/attention.py relative_attention",
     "common/models/attention.py _explicit", "common/features/extraction.py extract_parts",
-    "evaluate/probing/views.py batches", "evaluate/probing/probe.py probes", "evaluate/job/patches.py patch_parts",
+     "evaluate/probing/probe.py probes",
 }  # fmt: skip
 LONG = {
-    "common/training/loop.py fit", "common/models/create.py create", "pretrain/assemble.py assemble",
-    "pretrain/run.py main", "evaluate/probing/probe.py probes", "evaluate/job/report.py write",
+    "common/training/loop.py fit",  "pretrain/assemble.py assemble",
+    "pretrain/run.py main", "evaluate/probing/probe.py probes",
     "evaluate/finetuning/training.py _run", "evaluate/segmenting/training.py _train",
 }  # fmt: skip
 FULL = {"pretrain"}

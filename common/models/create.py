@@ -37,27 +37,7 @@ def create(config: ModelConfig, size: Any) -> Backbone:
     """
     h, w = (size, size) if isinstance(size, int) else size
     check(config, "model.")
-    if reason := no_architecture(config.name):
-        raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
-    in_chans = config.kwargs.get("in_chans", len(config.mean))
-    if type(in_chans) is not int or in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
-        option = f"model.mean={list(config.mean)}"
-        option = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else option
-        raise Refusal(
-            f"{option}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
-            "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
-        )
-    finite = all(map(math.isfinite, (*config.mean, *config.std)))
-    if len(config.mean) != len(config.std) or min(config.std) <= 0 or not finite:
-        raise Refusal(
-            f"model.mean={list(config.mean)} and model.std={list(config.std)}: expected as many finite numbers each, "
-            "and every std above 0"
-        )
-    known = list(inspect.signature(add_irpe).parameters)[1:]
-    if unknown := sorted(set(config.irpe or {}) - set(known)):
-        raise Refusal(
-            f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
-        )
+    _refuse_impossible(config)
     kwargs = timm_arguments(config, (h, w))
     swin = {key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs}
     try:
@@ -91,6 +71,31 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         ) from error
     set_attention(backbone, config.attention)
     return backbone
+
+
+def _refuse_impossible(config: ModelConfig) -> None:
+    """Raise Refusal for a name, channels, means or options of iRPE that no backbone can have."""
+    if reason := no_architecture(config.name):
+        raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
+    in_chans = config.kwargs.get("in_chans", len(config.mean))
+    if type(in_chans) is not int or in_chans not in CHANNELS or len(config.mean) not in CHANNELS:
+        option = f"model.mean={list(config.mean)}"
+        option = f"model.kwargs.in_chans={in_chans!r}" if "in_chans" in config.kwargs else option
+        raise Refusal(
+            f"{option}: images have 3 channels (RGB) or 1 (grey) here; transparency is laid over white when they are "
+            "read, and further bands are not read: expected as many means and stds, and kwargs.in_chans=1 or none"
+        )
+    finite = all(map(math.isfinite, (*config.mean, *config.std)))
+    if len(config.mean) != len(config.std) or min(config.std) <= 0 or not finite:
+        raise Refusal(
+            f"model.mean={list(config.mean)} and model.std={list(config.std)}: expected as many finite numbers each, "
+            "and every std above 0"
+        )
+    known = list(inspect.signature(add_irpe).parameters)[1:]
+    if unknown := sorted(set(config.irpe or {}) - set(known)):
+        raise Refusal(
+            f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
+        )
 
 
 def no_architecture(name: Any) -> str | None:

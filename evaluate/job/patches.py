@@ -4,7 +4,7 @@
 Letters: B images, C channels, h x w pixels, F filters, P positions of a patch, D = C * side * side numbers of a patch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.batches.sampler import generator, order
-from common.batches.unreadable import NO_LIMIT, USUAL, Limit
+from common.batches.unreadable import NO_LIMIT
 from common.data import Images
 from common.features.extraction import PIXELS, Part, parts_of_images, shown, shown_key
 
@@ -111,19 +111,17 @@ def patch_parts(
     seed: int = 0,
     device: torch.device | str = "cpu",
     workers: int = 0,
-    limit: Limit = USUAL,
-    seen: Callable[[int], None] = lambda images: None,
+    **options: Any,
 ) -> Iterator[Part]:
-    """Extract {"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`; see
-    `features.extract_parts`."""
+    """Extract {"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`;
+    `options`: limit and seen, see `extract_parts`."""
     filters = learned(train, size, crop, channels, seed, workers)
     filters = Filters(filters.weights.to(device), filters.offsets.to(device), filters.size)
 
     def features_of(batch: Tensor) -> dict[str, Tensor]:
         return {"patches": filters.answers(batch).cpu()}
 
-    how: dict[str, Any] = {"workers": workers, "limit": limit, "seen": seen}
-    return parts_of_images(images, size, crop, channels, parts, features_of, **how)
+    return parts_of_images(images, size, crop, channels, parts, features_of, workers=workers, **options)
 
 
 def patch_key(train: Images, images: Images, size: tuple[int, int], crop: float, channels: int, seed: int) -> Any:

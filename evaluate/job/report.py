@@ -66,18 +66,7 @@ def write(
         "evaluation": job.name,
         "protocol": {"transform": transform, "precision": job.precision, **protocol},
         "patches": described() if "patches" in values else None,
-        "subject": {
-            "name": job.subject.name,
-            "ckpt": job.arguments.ckpt,
-            "model": {name: description[name] for name in ("name", "kwargs", "size", "mean", "std")}
-            if not job.raw
-            else None,
-            "position": description["position"] if not job.raw else None,
-            "recipe": training.get("recipe"),
-            "trained_on": training.get("data"),
-            "audit": training.get("audit"),
-            "loaded": job.subject.notes,
-        },
+        "subject": _described(job),
         "weights_sha256": job.subject.weights_sha256,
         "weights_digest": digest(state) if state is not None else None,
         "step": training.get("step"),
@@ -107,6 +96,22 @@ def write(
         "seconds": round(time.perf_counter() - job.began, 1),
     }
     write_atomically(job.out, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def _described(job: Evaluation) -> dict[str, Any]:
+    description, training = job.subject.description, job.subject.description.get("training", {})
+    return {
+        "name": job.subject.name,
+        "ckpt": job.arguments.ckpt,
+        "model": {name: description[name] for name in ("name", "kwargs", "size", "mean", "std")}
+        if not job.raw
+        else None,
+        "position": description["position"] if not job.raw else None,
+        "recipe": training.get("recipe"),
+        "trained_on": training.get("data"),
+        "audit": training.get("audit"),
+        "loaded": job.subject.notes,
+    }
 
 
 def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index: Any) -> dict[str, str]:

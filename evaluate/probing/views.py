@@ -40,17 +40,17 @@ def batches(
     seed: int,
     blocks: int,
     crop: View,
-    device: torch.device,
     precision: str = "fp32",
     workers: int = 0,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """`steps` batches of (features by name, labels (B,)) of random crops of labelled `images`.
 
-    `backbone` is frozen, on `device`, in eval mode. An image that cannot be read is replaced by another, label and all.
+    `backbone` is frozen, in eval mode, and is run where it is. An image that cannot be read is replaced by another,
+    label and all.
     """
     samples = Samples(images, {"global": crop}, seed, backbone.channels, labelled=("probe",))
     sampler = StepSampler(len(images), batch, seed, steps)
-    dtype = DTYPES[precision]
+    dtype, device = DTYPES[precision], backbone.mean.device
     for each in loader(samples, sampler, workers, pin=device.type == "cuda"):
         there = each.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

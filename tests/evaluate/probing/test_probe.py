@@ -167,7 +167,7 @@ def test_batches_of_views_are_the_backbones_features_of_random_crops(images) -> 
     made = [
         list(
             batches(
-                backbone, None, data, batch=32, steps=4, seed=0, blocks=4, crop=crop, device=torch.device("cpu")
+                backbone, None, data, batch=32, steps=4, seed=0, blocks=4, crop=crop
             )
         )
         for _ in range(2)
