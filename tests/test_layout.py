@@ -36,7 +36,7 @@ WIDE = {
      "evaluate/probing/probe.py probes",
 }  # fmt: skip
 LONG = {
-    "common/training/loop.py fit",  "pretrain/assemble.py assemble",
+    "common/training/loop.py fit",
     "pretrain/run.py main", "evaluate/probing/probe.py probes",
     "evaluate/finetuning/training.py _run", "evaluate/segmenting/training.py _train",
 }  # fmt: skip

@@ -70,20 +70,7 @@ def write(
         "weights_sha256": job.subject.weights_sha256,
         "weights_digest": digest(state) if state is not None else None,
         "step": training.get("step"),
-        "data": {
-            "spec": job.spec,
-            "location": {name: value for name, value in job.location.options().items() if value and name != "data"},
-            "note": job.note,
-            "classes": list(job.classes),
-            "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},
-            "looked_at": {
-                "images": job.look.looked,
-                "unreadable": len(job.look.bad),
-                "max_bad": str(job.limit.max_bad),
-            },
-            "not_read": list(dict.fromkeys(images.left_out for images in (job.train, job.test) if images.left_out)),
-            "test": {"images": len(job.test), "fingerprint": job.test.fingerprint(), "judged": judged},
-        },
+        "data": _data(job, judged),
         "seeds": job.seeds,
         "values": values,
         "interval": interval,
@@ -111,6 +98,23 @@ def _described(job: Evaluation) -> dict[str, Any]:
         "trained_on": training.get("data"),
         "audit": training.get("audit"),
         "loaded": job.subject.notes,
+    }
+
+
+def _data(job: Evaluation, judged: int) -> dict[str, Any]:
+    return {
+        "spec": job.spec,
+        "location": {name: value for name, value in job.location.options().items() if value and name != "data"},
+        "note": job.note,
+        "classes": list(job.classes),
+        "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},
+        "looked_at": {
+            "images": job.look.looked,
+            "unreadable": len(job.look.bad),
+            "max_bad": str(job.limit.max_bad),
+        },
+        "not_read": list(dict.fromkeys(images.left_out for images in (job.train, job.test) if images.left_out)),
+        "test": {"images": len(job.test), "fingerprint": job.test.fingerprint(), "judged": judged},
     }
 
 
