@@ -1,47 +1,36 @@
-"""The page of a comparison: the tables first, then intervals, curves, pictures, all numbers, and a card for each."""
+"""The page of a comparison: the tables first, then intervals, curves, pictures, all numbers, a card for each report.
 
+What stands on it is gathered here; page.html says how it looks.
+"""
+
+import base64
 import datetime
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
 from common import config as configuration
+from common.decoding.decode import open_picture
 from common.training.tracking import METRICS
+from evaluate.comparison import plots
 from evaluate.comparison.cells import Gap
 from evaluate.comparison.costs import records
-from evaluate.comparison.html import (
-    Bar,
-    Curve,
-    Html,
-    bars,
-    card,
-    chart,
-    document,
-    joined,
-    key,
-    listing,
-    picture,
-    section,
-    table,
-    tag,
-)
+from evaluate.comparison.plots import Bar, Curve, Plot
 from evaluate.comparison.reports import APART, Report, Run, entries
-from evaluate.comparison.rows import BASELINES, Row, differing, title_of
+from evaluate.comparison.rows import BASELINES, differing, title_of
 from evaluate.comparison.whole import Comparison
-from evaluate.comparison.words import (
-    COSTS,
-    between,
-    change,
-    change_between,
-    column_notes,
-    costs,
-    notes,
-    score,
-)
+from evaluate.comparison.words import COSTS, between, change, change_between, column_notes, costs, notes, score
 from evaluate.job.arguments import LABELS
 
+WIDEST = 1600  # pixels of a picture; wider ones are made smaller
+CODE = ("weights, SHA-256", "command", "report")  # entries of a card that are set as code
 CURVES = re.compile(r"loss$|knn/|ridge/|rankme/|val/.*(loss|accuracy)$|control/.*/noise$")
 SHARES = re.compile(r"knn/|ridge/|accuracy$|/noise$")  # of those, what is a share
 MOST_CHARTS, MOST_PICTURES = 16, 12
@@ -59,164 +48,157 @@ WATCHED = {  # RUN/pictures/: what the name of a picture says
 }
 
 
-def page(found: Comparison) -> str:
+def page(comparison: Comparison) -> str:
     """The whole page, as text."""
-    now = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
-    used = [one for run in found.runs for one in run.reports.values() if not one.stale]
-    data = ", ".join(dict.fromkeys(one.spec for one in used))
-    header = [
-        tag("h1", found.title),
-        tag("p", f"{len(found.runs)} run{'s' if len(found.runs) > 1 else ''}, judged on {data}", class_="note"),
-    ]
-    sections = [
-        scores(found),
-        section("Training curves", *curves(found)),
-        section("Pictures", *pictures(found)),
-        section("All numbers", *everything(found)),
-        section(
-            "Protocol cards",
-            tag("p", "How each number was obtained. Open one to read it.", class_="note"),
-            *cards(found),
-        ),
-    ]
-    footer = [tag("p", "Made ", now, " by ", tag("code", configuration.command_line()))]
-    return document(found.title, header, [part for part in sections if part], footer)
+    runs = comparison.runs
+    used = [report for run in runs for report in run.reports.values() if not report.stale]
+    data = ", ".join(dict.fromkeys(report.spec for report in used))
+    subjects = [row.label for row in comparison.rows if row.kind == "subject"]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("page.html").render(
+        title=comparison.title,
+        judged=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, judged on {data}",
+        scores=scores(comparison),
+        differences=differences(comparison),
+        intervals=intervals(comparison),
+        notes=notes(comparison),
+        curves=curves(comparison),
+        key=[(name, plots.key(at)) for at, name in enumerate(subjects)],
+        pictures=pictures(runs),
+        numbers=list(numbers(comparison)),
+        cards=[
+            {"title": f"{run.name}: {title_of(stem)}, {report.protocol}", "entries": list(about(run, report))}
+            for run in runs
+            for stem, report in run.reports.items()
+            if not report.stale
+        ],
+        code=CODE,
+        now=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        command=configuration.command_line(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def row_name(found: Comparison, number: int) -> Html:
+def cell(text: str, *small: str, title: str = "", tone: str = "") -> dict[str, Any]:
+    """A cell of a table: `small` lines below it, a `title` to point at, and the `tone` of a clear difference."""
+    return {"text": text, "small": small, "title": title, "tone": tone}
+
+
+def row_name(comparison: Comparison, number: int) -> dict[str, Any]:
     """A row's label, and in what its recipe differs from the reference's."""
-    row, reference = found.rows[number], found.rows[found.reference]
-    what = ""
-    if row.kind == "subject" and reference.kind == "subject" and number != found.reference:
+    row, reference = comparison.rows[number], comparison.rows[comparison.reference]
+    difference = ""
+    if row.kind == "subject" and reference.kind == "subject" and number != comparison.reference:
         options = differing(row.runs[0].config, reference.runs[0].config) if row.runs[0].config else []
-        what = ", ".join(options[:4]) + (f" and {len(options) - 4} more" if len(options) > 4 else "")
+        difference = ", ".join(options[:4]) + (f" and {len(options) - 4} more" if len(options) > 4 else "")
     elif row.kind == "subject":
-        what = str(row.runs[0].training.get("recipe") or "")
-    return joined([row.label, tag("small", what)] if what else [row.label])
+        difference = str(row.runs[0].training.get("recipe") or "")
+    return cell(row.label, difference)
 
 
-def scores(found: Comparison) -> Html:
-    """The tables, the intervals drawn, and the notes."""
-    heads: list[object] = ["features of"]
-    for name in found.columns:
-        about, spec = column_notes(found, name)
-        heads.append(joined([title_of(name), tag("small", about), tag("small", spec)]))
-    lines, classes = [], []
-    for number, row in enumerate(found.rows):
-        cells = [found.cells[name][number] for name in found.columns]
-        shown = [
-            joined([tag("span", score(cell), title=cell.why or None), tag("small", between(cell) or cell.why)])
-            for cell in cells
-        ]
-        lines.append([row_name(found, number), *shown, *costs(found.costs[number])])
-        classes.append("base" if row.kind != "subject" else None)
-    spread = ", ± standard deviation over pretraining seeds" if any(len(row.seeds) > 1 for row in found.rows) else ""
-    parts: list[object] = [
-        table(
-            f"Scores in percent{spread}; below each, its 95 % interval over test images. A dash: not known.",
-            [*heads, *COSTS],
-            lines,
-            classes,
-        )
+def scores(comparison: Comparison) -> dict[str, Any]:
+    """The table of scores."""
+    heads = [cell(title_of(name), *column_notes(comparison, name)) for name in comparison.columns]
+    rows = []
+    for number, row in enumerate(comparison.rows):
+        scored = [comparison.cells[name][number] for name in comparison.columns]
+        shown = [cell(score(one), between(one) or one.why, title=one.why) for one in scored]
+        cells = [row_name(comparison, number), *shown, *costs(comparison.costs[number])]
+        rows.append({"cells": cells, "baseline": row.kind != "subject"})
+    several = any(len(row.seeds) > 1 for row in comparison.rows)
+    spread = ", ± standard deviation over pretraining seeds" if several else ""
+    caption = f"Scores in percent{spread}; below each, its 95 % interval over test images. A dash: not known."
+    return {"caption": caption, "header": ["features of", *heads, *COSTS], "rows": rows}
+
+
+def differences(comparison: Comparison) -> dict[str, Any]:
+    """The table of differences to the reference, clear ones marked; without rows if none is known."""
+    rows = [
+        {
+            "cells": [row.label, *(gap_cell(comparison.gaps[name][number]) for name in comparison.columns)],
+            "baseline": row.kind != "subject",
+        }
+        for number, row in enumerate(comparison.rows)
+        if number != comparison.reference
     ]
-    if any(gap.value is not None for gaps in found.gaps.values() for gap in gaps):
-        parts += [tag("h3", f"Differences to {found.rows[found.reference].label}"), gaps_table(found)]
-    drawn = [
-        bars(title_of(name), [
-            Bar(row.label, cell.value, cell.low, cell.high, number)
-            for number, (row, cell) in enumerate(zip(found.rows, found.cells[name], strict=True))
-            if cell.value is not None
-        ])
-        for name in found.columns
-        if any(cell.value is not None for cell in found.cells[name])
-    ]  # fmt: skip
-    parts += [tag("h3", "Intervals"), tag("div", *drawn, class_="grid")] if drawn else []
-    parts += [tag("h3", "Before believing them"), listing(notes(found))]
-    return section("Scores", *parts)
+    known = any(gap.value is not None for gaps in comparison.gaps.values() for gap in gaps)
+    return {
+        "caption": "In points, paired by test image, with a 95 % interval. ▲ better, ▼ worse: the interval excludes 0. "
+        "It covers neither seeds nor training.",
+        "header": ["", *(title_of(name) for name in comparison.columns)],
+        "rows": rows if known else [],
+        "reference": comparison.rows[comparison.reference].label,
+    }
 
 
-def gaps_table(found: Comparison) -> Html:
-    """The differences, marked where the interval excludes 0."""
-    lines, classes = [], []
-    for number, row in enumerate(found.rows):
-        if number != found.reference:
-            lines.append([row.label, *(gap_cell(found.gaps[name][number]) for name in found.columns)])
-            classes.append("base" if row.kind != "subject" else None)
-    caption = (
-        "In points, paired by test image, with a 95 % interval. ▲ better, ▼ worse: the interval excludes 0. "
-        "It covers neither seeds nor training."
-    )
-    return table(caption, ["", *(title_of(name) for name in found.columns)], lines, classes)
-
-
-def gap_cell(gap: Gap) -> Html:
+def gap_cell(gap: Gap) -> dict[str, Any]:
     """A difference with its interval."""
     if gap.value is None:
-        return joined([tag("span", "–", title=gap.why)])
-    better = gap.value > 0
-    mark = f" {'▲' if better else '▼'}" if gap.clear else ""
-    told = f", clearly {'better' if better else 'worse'}" if gap.clear else ""
-    shown = tag("span", change(gap), tag("span", mark, aria_hidden="true"), tag("span", told, class_="hidden"),
-                class_=("up" if better else "down") if gap.clear else None)  # fmt: skip
-    return joined([shown, tag("small", change_between(gap))])
+        return cell("–", title=gap.why)
+    return cell(change(gap), change_between(gap), tone=("up" if gap.value > 0 else "down") if gap.clear else "")
 
 
-def everything(found: Comparison) -> Iterator[Html]:
-    """Every number of every report, folded by evaluation."""
-    stems = list(dict.fromkeys([*found.columns, *(name for run in found.runs for name in run.reports)]))
-    kinds = {row.kind for row in found.rows}
+def intervals(comparison: Comparison) -> list[Plot]:
+    """A plot for each column in which something is known."""
+    drawn = []
+    for name in comparison.columns:
+        scored = enumerate(zip(comparison.rows, comparison.cells[name], strict=True))
+        values = [
+            Bar(row.label, one.value, one.low, one.high, at) for at, (row, one) in scored if one.value is not None
+        ]
+        drawn += [plots.intervals(title_of(name), values)] if values else []
+    return drawn
+
+
+def numbers(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """Every number of every report, by evaluation."""
+    stems = dict.fromkeys([*comparison.columns, *(name for run in comparison.runs for name in run.reports)])
+    kinds = {row.kind for row in comparison.rows}
     for stem in stems:
-        lines = []
-        for run in found.runs:
-            one = run.reports.get(stem)
-            for each in entries(one.content) if one is not None and not one.stale else ():
-                if each.row not in BASELINES or each.row in kinds or stem in APART:
-                    low_high = "" if each.low is None else f"{number_of(each.low)} to {number_of(each.high)}"
-                    lines.append([run.name, LABELS.get(each.row, each.row), each.features, each.setting or "headline",
-                                  each.metric, number_of(each.value), low_high])  # fmt: skip
-        if lines:
+        rows = []
+        for run in comparison.runs:
+            report = run.reports.get(stem)
+            for entry in entries(report.content) if report is not None and not report.stale else ():
+                if entry.row not in BASELINES or entry.row in kinds or stem in APART:
+                    low_high = "" if entry.low is None else f"{number_of(entry.low)} to {number_of(entry.high)}"
+                    rows.append({"cells": [run.name, LABELS.get(entry.row, entry.row), entry.features,
+                                           entry.setting or "headline", entry.metric, number_of(entry.value),
+                                           low_high]})  # fmt: skip
+        if rows:
             heads = ["run", "row", "features", "setting", "metric", "value", "95 %, as reported"]
             caption = f"{title_of(stem)}: shares from 0 to 1, intervals as the reports have them"
-            told = f"{title_of(stem)}: {len(lines)} numbers"
-            yield tag("details", tag("summary", told), table(caption, heads, lines, words=5))
+            yield {"title": title_of(stem), "caption": caption, "header": heads, "rows": rows}
 
 
 def number_of(value: float | None) -> str:
-    """Four decimals."""
+    """Write a number with four decimals."""
     return "" if value is None else f"{value:.4f}".replace("-", "−")
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
 
 
-def curves(found: Comparison) -> list[Html]:
-    """What was logged while the runs trained, and what evaluations found layer by layer."""
-    lines = [(number, run) for number, row in enumerate(found.rows) if row.kind == "subject" for run in row.runs]
-    logged = {run.name: records(run.home / METRICS) for _, run in lines}
-    names = list(dict.fromkeys(
-        name for each in logged.values() for _, record in each for name in record if CURVES.search(name)
-    ))  # fmt: skip
+def curves(comparison: Comparison) -> list[Plot]:
+    """Plots of what was logged while the runs trained, and of what evaluations found layer by layer."""
+    runs = [(at, run) for at, row in enumerate(comparison.rows) if row.kind == "subject" for run in row.runs]
+    logged = {run.name: records(run.home / METRICS) for _, run in runs}
+    every = dict.fromkeys(name for lines in logged.values() for _, record in lines for name in record)
+    names = [name for name in every if CURVES.search(name)]
     names.sort(key=lambda name: (not name.startswith(("knn", "ridge")), name != "loss", name.startswith("control")))
     names = [name for name in names if not (name.endswith("/loss") and len(names) > MOST_CHARTS)][:MOST_CHARTS]
-    drawn: list[Html] = []
-    seen: list[list[Curve]] = []
+    drawn: list[Plot | None] = []
+    before: list[list[Curve]] = []
     for name in names:
-        each = []
-        for number, run in lines:
+        lines = []
+        for at, run in runs:
             points = [(step, record[name]) for step, record in logged[run.name] if is_number(record.get(name))]
-            each.append(Curve(run.name, [step for step, _ in points], [value for _, value in points], number))
-        if each not in seen:  # the loss of a single objective is the loss
-            drawn.append(chart(name, each, "step", percent=bool(SHARES.search(name))))
-        seen.append(each)
-    drawn += list(layered(lines))
-    drawn = [one for one in drawn if one]
-    if not drawn:
-        return [tag("p", "No run has any.", class_="note")]
-    labels = [row.label for row in found.rows if row.kind == "subject"]
-    return [key(labels), tag("div", *drawn, class_="grid")]
+            lines.append(Curve(run.name, [step for step, _ in points], [value for _, value in points], at))
+        if lines not in before:  # the loss of a single objective is the loss
+            drawn.append(plots.curves(name, lines, "step", percent=bool(SHARES.search(name))))
+        before.append(lines)
+    return [plot for plot in [*drawn, *layered(runs)] if plot is not None]
 
 
 def is_number(value: Any) -> bool:
@@ -224,44 +206,62 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def layered(lines: list[tuple[int, Run]]) -> Iterator[Html]:
-    """Position and meaning by layer, of reports of evaluate/layers.py."""
+def layered(runs: list[tuple[int, Run]]) -> Iterator[Plot | None]:
+    """Plots of position and meaning by layer, of reports of evaluate/layers.py."""
     titles = {"position": "position of single tokens, by layer", "knn": "k-NN of the mean token, by layer"}
-    for what, title in titles.items():
-        each = []
-        for number, run in lines:
-            one = run.reports.get("layers")
-            one = None if what == "knn" and one is not None and one.superseded else one
+    for setting, title in titles.items():
+        lines = []
+        for at, run in runs:
+            report = run.reports.get("layers")
+            report = None if setting == "knn" and report is not None and report.superseded else report
             points = [
                 (int(entry.features.removeprefix("layer ")), entry.value)
-                for entry in (entries(one.content) if one is not None and not one.stale else ())
-                if entry.row == "subject" and entry.setting == what and entry.features.startswith("layer ")
+                for entry in (entries(report.content) if report is not None and not report.stale else ())
+                if entry.row == "subject" and entry.setting == setting and entry.features.startswith("layer ")
             ]
-            each.append(Curve(run.name, [layer for layer, _ in points], [value for _, value in points], number))
-        yield chart(title, each, "layer", percent=True)
+            lines.append(Curve(run.name, [layer for layer, _ in points], [value for _, value in points], at))
+        yield plots.curves(title, lines, "layer", percent=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def pictures(found: Comparison) -> list[Html]:
+def pictures(runs: list[Run]) -> list[dict[str, Any]]:
     """The newest boards and the sheets of every run; what is out of date is left out, what cannot be read is said."""
-    parts: list[Html] = []
-    for run in found.runs:
+    parts = []
+    for run in runs:
         shown, broken, left_out = [], [], {}
         for path, caption, stem in [*boards(run), *sheets(run)]:
             if why := out_of_date(run, stem):
                 left_out[title_of(stem)] = why
-            elif (figure := picture(path, f"{run.name}: {caption}", caption)) is None:
+            elif (image := picture(path)) is None:
                 broken.append(path.name)
             else:
-                shown.append(figure)
-        if shown or broken or left_out:
-            parts += [tag("h3", run.name), tag("div", *shown, class_="sheets")]
-        parts += [tag("p", f"Pictures of {what} are left out: {why}", class_="note") for what, why in left_out.items()]
-        if broken:
-            parts.append(tag("p", f"Cannot be read: {', '.join(broken)}", class_="note"))
-    return parts or [tag("p", "No run has any.", class_="note")]
+                shown.append(image | {"caption": caption})
+        remarks = [f"Pictures of {name} are left out: {why}" for name, why in left_out.items()]
+        remarks += [f"Cannot be read: {', '.join(broken)}"] if broken else []
+        if shown or remarks:
+            parts.append({"name": run.name, "shown": shown, "remarks": remarks})
+    return parts
+
+
+def picture(path: Path) -> dict[str, Any] | None:
+    """A picture as a data URL with its size in pixels, or None if it cannot be read."""
+    try:
+        content = path.read_bytes()
+        with open_picture(np.frombuffer(content, np.uint8)) as (image, _):
+            image.load()
+            kind, size = image.get_format_mimetype(), image.size  # type: ignore[attr-defined]
+            if size[0] > WIDEST or kind not in ("image/png", "image/jpeg", "image/webp"):
+                smaller = image.convert("RGB")
+                smaller.thumbnail((WIDEST, WIDEST * 4))
+                aside = io.BytesIO()
+                smaller.save(aside, "PNG")
+                content, kind, size = aside.getvalue(), "image/png", smaller.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow says of a damaged file
+        return None
+    source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return {"source": source, "width": size[0], "height": size[1]}
 
 
 def out_of_date(run: Run, stem: str) -> str:
@@ -300,15 +300,7 @@ def sheets(run: Run) -> Iterator[tuple[Path, str, str]]:
 # -------------------------------------------------------------------------------------------------------------- cards
 
 
-def cards(found: Comparison) -> Iterator[Html]:
-    """One for each report that was used."""
-    for run in found.runs:
-        for stem, one in run.reports.items():
-            if not one.stale:
-                yield card(f"{run.name}: {title_of(stem)}, {one.protocol}", list(about(run, one, found.rows)))
-
-
-def about(run: Run, one: Report, rows: list[Row]) -> Iterator[tuple[str, object]]:
+def about(run: Run, one: Report) -> Iterator[tuple[str, object]]:
     """(name, value) of what a number depends on."""
     content = one.content
     subject, data = content.get("subject") or {}, content["data"]
@@ -325,15 +317,15 @@ def about(run: Run, one: Report, rows: list[Row]) -> Iterator[tuple[str, object]
     yield "judged on", f"{data['test'].get('judged', '?')} test images"
     yield "model", words(subject.get("model"))
     yield "position embedding", str(subject.get("position"))
-    yield "weights, SHA-256", tag("code", content.get("weights_sha256") or "none: untrained")
+    yield "weights, SHA-256", content.get("weights_sha256") or "none: untrained"
     yield "trained", f"step {content.get('step')}, recipe {subject.get('recipe')} on {subject.get('trained_on')}"
     yield "pretraining seed", str(run.training.get("seed", "unknown"))
     yield "seeds of heads and baselines", words(content.get("seeds"))
     yield "hardware", words(content.get("hardware"))
     yield "versions", words(content.get("versions"))
-    yield "command", tag("code", content.get("command", "unknown"))
+    yield "command", content.get("command", "unknown")
     yield "when", f"{content.get('date', 'unknown')}, {content.get('seconds', '?')} s"
-    yield "report", tag("code", one.path)
+    yield "report", one.path
     if one.note:
         yield "note", one.note
 

@@ -12,7 +12,7 @@ import pytest
 from by_hand.reports import comparer, maker, standard, write
 from PIL import Image
 
-from evaluate.comparison import html as markup
+from evaluate.comparison import page, plots
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def compare(script, tmp_path):
 class Checker(html.parser.HTMLParser):
     """Notes unbalanced tags, what would be requested, and what says nothing to who cannot see."""
 
-    VOID = ("meta", "link", "img", "path", "circle")
+    VOID = ("meta", "link", "img", "path", "use")
 
     def __init__(self, text):
         super().__init__()
@@ -81,24 +81,28 @@ def test_page_is_whole_escaped_and_asks_for_nothing(make, compare):
     text = compare(a, b, "random", "pixels")["compare.html"]
     checked = Checker(text)
     assert checked.faults == []
-    assert "a<b>" not in text and "a&lt;b&gt;&amp;&quot;x" in text and "knn.py &lt;&amp;&gt;" in text
+    assert "a<b>" not in text and "a&lt;b&gt;&amp;&#34;x" in text and "knn.py &lt;&amp;&gt;" in text
     assert not re.search(r"https?:|url\(|@import", text)
     pictures = [given for tag, given in checked.tags if tag == "img"]
     assert len(pictures) == 3 and "Cannot be read: maps.png" in text  # the newest board of each, and a's maps
-    assert sorted(int(given["width"]) for given in pictures) == [60, 60, markup.WIDEST]
+    assert sorted(int(given["width"]) for given in pictures) == [60, 60, page.WIDEST]
     assert sum(tag == "svg" for tag, _ in checked.tags) >= 3 and ("html", {"lang": "en"}) in checked.tags
     assert text.count("<details>") == 1 + 4  # all numbers of k-NN, and a card for each report
     assert "fingerprint tttttttttttttttt" in text and "objectives.absolute.keep=0.5" in text
 
 
-def test_charts_by_hand():
-    drawn = markup.chart("loss", [markup.Curve("one", [0, 10, 20], [1.0, float("nan"), 3.0], 0)], "step")
-    x = 46 + 304, 46  # left edge 46, and 304 wide; the value axis goes from 1 to 3
-    assert f"M{x[1]}.0 176.0L{x[0]}.0 8.0" in drawn and "1 to 3" in drawn
-    assert markup.chart("nothing", [markup.Curve("one", [0], [float("nan")], 0)], "step") == ""
-    assert markup.ticks(0.62, 0.71, 5) == [0.62, 0.64, 0.66, 0.68, 0.7, 0.72]
-    assert markup.ticks(5, 5, 5)[0] <= 5 < markup.ticks(5, 5, 5)[-1]
-    assert markup.tag("p", "<", markup.tag("b", "x"), class_="y", title=None) == '<p class="y">&lt;<b>x</b></p>'
+def test_plots_by_hand():
+    plot = plots.curves("loss", [plots.Curve("one", [0, 10, 20], [1.0, float("nan"), 3.0], 0)], "step")
+    assert plot.title == "loss" and plot.alt == "Curves of loss over step. one: 1 to 3"
+    (line,) = re.findall(r'<path d="M ([^"]*)" style="[^"]*var\(--c0\)', plot.svg)
+    (x0, y0), (x1, y1) = (map(float, point.split()) for point in line.split("L"))
+    assert x1 > x0 and y1 < y0  # the point that is no number is left out, and upwards is more
+    assert plots.curves("nothing", [plots.Curve("one", [0], [float("nan")], 0)], "step") is None
+    hostile = [plots.Bar("<b>$x_1$ & more", 0.5, 0.4, 0.7, 9), plots.Bar("y", 0.25, None, None, 1)]
+    plot = plots.intervals("k-NN", hostile)
+    assert plot.alt.endswith("<b>$x_1$ & more 50.0, 40.0 to 70.0; y 25.0, 25.0 to 25.0")  # escaped by the page
+    assert "&lt;b&gt;$x_1$ &amp; more</text>" in plot.svg and plot.svg == plots.intervals("k-NN", hostile).svg
+    assert not re.search(r"http|url\(", plot.svg)
 
 
 FLAGS = [
