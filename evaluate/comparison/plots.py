@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from common.printable import printable
+
 PALETTE = (
     "#0b62a4",
     "#c2500a",
@@ -98,7 +100,8 @@ def intervals(title: str, values: Sequence[Bar]) -> Plot:
             look = _look(bar.number) | {"linestyle": "solid"}
             axes.plot(span, [-line, -line], **look)
             axes.plot([100 * bar.value], [-line], marker="o", **look)
-            name = bar.name if len(bar.name) <= LONGEST else bar.name[: LONGEST - 1] + "…"
+            name = printable(bar.name)  # a font has no halves of characters
+            name = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
             axes.text(0, -line + 0.3, name, color=INK, transform=axes.get_yaxis_transform())
         axes.set_ylim(-len(values) + 0.5, 0.8)
         axes.set_yticks([])

@@ -220,15 +220,6 @@ def test_a_projection_head_in_bf16_answers_in_float32(last: str) -> None:
     assert {parameter.grad.dtype for parameter in head.parameters()} == {torch.float32}
 
 
-def test_projection_heads_that_cannot_be_are_refused() -> None:
-    with pytest.raises(Refusal, match="did you mean 'normed'"):
-        ProjectionHead(8, 10, last="norm")
-    with pytest.raises(Refusal, match="layers=0"):
-        ProjectionHead(8, 10, layers=0)
-    with pytest.raises(Refusal, match="bottleneck=0"):
-        ProjectionHead(8, 10, bottleneck=0)
-
-
 def test_decoder_is_drawn_and_normed_as_droppos_does() -> None:
     """Xavier's uniform distribution, biases 0; 1e-6 beside the variance, which matters where a token hardly varies."""
     torch.manual_seed(0)

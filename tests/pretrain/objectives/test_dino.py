@@ -218,6 +218,8 @@ def test_bf16_features_give_a_float32_loss() -> None:
         ({"student_temperature": 0.0}, "student_temperature=0.0"),
         ({"centre_momentum": 2.0}, "centre_momentum=2.0"),
         ({"last_layer": "normd"}, "did you mean 'normed'"),
+        ({"layers": 0}, "layers=0: expected a"),
+        ({"bottleneck": 0}, "bottleneck=0: expected a"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options: dict, said: str) -> None:
