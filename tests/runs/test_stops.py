@@ -42,7 +42,7 @@ def test_a_disk_that_does_not_answer(train, data, tmp_path, workers, number):
     child = begun(train, data, tmp_path / "run", f"loader.workers={workers}")
     workers_of = descendants(child.process.pid)
     child.process.send_signal(number)
-    ended = child.wait(20)
+    ended = child.wait(60)  # about 5 s where nothing else runs
     last = Run(tmp_path / "run").steps[-1]
     assert ended.status == (130 if number == signal.SIGINT else 0)
     assert f"stopped after step {last} of" in ended.stdout and "Traceback" not in ended.stderr
