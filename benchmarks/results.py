@@ -3,6 +3,7 @@
     python benchmarks/results.py quickstart
     python benchmarks/results.py quickstart --seeds 0 1 2 data=fashion-mnist data_root=PATH epochs=5
     python benchmarks/results.py compare --objectives-of mp3 --judge builtin data_root=PATH
+    python benchmarks/results.py --table                     # the rows in few columns, as README has them
 
 Each seed is a run of its own below runs/results/: weights, order and crops differ, and so do the untrained backbone it
 is compared with and the probe. A row says what was measured by which command on which commit; nothing is typed in.
@@ -102,6 +103,24 @@ def heading() -> str:
     return HEADER + line(COLUMNS) + "|---" * len(COLUMNS) + "|\n"
 
 
+SUMMARY = {
+    "recipe": "recipe", "data": "data", "k-NN, DINO's: random": "k-NN: untrained", "k-NN, DINO's: pixels": "pixels",
+    "k-NN, DINO's: **pretrained**": "**pretrained**", "linear: random": "linear: untrained",
+    "linear: pixels": "pixels", "linear: **pretrained**": "**pretrained**", "cost": "step",
+}  # fmt: skip  # columns of README's table
+
+
+def summary() -> str:
+    """The rows of RESULTS.md in the columns of README's table, as Markdown; deviations of the pretrained alone."""
+    rows = [row for row in RESULTS.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
+    text = line(list(SUMMARY.values())) + "|---" * len(SUMMARY) + "|\n"
+    for row in rows:
+        cells = dict(zip(COLUMNS, row.strip("| ").split(" | "), strict=True))
+        cells["data"] = cells["data"].replace(", judged on ", "/")
+        text += line([cells[name] if "**" in name else cells[name].split(" ±")[0] for name in SUMMARY])
+    return text
+
+
 def trained(folder: Path, words: Sequence[str], anew: bool) -> float | None:
     """Minutes that a run took to train, which it is `anew`, or was by an earlier call; None where nobody noted it."""
     if anew:
@@ -133,7 +152,8 @@ def judged(folder: Path, seed: int, words: Sequence[str], linear: Sequence[str])
 def main() -> None:
     """Train, judge, write the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a recipe of configs/pretrain, or the path of one")
+    parser.add_argument("--table", action="store_true", help="print the rows in few columns, and measure nothing")
+    parser.add_argument("recipe", nargs="?", help="a recipe of configs/pretrain, or the path of one")
     parser.add_argument("words", nargs="*", help="key=value words for pretrain/run.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives-of", metavar="RECIPE", help="take the objectives of another recipe")
@@ -141,6 +161,11 @@ def main() -> None:
     parser.add_argument("--no-training", action="store_true", help="judge the runs that an earlier call has trained")
     parser.add_argument("--linear", nargs=argparse.REMAINDER, default=[], help="further words for evaluate/linear.py")
     arguments = parser.parse_intermixed_args()
+    if arguments.table:
+        print(summary(), end="")
+        return
+    if arguments.recipe is None:
+        parser.error("a recipe is expected")
     told = [word.removeprefix("objectives.") for word in arguments.words if word.startswith("objectives.")]
     told += [f"objectives of {arguments.objectives_of}"] if arguments.objectives_of else []
     data = [word for word in arguments.words if word.startswith("data=")]
