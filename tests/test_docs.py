@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import timm
+from runs.children import training_here
 from safetensors.torch import save_file
 
 from common.errors import Refusal
@@ -236,15 +237,33 @@ ELSEWHERE = {
 HERE = [command for command in SCRIPTED if not any(part in command for part in ELSEWHERE)]
 
 
-@pytest.fixture
-def home(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder with ~/photos and ~/labelled."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    shutil.copytree(images, tmp_path / "photos")
+@pytest.fixture(scope="session")
+def furnished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with ~/photos, ~/labelled, and the runs that commands name in ~/runs."""
+    place = tmp_path_factory.mktemp("home")
+    shutil.copytree(images, place / "photos")
     for split_name in ("train", "test"):
-        shutil.copytree(images, tmp_path / "labelled" / split_name)
-    return tmp_path
+        shutil.copytree(images, place / "labelled" / split_name)
+    with training_here() as main:
+        for name, recipe in (("quickstart-001", "quickstart"), ("photos", "vit_small")):
+            words = [recipe, f"data={place / 'labelled'}", f"run={place / 'runs' / name}"]
+            assert main(*smaller(words, place)) == 0
+    return place
+
+
+@pytest.fixture
+def home(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The furnished home folder as the one that ~ stands for."""
+    monkeypatch.setenv("HOME", str(furnished))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return furnished
+
+
+@pytest.fixture
+def runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the runs that commands name, below the working folder."""
+    shutil.copytree(home / "runs", tmp_path / "here" / "runs")
+    monkeypatch.chdir(tmp_path / "here")
 
 
 def smaller(words: list[str], home: Path) -> list[str]:
@@ -266,14 +285,6 @@ WITHOUT_SHAPE = {path.stem for path in (ROOT / "configs" / "pretrain").glob("*.y
     "quickstart", "compare", "compare_dino",
 }  # fmt: skip  # recipes of whole ViTs, that are narrowed; the others are small as they are
 WITHOUT_SHAPE |= {f"supervised/{path.stem}" for path in (ROOT / "configs" / "supervised").glob("deit*.yaml")}
-
-
-@pytest.fixture
-def runs(home: Path, inside: Callable[..., int]) -> None:
-    """The runs that commands name, below the working folder."""
-    for name, recipe in (("quickstart-001", "quickstart"), ("photos", "vit_small")):
-        words = [recipe, "data=~/labelled", f"run=runs/{name}"]
-        assert inside(*smaller(words, home)) == 0
 
 
 @pytest.mark.slow
