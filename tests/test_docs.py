@@ -1,21 +1,16 @@
-"""README.md and docs/: every command in them is understood (fast) and runs (slow), every table says what made it, and
+"""README.md and docs/: every command in them is understood, every table says what made it, and
 whatever they name exists."""
 
 import argparse
 import importlib.util
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import timm
-from runs.children import training_here
-from safetensors.torch import save_file
 
 from common.errors import Refusal
 
@@ -205,156 +200,3 @@ def test_what_the_documents_name_exists() -> None:
             parts = [place, place.with_suffix(".py"), place.parent.with_suffix(".py"), place.parent / "__init__.py"]
             missing += [] if any(part.exists() for part in parts) else [f"{path.name}: {name}"]
     assert not missing
-
-
-# ------------------------------------------------------------------------------------------------- slow: they run
-
-STEPS = [
-    "steps=2", "epochs=null", "batch=4", "precision=fp32", "model.attention=explicit", "threads=1", "log_every=1",
-    "loader.workers=0", "tensorboard=false", "monitor.most=4", "monitor.bank=8",
-]  # fmt: skip
-NARROW = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
-LESS = {
-    "evaluate/fewshot.py": ["--shots", "1", "2"],
-    "evaluate/finetune.py": ["--epochs", "1"],
-    "evaluate/segmentation.py": ["--steps", "2"],
-    "evaluate/explain.py": ["--images", "2"],
-    "evaluate/compare.py": ["--make", "knn"],
-    "evaluate/export.py": ["--to", "safetensors", "--force"],
-    "benchmarks/positions.py": ["--model", "vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "1"],
-    "benchmarks/backbones.py": ["--size", "64", "--batch", "1", "--rounds", "1", "--precision", "fp32"],
-    "benchmarks/loader.py": ["--images", "8", "--rounds", "1"],
-    "benchmarks/launch.py": ["--steps", "8", "--rounds", "1"],
-    "benchmarks/probe.py": ["--images", "128", "--rounds", "1"],
-}  # words that make a command small
-ELSEWHERE = {
-    "--replay": "tests/pretrain/test_flight.py",
-    "benchmarks/results.py": "tests/test_results.py",
-    "--weights FILE --data IMAGENET": "tests/evaluate/test_selftest.py",
-    "data=fashion-mnist": "tests/common/data/test_data.py",
-    "apl --input": "tests/pretrain/leaks",
-}  # part of a command: where what it stands for is run
-HERE = [command for command in SCRIPTED if not any(part in command for part in ELSEWHERE)]
-
-
-@pytest.fixture(scope="session")
-def furnished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder with ~/photos, ~/labelled, and the runs that commands name in ~/runs."""
-    place = tmp_path_factory.mktemp("home")
-    shutil.copytree(images, place / "photos")
-    for split_name in ("train", "test"):
-        shutil.copytree(images, place / "labelled" / split_name)
-    with training_here() as main:
-        for name, recipe in (("quickstart-001", "quickstart"), ("photos", "vit_small")):
-            words = [recipe, f"data={place / 'labelled'}", f"run={place / 'runs' / name}"]
-            assert main(*smaller(words, place)) == 0
-    return place
-
-
-@pytest.fixture
-def home(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The furnished home folder as the one that ~ stands for."""
-    monkeypatch.setenv("HOME", str(furnished))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return furnished
-
-
-@pytest.fixture
-def runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the runs that commands name, below the working folder."""
-    shutil.copytree(home / "runs", tmp_path / "here" / "runs")
-    monkeypatch.chdir(tmp_path / "here")
-
-
-def smaller(words: list[str], home: Path) -> list[str]:
-    """Words of a training, with few steps of a narrow model appended; what comes from a network comes from a file."""
-    given = [word.replace("hf:PATH", f"hf:{home / 'labelled'}") for word in words if "model.init" not in word]
-    if "--resume" in words:
-        return [*given, "steps=3"]
-    if len(given) < len(words):
-        weights = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True, **NARROW)
-        save_file(weights.state_dict(), home / "weights.safetensors")
-        given += ["model.init=timm:vit_small_patch16_224.dino", f"model.weights={home / 'weights.safetensors'}"]
-    own_shape = any(word.startswith("model.name=") for word in given) or not {*given} & WITHOUT_SHAPE
-    narrow = [] if own_shape else [f"model.kwargs.{name}={value}" for name, value in NARROW.items()]
-    named = [] if any(word.startswith("run=") for word in given) else ["run=runs/tried"]
-    return [*given, *STEPS, *narrow, *named, "--overwrite"]
-
-
-WITHOUT_SHAPE = {path.stem for path in (ROOT / "configs" / "pretrain").glob("*.yaml")} - {
-    "quickstart", "compare", "compare_dino",
-}  # fmt: skip  # recipes of whole ViTs, that are narrowed; the others are small as they are
-WITHOUT_SHAPE |= {f"supervised/{path.stem}" for path in (ROOT / "configs" / "supervised").glob("deit*.yaml")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in HERE if "pretrain/run.py" in command])
-def test_a_training_runs(command: str, home: Path, inside: Callable[..., int], request: pytest.FixtureRequest) -> None:
-    _, words = split(command)
-    if "--help" in words:
-        with pytest.raises(SystemExit, match="0"):
-            inside(*words)
-        return
-    if "--resume" in words:
-        request.getfixturevalue("runs")
-    assert inside(*smaller(words, home)) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in HERE if "pretrain/" not in command])
-def test_a_command_runs(
-    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    script, words = split(command)
-    words = [word.replace("~", str(home)) for word in words]
-    if script.startswith("benchmarks/"):
-        here = ["--threads", "1"] if script == "benchmarks/positions.py" else []
-        ended = subprocess.run(
-            [sys.executable, str(ROOT / script), *words, *LESS.get(script, []), *here],
-            cwd=home, capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
-        lacking = "the package lightly is not installed" in ended.stderr
-        assert ended.returncode == 0 or lacking, ended.stderr
-        return
-    request.getfixturevalue("runs")
-    if "--resume" in words:
-        call(script, [*(word for word in words if word != "--resume"), *LESS.get(script, [])], monkeypatch)
-        assert call(script, words, monkeypatch) == 0
-        return
-    assert call(script, [*words, *LESS.get(script, [])], monkeypatch) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in HERE if "pretrain/audit.py" in command])
-def test_an_audit_runs(
-    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    script, words = split(command)
-    if "--ckpt" in words:
-        request.getfixturevalue("runs")
-    assert call(script, words, monkeypatch) == (1 if "objectives.absolute.position=full" in words else 0)
-
-
-def test_every_command_is_run_somewhere() -> None:
-    assert [part for part in ELSEWHERE if not any(part in command for command in SCRIPTED)] == []
-    assert [test for test in ELSEWHERE.values() if not (ROOT / test).exists()] == []
-    scripts = {split(command)[0] for command in HERE}
-    assert {script.partition("/")[0] for script in scripts} <= {"pretrain", "evaluate", "benchmarks"}
-
-
-def form(line: str) -> str:
-    """A printed line with every number and every gap alike."""
-    return re.sub(r"[\s-]+", " ", re.sub(r"\d[\d,.:]*", "0", line)).strip()
-
-
-@pytest.mark.slow
-def test_readme_shows_what_is_printed(
-    inside: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In form: the same words in every line, whatever the numbers are."""
-    words = ["steps=4", "log_every=2", "monitor.every=4", "tensorboard=false", "threads=2"]
-    assert inside("quickstart", "run=runs/quickstart-001", *words) == 0
-    assert call("evaluate/knn.py", ["--ckpt", "runs/quickstart-001"], monkeypatch) == 0
-    printed = {form(line) for line in capsys.readouterr().out.splitlines()}
-    shown = [line for line in blocks(README, "")[0].splitlines() if line != "…"]
-    assert [line for line in shown if form(line) not in printed] == []
