@@ -63,7 +63,7 @@ def looped(backbone: Backbone, arguments: argparse.Namespace, every: bool) -> Ca
     steps = len(images) // arguments.batch * 10_000
     stream = batches(
         backbone, None, images, batch=arguments.batch, steps=steps, seed=0, blocks=BLOCKS if every else 1,
-        crop=view(backbone.size, "bicubic"), device=device,
+        crop=view(backbone.size, "bicubic"),
     )  # fmt: skip
     heads = made(every, backbone.width, device)
 
