@@ -32,7 +32,6 @@ import torch
 from common import data
 from common.batches.unreadable import NO_LIMIT
 from common.checkpoints import public
-from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.storage import HEAD
 from common.data.location import changed_location
 from common.errors import Refusal
@@ -46,7 +45,7 @@ from evaluate.exporting.onnx import need_onnx
 from evaluate.job import subjects
 from evaluate.job.arguments import add_data, data_options
 from evaluate.job.evaluation import only_first
-from evaluate.job.subjects import Subject
+from evaluate.job.subjects import RANDOM, Subject
 
 CARD = "README.md"
 

@@ -24,18 +24,18 @@ from ..models.swin import alter, form
 from . import public, published, storage
 from .public import load_exactly
 
-RANDOM, TIMM = "random", "timm:"
+TIMM = "timm:"
 POSITION_TENSORS = ("pos_embed", "relative_position_bias_table")  # ViT, DeiT and NesT; Swin
 
 
-def _without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
+def without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
     """Return (`state` without an attention pooling that the backbone has not, a sentence about it if it had one)."""
     model_state = backbone.model.state_dict()
     kept = {key: value for key, value in state.items() if key in model_state or not key.startswith("attn_pool.")}
     return kept, ["its attention pooling is left out"] if len(kept) < len(state) else []
 
 
-def _timm(
+def timm_model(
     name: str, weights: str | None, asked: str, option: str, altered: Mapping[str, bool] | None = None, **kwargs: Any
 ) -> tuple[Any, list[str], Path]:
     """Return (timm's model `name` with published weights and no classifier; what was done to them; their file).
@@ -176,9 +176,9 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
         raise Refusal(f"{asked}: {reason}")
     # one channel where the backbone has one: the kernels of the three are added up
     altered = {key.removeprefix("swin_"): value for key, value in form(backbone.model).items()}
-    model, notes, _ = _timm(name, weights, asked, "model.weights=", altered, in_chans=backbone.channels)
+    model, notes, _ = timm_model(name, weights, asked, "model.weights=", altered, in_chans=backbone.channels)
     config: dict[str, Any] = model.pretrained_cfg
-    state, left_out = _without_pooling(model.state_dict(), backbone)
+    state, left_out = without_pooling(model.state_dict(), backbone)
     mean, std = (
         [sum(config[which]) / 3] if backbone.channels == 1 else list(config[which]) for which in ("mean", "std")
     )

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 
 from common import config as configuration
-from common.checkpoints.pretrained import RANDOM
 from common.checkpoints.run_folder import CONFIG, WAIT, RunLock
 from common.checkpoints.storage import write_atomically
 from common.commands import Parser
@@ -24,6 +23,7 @@ from common.errors import Refusal
 from common.limits import BelowOne, Betas, Count, NotNegative, flag
 from common.paths import path_option
 from evaluate.job.evaluation import Evaluation
+from evaluate.job.subjects import RANDOM
 
 FREE = (
     "log_every",

@@ -11,7 +11,7 @@ from torch import Tensor
 from common import config as configuration
 from common.batches.views import PRESETS, View
 from common.checkpoints import public, storage
-from common.checkpoints.pretrained import POSITION_TENSORS, RANDOM, TIMM, _timm, _without_pooling
+from common.checkpoints.pretrained import POSITION_TENSORS, TIMM, timm_model, without_pooling
 from common.checkpoints.public import build, describe, load_exactly
 from common.data.location import location_of
 from common.errors import Refusal
@@ -22,6 +22,8 @@ from common.models.plan import TokenPlan
 from common.models.swin import form
 from common.paths import expanded
 from evaluate.job.objectives import facts_of
+
+RANDOM = "random"  # --ckpt: an untrained backbone
 
 
 @dataclass
@@ -162,12 +164,12 @@ def _published(name: str, weights: str | None) -> Subject:
     """Load timm's own weights: from the file `weights`, timm's cache, or the hub."""
     if reason := no_architecture(name):
         raise Refusal(f"--ckpt {TIMM}{name}: {reason}")
-    model, notes, file = _timm(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
+    model, notes, file = timm_model(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
     config: dict[str, Any] = model.pretrained_cfg
     crop = config.get("crop_pct") or 0.875
     options = ModelConfig(name, form(model), mean=list(config["mean"]), std=list(config["std"]), crop=crop)
     backbone = create(options, list(config["input_size"][1:]))
-    state, left_out = _without_pooling(model.state_dict(), backbone)
+    state, left_out = without_pooling(model.state_dict(), backbone)
     load_exactly(backbone.model, state, f"timm:{name}")
     description = describe(backbone, "full", "class" if backbone.num_prefix_tokens else "mean", {})
     description |= {"loaded": notes + left_out, "weights_sha256": storage.sha256(file)}
