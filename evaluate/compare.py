@@ -46,9 +46,7 @@ from evaluate.comparison.reports import (
     read_reports,
 )
 from evaluate.comparison.rows import BASELINES, title_of
-from evaluate.comparison.spreadsheet import differences, numbers
-from evaluate.comparison.whole import Comparison, compared
-from evaluate.comparison.words import differences_table, notes, scores_table
+from evaluate.comparison.table import compared, differences_csv, markdown, numbers_csv
 from evaluate.job.arguments import BASELINES as USUAL_BASELINES
 from evaluate.job.arguments import add_data, chosen_device, data_options
 from evaluate.job.evaluation import only_first
@@ -73,20 +71,20 @@ def main(argv: list[str]) -> int:
         if arguments.no_run and run.damaged:
             raise next(iter(run.damaged.values()))
     check_data(runs, data_options(arguments))
-    found = compared(runs, baselines, arguments.against, arguments.features)
-    found.notes = failed + found.notes
+    comparison = compared(runs, baselines, arguments.against, arguments.features)
+    comparison.notes = failed + comparison.notes
     if all(one.stale for run in runs for one in run.reports.values()):
         places = ", ".join(str(run.folder) for run in runs)
         none = "run it without --no-run" if arguments.no_run else "no evaluation could be made, for the reasons above"
-        why = "; ".join(found.notes) or none
+        why = "; ".join(comparison.notes) or none
         raise Refusal(f"no report to compare in {places}: {why}")
-    text = markdown(found)
+    text = markdown(comparison)
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "compare.md": text,
-        "compare.csv": numbers(found),
-        "differences.csv": differences(found),
-        "compare.html": page(found),
+        "compare.csv": numbers_csv(comparison),
+        "differences.csv": differences_csv(comparison),
+        "compare.html": page(comparison),
     }
     for name, content in files.items():
         shown = content.encode("utf-8", errors="backslashreplace")
@@ -233,38 +231,6 @@ def wanted(run: Run) -> list[str]:
     old = [name for name in APART if name in run.damaged]
     old += [one.path.stem for one in there if one.stale or one.superseded]
     return [*USUAL, *old]
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def markdown(found: Comparison) -> str:
-    """The tables and what to know of them, aligned, so that they can be read as they are."""
-    parts = [f"# {plain(found.title)}", aligned(*scores_table(found))]
-    if any(gap.value is not None for gaps in found.gaps.values() for gap in gaps):
-        label = plain(found.rows[found.reference].label)
-        parts += [f"Differences to {label}, in points; * the interval excludes 0", aligned(*differences_table(found))]
-    parts.append("\n".join(f"- {plain(line)}" for line in notes(found)))
-    return "\n\n".join(parts) + "\n"
-
-
-def plain(words: str) -> str:
-    """Text that Markdown takes as it is, on one line."""
-    for letter in "\\`*_<>|[]":
-        words = words.replace(letter, f"\\{letter}") if letter in "\\`<>|" else words
-    return " ".join(words.split())
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right."""
-    lines = [[plain(word) for word in line] for line in (header, *rows)]
-    widths = [max(3, *(len(line[at]) for line in lines)) for at in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [line[0].ljust(widths[0]), *(word.rjust(width) for word, width in zip(line[1:], widths[1:], strict=True))]
-        for line in [lines[0], rule, *lines[1:]]
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ FULL = {"pretrain"}
 OF = {
     "common/training/loop.py", "pretrain/task.py", "pretrain/assemble.py", "pretrain/objectives/relative.py",
     "pretrain/objectives/ibot.py", "evaluate/probing/probe.py", "evaluate/finetuning/training.py",
-    "evaluate/comparison/costs.py", "evaluate/comparison/whole.py", "evaluate/comparison/spreadsheet.py",
-    "evaluate/comparison/rows.py", "evaluate/comparison/reports.py", "evaluate/segmenting/training.py",
+    "evaluate/segmenting/training.py",
 }  # fmt: skip
 DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}

@@ -12,20 +12,25 @@ from typing import Any
 import numpy as np
 
 from common.features.extraction import RAW
-from evaluate.comparison.reports import Report
+from evaluate.comparison.reports import MOST, Report, listed, unlike, value_of
 from evaluate.comparison.rows import Row, title_of
-from evaluate.comparison.settings import MOST, listed, unlike, value_of
 from evaluate.job import bootstrap
 
 
 @dataclass
-class Cell:
-    """What a row scored in a column, or why there is nothing."""
+class Estimate:
+    """A share with its interval, or why there is none."""
 
     why: str = ""
     value: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+@dataclass
+class Cell(Estimate):
+    """What a row scored in a column, or why there is nothing."""
+
     by_run: list[float] = field(default_factory=list)
     features: str = ""
     method: str = ""  # of the interval: bootstrap or wilson
@@ -39,13 +44,8 @@ class Cell:
 
 
 @dataclass
-class Gap:
+class Gap(Estimate):
     """A row minus the reference, paired by test image, or why it cannot be told."""
-
-    why: str = ""
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
 
     @property
     def clear(self) -> bool:
@@ -80,7 +80,7 @@ def mixed(reports: Sequence[Report]) -> str:
     return f"its runs were judged with different settings ({listed(names)})" if names else ""
 
 
-def cell(row: Row, column: str, wanted: str | None = None) -> Cell:
+def cell_of(row: Row, column: str, wanted: str | None = None) -> Cell:
     """What `row` scored in `column`, without an interval yet. A baseline is that of the first report that has it."""
     reports = [(run, run.reports[column]) for run in row.runs if column in run.reports]
     usable = [(run, each) for run, each in reports if not each.stale and each.content["values"].get(row.kind)]
@@ -88,34 +88,34 @@ def cell(row: Row, column: str, wanted: str | None = None) -> Cell:
         damaged = ["its report is damaged" for run in row.runs if column in run.damaged]
         return Cell(next((each.stale for _, each in reports if each.stale), (*damaged, "not evaluated")[0]))
     usable = usable if row.kind == "subject" else usable[:1]
-    found = Cell(reports=[each for _, each in usable])
-    found.why = mixed(found.reports)
+    cell = Cell(reports=[each for _, each in usable])
+    cell.why = mixed(cell.reports)
     kinds = [headline(each, row.kind, run.description.get("pooling", "mean"), wanted) for run, each in usable]
     if not all(kinds):
-        there = found.reports[kinds.index("")].content["values"][row.kind]
-        found.why = found.why or f"no features {wanted} in its report, which has {', '.join(there)}"
+        known = cell.reports[kinds.index("")].content["values"][row.kind]
+        cell.why = cell.why or f"no features {wanted} in its report, which has {', '.join(known)}"
     elif len(set(kinds)) > 1:
-        found.why = found.why or f"its runs have different features ({', '.join(dict.fromkeys(kinds))})"
-    if found.why:
-        return found
-    found.features = kinds[0]
-    entries = [each.content["values"][row.kind][found.features] for each in found.reports]
-    found.by_run = [float(entry["accuracy"]) for entry in entries]
-    found.value = statistics.fmean(found.by_run)
-    name = f"{row.kind}/{found.features}"
-    if all(name in each.outcomes for each in found.reports):
-        found.outcomes = [each.outcomes[name] for each in found.reports]
+        cell.why = cell.why or f"its runs have different features ({', '.join(dict.fromkeys(kinds))})"
+    if cell.why:
+        return cell
+    cell.features = kinds[0]
+    entries = [each.content["values"][row.kind][cell.features] for each in cell.reports]
+    cell.by_run = [float(entry["accuracy"]) for entry in entries]
+    cell.value = statistics.fmean(cell.by_run)
+    name = f"{row.kind}/{cell.features}"
+    if all(name in each.outcomes for each in cell.reports):
+        cell.outcomes = [each.outcomes[name] for each in cell.reports]
     if len(entries) == 1 and entries[0].get("interval"):
-        found.low, found.high = entries[0]["interval"]
-        found.method = "as reported"
-    return found
+        cell.low, cell.high = entries[0]["interval"]
+        cell.method = "as reported"
+    return cell
 
 
 def method(one: Report) -> str:
     """The id of a protocol, and what of it the headline is: `knn/dino, k=20`."""
     headline = one.content["protocol"].get("headline")
-    told = f"k={headline}" if one.content["evaluation"] == "knn" else headline
-    return one.protocol if headline is None else f"{one.protocol}, {told}"
+    choice = f"k={headline}" if one.content["evaluation"] == "knn" else headline
+    return one.protocol if headline is None else f"{one.protocol}, {choice}"
 
 
 # ------------------------------------------------------------------------------------------------------ the differences
@@ -132,11 +132,11 @@ def judge(cells: Sequence[Cell], reference: int | None) -> list[Gap]:
             alike.setdefault(test_key(each.reports[0], each.outcomes[0].ndim), []).append(number)
     drawn: dict[int, np.ndarray] = {}
     for numbers in alike.values():
-        found = bootstrap.distribution([outcomes for number in numbers for outcomes in cells[number].outcomes])
+        draws = bootstrap.distribution([outcomes for number in numbers for outcomes in cells[number].outcomes])
         at = 0
         for number in numbers:
             runs = len(cells[number].outcomes)
-            drawn[number] = found[at : at + runs].mean(0)
+            drawn[number] = draws[at : at + runs].mean(0)
             at += runs
             low, high = bootstrap.quantiles(drawn[number])
             if high > low or cells[number].low is None:  # all right or all wrong: Wilson's says more
@@ -144,9 +144,9 @@ def judge(cells: Sequence[Cell], reference: int | None) -> list[Gap]:
     return [Gap("") if reference is None else gap(cells, number, reference, drawn) for number in range(len(cells))]
 
 
-def test_key(found: Report, ndim: int) -> tuple[str, str, bytes, int]:
+def test_key(one: Report, ndim: int) -> tuple[str, str, bytes, int]:
     """What two sets of outcomes must have in common to be paired."""
-    return found.test, found.metric, found.outcomes["index"].tobytes(), ndim
+    return one.test, one.metric, one.outcomes["index"].tobytes(), ndim
 
 
 def gap(cells: Sequence[Cell], number: int, reference: int, drawn: Mapping[int, np.ndarray]) -> Gap:
@@ -174,21 +174,21 @@ def gap(cells: Sequence[Cell], number: int, reference: int, drawn: Mapping[int, 
 
 def remarks(name: str, cells: Sequence[Cell], labels: Sequence[str]) -> list[str]:
     """What a reader of a column has to know: different test images, training images, protocols, settings."""
-    found = [(label, each.reports[0]) for label, each in zip(labels, cells, strict=True) if each.value is not None]
+    labelled = [(label, each.reports[0]) for label, each in zip(labels, cells, strict=True) if each.value is not None]
     aspects: tuple[tuple[str, Callable[[Report], str], Callable[[Report], str]], ...] = (
         ("test images", lambda one: one.test, lambda one: f"{one.spec} ({one.test})"),
         ("training images", lambda one: one.train, lambda one: f"{one.spec} ({one.train})"),
         ("protocols", method, method),
     )
     lines = []
-    for what, key, told in aspects:
-        groups = grouped(found, key)
+    for what, key, name_of in aspects:
+        groups = grouped(labelled, key)
         if len(groups) > 1:
             said = "; ".join(
-                f"{told(members[0][1])}: {', '.join(label for label, _ in members)}" for members in groups.values()
+                f"{name_of(members[0][1])}: {', '.join(label for label, _ in members)}" for members in groups.values()
             )
             lines.append(f"{title_of(name)}: different {what}, so not comparable: {said}")
-    for alike in grouped(found, method).values():
+    for alike in grouped(labelled, method).values():
         for setting in (names := unlike(*(one.settings for _, one in alike)))[:MOST]:
             groups = grouped(alike, lambda one, setting=setting: repr(one.settings.get(setting)))  # type: ignore[misc]
             said = "; ".join(
@@ -202,9 +202,11 @@ def remarks(name: str, cells: Sequence[Cell], labels: Sequence[str]) -> list[str
     return list(dict.fromkeys(lines))
 
 
-def grouped(found: Sequence[tuple[str, Report]], key: Callable[[Report], str]) -> dict[str, list[tuple[str, Report]]]:
+def grouped(
+    labelled: Sequence[tuple[str, Report]], key: Callable[[Report], str]
+) -> dict[str, list[tuple[str, Report]]]:
     """(label, report) by what `key` says of the report."""
     groups: dict[str, list[tuple[str, Report]]] = {}
-    for label, one in found:
+    for label, one in labelled:
         groups.setdefault(key(one), []).append((label, one))
     return groups

@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 
 
 def cost(description: Mapping[str, Any], config: Mapping[str, Any] | None, folder: Path) -> Cost:
-    """Of the run in `folder`, up to the step of its checkpoint."""
+    """Cost of the run in `folder`, up to the step of its checkpoint."""
     training = description.get("training") or {}
     images, step = training.get("images_seen"), training.get("step")
     if not isinstance(images, int) or not isinstance(step, int):
@@ -86,7 +86,7 @@ def forward(description: Mapping[str, Any], size: int | list[int], spec: PlanSpe
 
 
 def hours(path: Path, last: int, batch: float) -> float | None:
-    """Of the training steps up to `last`, each of `batch` images, from the speeds that were logged; None without."""
+    """Hours of the training steps up to `last`, each of `batch` images, from the logged speeds; None without."""
     seconds, before = 0.0, 0
     for step, record in records(path):
         speed = record.get("images_per_second")
@@ -101,7 +101,7 @@ def hours(path: Path, last: int, batch: float) -> float | None:
 def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(step, record) of metrics.jsonl in the order of steps, the later one of two of the same step; lines that were
     half-written or mean nothing are left out."""
-    found: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, dict[str, Any]] = {}
     try:
         lines = path.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
@@ -109,7 +109,7 @@ def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     for line in lines:
         try:
             record = json.loads(line)
-            found[int(record["step"])] = record
+            by_step[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             continue
-    return sorted(found.items())
+    return sorted(by_step.items())

@@ -20,13 +20,12 @@ from common import config as configuration
 from common.decoding.decode import open_picture
 from common.training.tracking import METRICS
 from evaluate.comparison import plots
-from evaluate.comparison.cells import Gap
 from evaluate.comparison.costs import records
 from evaluate.comparison.plots import Bar, Curve, Plot
-from evaluate.comparison.reports import APART, Report, Run, entries
-from evaluate.comparison.rows import BASELINES, differing, title_of
-from evaluate.comparison.whole import Comparison
-from evaluate.comparison.words import COSTS, between, change, change_between, column_notes, costs, notes, score
+from evaluate.comparison.reports import Report, Run, entries
+from evaluate.comparison.rows import title_of
+from evaluate.comparison.table import Comparison, Line, Shown, Table, differences, notes, scores
+from evaluate.comparison.table import numbers as reported
 from evaluate.job.arguments import LABELS
 
 WIDEST = 1600  # pixels of a picture; wider ones are made smaller
@@ -60,6 +59,7 @@ def page(comparison: Comparison) -> str:
         judged=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, judged on {data}",
         scores=scores(comparison),
         differences=differences(comparison),
+        reference=comparison.rows[comparison.reference].label,
         intervals=intervals(comparison),
         notes=notes(comparison),
         curves=curves(comparison),
@@ -67,7 +67,7 @@ def page(comparison: Comparison) -> str:
         pictures=pictures(runs),
         numbers=list(numbers(comparison)),
         cards=[
-            {"title": f"{run.name}: {title_of(stem)}, {report.protocol}", "entries": list(about(run, report))}
+            (f"{run.name}: {title_of(stem)}, {report.protocol}", list(card(run, report)))
             for run in runs
             for stem, report in run.reports.items()
             if not report.stale
@@ -76,68 +76,6 @@ def page(comparison: Comparison) -> str:
         now=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         command=configuration.command_line(),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def cell(text: str, *small: str, title: str = "", tone: str = "") -> dict[str, Any]:
-    """A cell of a table: `small` lines below it, a `title` to point at, and the `tone` of a clear difference."""
-    return {"text": text, "small": small, "title": title, "tone": tone}
-
-
-def row_name(comparison: Comparison, number: int) -> dict[str, Any]:
-    """A row's label, and in what its recipe differs from the reference's."""
-    row, reference = comparison.rows[number], comparison.rows[comparison.reference]
-    difference = ""
-    if row.kind == "subject" and reference.kind == "subject" and number != comparison.reference:
-        options = differing(row.runs[0].config, reference.runs[0].config) if row.runs[0].config else []
-        difference = ", ".join(options[:4]) + (f" and {len(options) - 4} more" if len(options) > 4 else "")
-    elif row.kind == "subject":
-        difference = str(row.runs[0].training.get("recipe") or "")
-    return cell(row.label, difference)
-
-
-def scores(comparison: Comparison) -> dict[str, Any]:
-    """The table of scores."""
-    heads = [cell(title_of(name), *column_notes(comparison, name)) for name in comparison.columns]
-    rows = []
-    for number, row in enumerate(comparison.rows):
-        scored = [comparison.cells[name][number] for name in comparison.columns]
-        shown = [cell(score(one), between(one) or one.why, title=one.why) for one in scored]
-        cells = [row_name(comparison, number), *shown, *costs(comparison.costs[number])]
-        rows.append({"cells": cells, "baseline": row.kind != "subject"})
-    several = any(len(row.seeds) > 1 for row in comparison.rows)
-    spread = ", ± standard deviation over pretraining seeds" if several else ""
-    caption = f"Scores in percent{spread}; below each, its 95 % interval over test images. A dash: not known."
-    return {"caption": caption, "header": ["features of", *heads, *COSTS], "rows": rows}
-
-
-def differences(comparison: Comparison) -> dict[str, Any]:
-    """The table of differences to the reference, clear ones marked; without rows if none is known."""
-    rows = [
-        {
-            "cells": [row.label, *(gap_cell(comparison.gaps[name][number]) for name in comparison.columns)],
-            "baseline": row.kind != "subject",
-        }
-        for number, row in enumerate(comparison.rows)
-        if number != comparison.reference
-    ]
-    known = any(gap.value is not None for gaps in comparison.gaps.values() for gap in gaps)
-    return {
-        "caption": "In points, paired by test image, with a 95 % interval. ▲ better, ▼ worse: the interval excludes 0. "
-        "It covers neither seeds nor training.",
-        "header": ["", *(title_of(name) for name in comparison.columns)],
-        "rows": rows if known else [],
-        "reference": comparison.rows[comparison.reference].label,
-    }
-
-
-def gap_cell(gap: Gap) -> dict[str, Any]:
-    """A difference with its interval."""
-    if gap.value is None:
-        return cell("–", title=gap.why)
-    return cell(change(gap), change_between(gap), tone=("up" if gap.value > 0 else "down") if gap.clear else "")
 
 
 def intervals(comparison: Comparison) -> list[Plot]:
@@ -152,24 +90,19 @@ def intervals(comparison: Comparison) -> list[Plot]:
     return drawn
 
 
-def numbers(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """Every number of every report, by evaluation."""
-    stems = dict.fromkeys([*comparison.columns, *(name for run in comparison.runs for name in run.reports)])
-    kinds = {row.kind for row in comparison.rows}
-    for stem in stems:
-        rows = []
-        for run in comparison.runs:
-            report = run.reports.get(stem)
-            for entry in entries(report.content) if report is not None and not report.stale else ():
-                if entry.row not in BASELINES or entry.row in kinds or stem in APART:
-                    low_high = "" if entry.low is None else f"{number_of(entry.low)} to {number_of(entry.high)}"
-                    rows.append({"cells": [run.name, LABELS.get(entry.row, entry.row), entry.features,
-                                           entry.setting or "headline", entry.metric, number_of(entry.value),
-                                           low_high]})  # fmt: skip
+def numbers(comparison: Comparison) -> Iterator[tuple[str, Table]]:
+    """(title, every number of every report) of one evaluation after the other."""
+    lines: dict[str, list[Line]] = {name: [] for name in comparison.columns}
+    for run, name, _, entry in reported(comparison, apart=True):
+        low_high = "" if entry.low is None else f"{number_of(entry.low)} to {number_of(entry.high)}"
+        words = (run.name, LABELS.get(entry.row, entry.row), entry.features, entry.setting or "headline", entry.metric,
+                 number_of(entry.value), low_high)  # fmt: skip
+        lines.setdefault(name, []).append(Line([*map(Shown, words)]))
+    header = [*map(Shown, ("run", "row", "features", "setting", "metric", "value", "95 %, as reported"))]
+    for name, rows in lines.items():
+        caption = f"{title_of(name)}: shares from 0 to 1, intervals as the reports have them"
         if rows:
-            heads = ["run", "row", "features", "setting", "metric", "value", "95 %, as reported"]
-            caption = f"{title_of(stem)}: shares from 0 to 1, intervals as the reports have them"
-            yield {"title": title_of(stem), "caption": caption, "header": heads, "rows": rows}
+            yield title_of(name), Table(caption, header, rows)
 
 
 def number_of(value: float | None) -> str:
@@ -281,15 +214,15 @@ def boards(run: Run) -> Iterator[tuple[Path, str, str]]:
     boards_first = sorted(newest, key=lambda name: ("board" not in name, name))
     for name in boards_first[:MOST_PICTURES]:
         step, path = newest[name]
-        about = next((words for word, words in WATCHED.items() if word in name), name)
-        yield path, f"{about} ({name}, step {step:,})", ""
+        caption = next((words for word, words in WATCHED.items() if word in name), name)
+        yield path, f"{caption} ({name}, step {step:,})", ""
 
 
 def sheets(run: Run) -> Iterator[tuple[Path, str, str]]:
     """(file, caption, name of the report they belong to) of what evaluations drew."""
-    for name, about in SHEETS.items():
+    for name, caption in SHEETS.items():
         if (path := run.folder / "explain" / f"{name}.png").is_file():
-            yield path, about, "explain"
+            yield path, caption, "explain"
     if (path := run.folder / "layers.png").is_file():
         yield path, "Position against meaning, layer by layer", "layers"
     for path in sorted(run.folder.glob("segmentation*/*.png"))[:MOST_PICTURES]:
@@ -300,7 +233,7 @@ def sheets(run: Run) -> Iterator[tuple[Path, str, str]]:
 # -------------------------------------------------------------------------------------------------------------- cards
 
 
-def about(run: Run, one: Report) -> Iterator[tuple[str, object]]:
+def card(run: Run, one: Report) -> Iterator[tuple[str, object]]:
     """(name, value) of what a number depends on."""
     content = one.content
     subject, data = content.get("subject") or {}, content["data"]

@@ -1,9 +1,13 @@
 """Checkpoints and the reports that evaluations left of them: read, checked, and told from those that are out of date.
 
-A report's column is the name of its file: RUN/evaluate/knn.json is in column "knn".
+A report's column is the name of its file: RUN/evaluate/knn.json is in column "knn". Its settings are what two numbers
+must have in common before one is held against the other: what its protocol says, but for paths and remarks, for what
+only other numbers of the report depend on, and for what comes with a checkpoint: its own image size, and the features
+that its training pooled.
 """
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -21,7 +25,6 @@ from common.data import Images, Location, labelled_splits
 from common.data.location import changed_location, place
 from common.errors import Refusal
 from common.features.neighbors import FIELD
-from evaluate.comparison.settings import settings
 from evaluate.job import report
 
 COLUMNS = ("knn", "linear", "fewshot", "finetune", "segmentation")  # in the order of a table; others come after them
@@ -29,6 +32,14 @@ APART = ("layers", "explain")  # their values are no accuracies of the whole sub
 WHOLE_DATA = ("knn", "linear", "fewshot", "finetune")  # of which the fingerprint is that of the data as they are
 NOT_CENTRED = "its k-NN is of features that are not centred"
 SUPERSEDED = {"knn/dino": NOT_CENTRED, "layers/position+knn": NOT_CENTRED}  # by id: what earlier versions did otherwise
+NO_SETTING = ("picture", "notes", "left_out")  # where something lies, and what was said
+OF_OTHERS = {  # by evaluation: of other numbers than the headline, or a sentence about it
+    "knn": ("k", "selection"),
+    "fewshot": ("subsets",),
+    "finetune": ("pixels",),
+}
+OWN = "the checkpoint's own"
+MOST, LONGEST = 6, 40  # settings that are named in one line, and letters of a value
 
 
 @dataclass(eq=False)
@@ -88,7 +99,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Of its reports."""
+        """Folder of its reports."""
         folder = self.weights.parent / "evaluate"
         return folder / "student" if self.weights.name == storage.STUDENT else folder
 
@@ -108,8 +119,8 @@ def open_runs(words: Sequence[str]) -> list[Run]:
     the same, and for two whose reports would lie in one folder."""
     runs: list[Run] = []
     for word in words:
-        found = public.weights_file(word)
-        weights = found.parent.resolve() / found.name
+        file = public.weights_file(word)
+        weights = file.parent.resolve() / file.name
         earlier = next((run for run in runs if run.weights.resolve() == weights.resolve()), None)
         if earlier is not None:
             raise Refusal(f"{word} is the same run as {earlier.word}: give each run once")
@@ -155,11 +166,11 @@ def read_reports(run: Run) -> None:
             else:
                 run.notes.append(f"left out: {refusal}")
             continue
-        found = Report(path, content, outcomes, settings(content, run.description))
+        one = Report(path, content, outcomes, settings(content, run.description))
         sha = run.description["weights_sha256"]
         if content.get("weights_sha256") != sha:
-            found.stale = f"of other weights (SHA-256 {str(content.get('weights_sha256'))[:12]}, now {sha[:12]})"
-        run.reports[path.stem] = found
+            one.stale = f"of other weights (SHA-256 {str(content.get('weights_sha256'))[:12]}, now {sha[:12]})"
+        run.reports[path.stem] = one
 
 
 def refuse_malformed(path: Path, content: Mapping[str, Any], outcomes: Mapping[str, np.ndarray]) -> None:
@@ -205,11 +216,11 @@ def fits(outcomes: np.ndarray, images: int) -> bool:
     return known and outcomes.shape[0] > 0 and outcomes.shape[1] == images > 0 and outcomes.dtype.kind in "biuf"
 
 
-def location_of_report(run: Run, found: Report, given: Mapping[str, str | None]) -> Location:
+def location_of_report(run: Run, one: Report, given: Mapping[str, str | None]) -> Location:
     """Where the images of a report are now: as `given`, else as it says, or the run where they are its own data."""
-    parts = found.content["data"].get("location")
-    own = run.training if found.spec == run.training.get("data") else {}
-    return changed_location({**(own if parts is None else parts), "data": found.spec}, given)
+    parts = one.content["data"].get("location")
+    own_data = run.training if one.spec == run.training.get("data") else {}
+    return changed_location({**(own_data if parts is None else parts), "data": one.spec}, given)
 
 
 def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
@@ -220,30 +231,30 @@ def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
     """
     data = place(str(given["data"])) if given.get("data") is not None else None
     for run in runs:
-        for found in run.reports.values():
-            evaluation = found.content["evaluation"]
-            if found.stale:
+        for one in run.reports.values():
+            evaluation = one.content["evaluation"]
+            if one.stale:
                 continue
-            if data is not None and found.spec != data:
+            if data is not None and one.spec != data:
                 if evaluation == "segmentation":
-                    found.note = f"on data of its own, {found.spec}, not {data}"
+                    one.note = f"on data of its own, {one.spec}, not {data}"
                 else:
-                    found.stale = f"of {found.spec}, not {data}"
+                    one.stale = f"of {one.spec}, not {data}"
                 continue
             if evaluation not in WHOLE_DATA:
                 continue
-            splits = _splits(location_of_report(run, found, given))
+            splits = _splits(location_of_report(run, one, given))
             if isinstance(splits, Refusal):
-                found.note = f"whether {found.spec} is what it was could not be checked: {splits}"
-            elif not (splits[0].has_fingerprint(found.train) and splits[1].has_fingerprint(found.test)):
-                found.stale = f"of other images than {found.spec} has now"
+                one.note = f"whether {one.spec} is what it was could not be checked: {splits}"
+            elif not (splits[0].has_fingerprint(one.train) and splits[1].has_fingerprint(one.test)):
+                one.stale = f"of other images than {one.spec} has now"
             else:  # reports of one kind of fingerprint are compared with those of another
                 for side, images in zip(("train", "test"), splits, strict=True):
-                    found.content["data"][side]["fingerprint"] = images.fingerprint()
+                    one.content["data"][side]["fingerprint"] = images.fingerprint()
 
 
 def fingerprints(where: Location) -> list[str] | Refusal:
-    """Of the labelled training and test images, or why they cannot be opened."""
+    """Fingerprints of the labelled training and test images, or why they cannot be opened."""
     splits = _splits(where)
     return splits if isinstance(splits, Refusal) else [images.fingerprint() for images in splits]
 
@@ -301,3 +312,47 @@ def entries(content: Mapping[str, Any]) -> Iterator[Entry]:
 def _entry(row: str, kind: str, setting: str, metric: str, values: Mapping[str, Any]) -> Entry:
     low, high = values.get("interval") or (None, None)
     return Entry(row, kind, setting, metric, values["accuracy"], low, high, values.get("std"))
+
+
+# ------------------------------------------------------------------------------------- how its numbers were obtained
+
+
+def settings(content: Mapping[str, Any], description: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: value} of a report of the checkpoint described; inner names are joined by dots, null is left out."""
+    skipped = (*NO_SETTING, *OF_OTHERS.get(content["evaluation"], ()))
+    protocol = {name: value for name, value in content["protocol"].items() if name not in skipped}
+    transform = dict(protocol.get("transform") or {})
+    if transform.get("size", "none") == description["size"]:
+        size, transform["size"] = transform["size"], OWN
+        if transform.get("stride"):  # of sliding windows: a share of their size
+            transform["stride"] = [round(step / side, 2) for step, side in zip(transform["stride"], size, strict=False)]
+    protocol["transform"] = transform
+    if protocol.get("pooling") == description.get("pooling", "mean"):
+        protocol["pooling"] = OWN
+    return dict(_flat(protocol))
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{name}.")
+        elif value is not None:
+            yield path + name, value
+
+
+def unlike(*several: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which these differ."""
+    names = dict.fromkeys(name for each in several for name in each)
+    return [name for name in names if any(each.get(name) != several[0].get(name) for each in several)]
+
+
+def listed(names: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
+
+
+def value_of(settings: Mapping[str, Any], name: str) -> str:
+    """A value, shortened."""
+    value = settings.get(name, "none")
+    written = value if isinstance(value, str) else json.dumps(value)
+    return written if len(written) <= LONGEST else written[: LONGEST - 1] + "…"

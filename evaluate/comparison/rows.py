@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.features.extraction import RAW
-from evaluate.comparison.reports import APART, Run
-from evaluate.comparison.settings import listed
+from evaluate.comparison.reports import APART, Run, listed
 from evaluate.job.arguments import LABELS
 
 TITLES = {"knn": "k-NN", "linear": "linear probe", "fewshot": "low-shot", "finetune": "finetuning"}
@@ -30,7 +29,7 @@ class Row:
 
     @property
     def seeds(self) -> list[Any]:
-        """Of pretraining."""
+        """Seeds of pretraining."""
         return [run.training.get("seed") for run in self.runs] if self.kind == "subject" else []
 
 
@@ -48,19 +47,19 @@ def rows(runs: Sequence[Run], baselines: Sequence[str] = ()) -> list[Row]:
         key = recipe_key(run)
         seeds = [other.training.get("seed") for other in groups.get(key, [])]
         groups.setdefault(key if run.training.get("seed") not in seeds else f"{key} {run.weights}", []).append(run)
-    found = [Row(label_of(group), "subject", group) for group in groups.values()]
-    labels = [row.label for row in found]
-    for row in found:
+    lines = [Row(label_of(group), "subject", group) for group in groups.values()]
+    labels = [row.label for row in lines]
+    for row in lines:
         if labels.count(row.label) > 1:
             row.label = ", ".join(run.name for run in row.runs)
     for kind in (name for name in BASELINES if name in baselines):
         alike = baseline_groups(runs, kind)
         for group in alike:
             word = LABELS[kind]
-            of = f" (as {listed([run.name for run in group])})" if len(alike) > 1 else ""
-            taken = any(row.label == word + of for row in found)
-            found.append(Row(word + of + " (baseline)" * taken, kind, group))
-    return found
+            suffix = f" (as {listed([run.name for run in group])})" if len(alike) > 1 else ""
+            taken = any(row.label == word + suffix for row in lines)
+            lines.append(Row(word + suffix + " (baseline)" * taken, kind, group))
+    return lines
 
 
 def baseline_groups(runs: Sequence[Run], kind: str) -> list[list[Run]]:

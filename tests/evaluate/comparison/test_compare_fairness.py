@@ -16,8 +16,7 @@ from PIL import Image
 
 from common.data import Location
 from common.errors import Refusal
-from evaluate.comparison.reports import Report, location_of_report, open_runs
-from evaluate.comparison.settings import settings, unlike
+from evaluate.comparison.reports import Report, location_of_report, open_runs, settings, unlike
 from evaluate.job import bootstrap
 
 ROOT = Path(__file__).resolve().parents[3]
