@@ -2,11 +2,15 @@
 
     python benchmarks/probe.py
     python benchmarks/probe.py --model vit_small_patch16_224 --size 224 --batch 32 --rounds 3
+    python benchmarks/probe.py --optimizers --threads 1
 
 `heads`: a step of all of DINOv2's 52 heads on random crops, against a step of one, with the same passes of the backbone
 before them: at most 1.3 times one. `cache`: an epoch of DINOv2's 52 heads, and of one, from features that are there,
 against an epoch that runs the backbone again: at least 20 times faster. All alternate in one process, so that a noisy
 machine disturbs all alike, and ratios are of each round's own times. The images are the built-in ones.
+
+`--optimizers` compares in their place a step of the sweep's thirteen heads, whose update is written out over all of
+them at once, with the same heads as parameters of torch.optim.SGD, AdamW and timm's Lars, on features of noise.
 """
 
 import sys
@@ -23,14 +27,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from timm.optim import Lars
 from torch import Tensor
 
 from common.data import open_data
 from common.features.extraction import extract
 from common.models import Backbone, ModelConfig, create
-from evaluate.probing.probe import Heads, drawn
+from evaluate.probing.probe import MOMENTUM, RATES, TRUST, Heads, Parts, drawn
 from evaluate.probing.protocols import PROTOCOLS, sets
 from evaluate.probing.views import batches, view
 
@@ -107,6 +114,81 @@ def epochs(backbone: Backbone, arguments: argparse.Namespace, every: bool) -> tu
     return cached, again
 
 
+class ByLibrary(Heads):
+    """The same heads, each a parameter (C, D) of its own with its rate, moved by an optimizer of torch or timm."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.weights_LCD, self.biases_LC = self.weights.transpose(0, 1).contiguous(), self.biases.T.contiguous()
+        self.gradients = [torch.zeros_like(self.weights_LCD), torch.zeros_like(self.biases_LC)]
+        groups = []
+        for at, rate in enumerate(self.given):
+            for several, gradients in zip((self.weights_LCD, self.biases_LC), self.gradients, strict=True):
+                parameter = torch.nn.Parameter(several[at])
+                parameter.grad = gradients[at]
+                groups.append({"params": [parameter], "rate": rate, "lr": rate})
+        if self.optimizer == "lars":
+            for at, group in enumerate(groups):
+                group |= {"always_adapt": at % 2 == 0}  # not the biases
+            self.solver: torch.optim.Optimizer = Lars(groups, momentum=MOMENTUM, trust_coeff=TRUST)
+            return
+        groups = [{"params": a["params"] + b["params"], "rate": a["rate"], "lr": a["rate"]}
+                  for a, b in zip(groups[::2], groups[1::2], strict=True)]  # fmt: skip
+        adam = self.optimizer == "adamw"
+        self.solver = (
+            torch.optim.AdamW(groups, weight_decay=0, foreach=True)
+            if adam
+            else torch.optim.SGD(groups, momentum=MOMENTUM, foreach=True)
+        )
+
+    @torch.no_grad()
+    def step(self, parts: Parts, labels: Tensor, share: float) -> None:
+        x_BD = self.columns(parts)
+        (L, C), B = self.biases_LC.shape, len(labels)
+        x_BD = self._normalised(x_BD) if self.batch_norm else x_BD
+        logits_LCB = (self.weights_LCD.view(L * C, -1) @ x_BD.T).view(L, C, B) + self.biases_LC[..., None]
+        error_LCB = logits_LCB.softmax(1)
+        error_LCB[:, labels, torch.arange(B, device=labels.device)] -= 1
+        error_LCB /= B
+        torch.mm(error_LCB.view(L * C, B), x_BD, out=self.gradients[0].view(L * C, -1))
+        torch.sum(error_LCB, 2, out=self.gradients[1])
+        for group in self.solver.param_groups:
+            group["lr"] = group["rate"] * (B / 256) * share
+        self.solver.step()
+
+
+def optimizers(rounds: int, device: torch.device) -> dict[str, float]:
+    """Time of a step by a library's optimizer, as a multiple of ours, for some numbers of classes and widths."""
+    ratios = {}
+    for classes, width, batch, steps in (
+        (10, 192, 128, 50),
+        (10, 768, 128, 50),
+        (100, 384, 256, 15),
+        (1000, 384, 256, 3),
+    ):
+        rng = torch.Generator().manual_seed(0)
+        parts = {"all": torch.randn(batch, width, generator=rng).to(device)}
+        labels = torch.randint(classes, (batch,), generator=rng).to(device)
+        for name in ("sgd", "adamw", "lars"):
+            made = [
+                kind(["all"], width, classes, RATES, torch.Generator().manual_seed(0), optimizer=name,
+                     batch_norm=name == "lars", device=device)
+                for kind in (Heads, ByLibrary)
+            ]  # fmt: skip
+
+            def several(heads: Heads, steps: int = steps, parts: Parts = parts, labels: Tensor = labels) -> None:
+                for _ in range(steps):
+                    heads.step(parts, labels, 1.0)
+                synchronize(device)
+
+            times = timed({"ours": partial(several, made[0]), "library": partial(several, made[1])}, rounds)
+            label = f"{name}, {classes} classes, width {width}, batch {batch}"
+            ratios[label] = paired(times, "library", "ours")
+            print(f"{label}: ours {1000 * statistics.median(times['ours']) / steps:.2f} ms a step, "
+                  f"the library's {ratios[label]:.2f} times that")  # fmt: skip
+    return ratios
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU."""
     if device.type == "cuda":
@@ -142,8 +224,13 @@ def main() -> None:
     add("--rounds", type=int, default=5)
     add("--threads", type=int)
     add("--device", default="cpu")
+    add("--optimizers", action="store_true", help="ours against torch's and timm's")
     arguments = parser.parse_args()
     threads, _ = set_threads(arguments.threads)
+    if arguments.optimizers:
+        ratios = optimizers(arguments.rounds, torch.device(arguments.device))
+        print(json.dumps({name: round(ratio, 2) for name, ratio in ratios.items()}))
+        return
     torch.manual_seed(0)
     backbone = create(ModelConfig(arguments.model, {"patch_size": arguments.patch}), arguments.size)
     backbone.to(arguments.device).eval()

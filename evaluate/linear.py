@@ -46,7 +46,7 @@ from evaluate.job.report import (
     tell,
     write,
 )
-from evaluate.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Probe, better, hold_out, probes, steps_of
+from evaluate.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Labelled, Probe, better, hold_out, probes, steps_of
 from evaluate.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
 from evaluate.probing.regression import solved
 from evaluate.probing.views import batches, view
@@ -136,17 +136,17 @@ def answers(
     job: Evaluation, protocol: Protocol, split: Split, wanted: Mapping[str, Sequence[str]], seed: int
 ) -> dict[str, Probe]:
     """{kind: result}: of class, mean and both, one of RAW; or all the protocol's features and the choice."""
-    sides = (split.train_labels, split.test, split.test_labels, len(job.classes))
     after = progress(job)
     if protocol.training is None:
         return {
             kind: solved(
-                protocol.name, split.train[kind], sides[0], split.test[kind], *sides[2:], protocol.strengths,
-                seed=seed, after=after,
+                protocol.name, split.train[kind], split.train_labels, split.test[kind], split.test_labels,
+                len(job.classes), protocol.strengths, seed=seed, after=after,
             )
             for kind in wanted
         }  # fmt: skip
-    train = partial(probes, split.train, *sides, training=protocol.training, seed=seed, after=after)
+    labelled = Labelled(split.train, split.train_labels), Labelled(split.test, split.test_labels)
+    train = partial(probes, *labelled, len(job.classes), training=protocol.training, seed=seed, after=after)
     if job.arguments.augment and split.row not in RAW:
         results = train(sets=wanted, batches=augmented(job, protocol, split, seed))
     elif protocol.apart:  # each as if it were alone, in the order of images that this seed has always meant

@@ -33,17 +33,16 @@ PAPERS = {
 WIDE = {
     "common/training/loop.py fit", "common/models/lv_vit.py __init__", "common/models/attention.py relative_attention",
     "common/models/attention.py _explicit", "common/features/extraction.py extract_parts",
-     "evaluate/probing/probe.py probes",
 }  # fmt: skip
 LONG = {
     "common/training/loop.py fit",
-    "pretrain/run.py main", "evaluate/probing/probe.py probes",
+    "pretrain/run.py main",
     "evaluate/finetuning/training.py _run", "evaluate/segmenting/training.py _train",
 }  # fmt: skip
 FULL = {"pretrain"}
 OF = {
     "common/training/loop.py", "pretrain/task.py", "pretrain/assemble.py", "pretrain/objectives/relative.py",
-    "pretrain/objectives/ibot.py", "evaluate/probing/probe.py", "evaluate/finetuning/training.py",
+    "pretrain/objectives/ibot.py", "evaluate/finetuning/training.py",
     "evaluate/segmenting/training.py",
 }  # fmt: skip
 DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser

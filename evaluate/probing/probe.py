@@ -8,7 +8,7 @@ Letters: N images, D feature width, C classes, L learning rates, B images per st
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ Parts = Mapping[str, Tensor]  # features by name, (N, D) each
 
 
 @dataclass(frozen=True)
-class Training:
+class HeadTraining:
     """How heads are trained."""
 
     rates: tuple[float, ...] = RATES  # for 256 images per step
@@ -44,6 +44,23 @@ class Training:
     by_epoch: bool = False  # the rate falls once an epoch, not at every step
     every_epoch: bool = False  # the heads as they are after each epoch are candidates too
     normalise: str = "standard"  # by the training images' "standard" deviation, by each "batch"'s, or "none"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features of N images by name, (N, D) each, and their labels (N,)."""
+
+    parts: Parts
+    labels: Tensor
+
+    def only(self, names: Collection[str]) -> "Labelled":
+        """The features of these names."""
+        return Labelled({name: part for name, part in self.parts.items() if name in names}, self.labels)
+
+    def rows(self, chosen: Tensor) -> "Labelled":
+        """The images of these numbers (n,)."""
+        parts = {name: part[chosen.to(part.device)] for name, part in self.parts.items()}
+        return Labelled(parts, self.labels[chosen])
 
 
 @dataclass
@@ -126,6 +143,7 @@ class Heads:
         error_CLB[labels, :, torch.arange(B, device=labels.device)] -= 1
         error_CLB /= B
         gradients = [(error_CLB.view(C * L, B) @ x_BD).view(C, L, D), error_CLB.sum(2)]
+        # written out over all heads at once: torch.optim takes 1.4 to 2.9 times as long on ten classes (LOG.md)
         rate = self.rates * (B / 256) * share
         self.steps += 1
         if self.optimizer == "adamw":
@@ -139,8 +157,8 @@ class Heads:
 
     def _trust(self, gradient: Tensor) -> Tensor:
         """LARS: (L,) what each head's gradient is multiplied by, so that a step is in proportion to the weights."""
-        own, other = self.weights.norm(dim=(0, 2)), gradient.norm(dim=(0, 2))
-        return torch.where((own > 0) & (other > 0), TRUST * own / other, 1)
+        of_weights, of_gradient = self.weights.norm(dim=(0, 2)), gradient.norm(dim=(0, 2))
+        return torch.where((of_weights > 0) & (of_gradient > 0), TRUST * of_weights / of_gradient, 1)
 
     def _adam(self, gradients: Sequence[Tensor], rate: Tensor) -> None:
         first, second = BETAS
@@ -168,7 +186,7 @@ def logits(weights: Tensor, biases: Tensor, features: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- the training
 
 
-def share_of_peak(training: Training, step: int, steps: int, per_epoch: int) -> float:
+def share_of_peak(training: HeadTraining, step: int, steps: int, per_epoch: int) -> float:
     """What a step's rate is of the peak: linear from 0 over the warm-up, then a cosine to 0."""
     at = step // per_epoch * per_epoch if training.by_epoch else step
     warmup = min(round(training.warmup * per_epoch), steps - 1)
@@ -182,14 +200,14 @@ def drawn(parts: Parts, labels: Tensor, batch: int, generator: torch.Generator) 
     while True:
         order = torch.randperm(len(labels), generator=generator)
         for chosen in order.split(batch)[: len(labels) // batch]:
-            there = chosen.to(labels.device)
-            yield {name: part[there.to(part.device)].to(labels.device) for name, part in parts.items()}, labels[there]
+            rows = chosen.to(labels.device)
+            yield {name: part[rows.to(part.device)].to(labels.device) for name, part in parts.items()}, labels[rows]
 
 
-def train(
+def train_heads(
     heads: Sequence[Heads],
     batches: Iterator[tuple[Parts, Tensor]],
-    training: Training,
+    training: HeadTraining,
     steps: int,
     per_epoch: int,
     after: Callable[[int], None] = lambda step: None,
@@ -201,28 +219,6 @@ def train(
         for each in heads:
             each.step(parts, labels, share)
         after(step + 1)
-
-
-def sweep(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    rates: Sequence[float],
-    *,
-    seed: int = 0,
-    batch: int = 256,
-    epochs: float = EPOCHS,
-) -> tuple[Tensor, Tensor]:
-    """Weights (C, L, D) and biases (C, L) of L linear heads trained side by side on (N, D) features, one per rate.
-
-    SGD with momentum, cosine to zero per step, rate * B / 256; B is all of N if there are fewer than `batch`.
-    """
-    training = Training(tuple(rates), batch=min(batch, len(features)), epochs=epochs)
-    generator = torch.Generator().manual_seed(seed)
-    heads = Heads(["all"], features.shape[1], num_classes, rates, generator, device=features.device)
-    batches = drawn({"all": features}, labels, training.batch, generator)
-    train([heads], batches, training, num_steps(len(features), batch, epochs), len(features) // training.batch)
-    return heads.weights, heads.biases
 
 
 def probe(
@@ -241,22 +237,19 @@ def probe(
 
     Features are standardised with the training images' mean and variance, as MAE's BatchNorm(affine=False) does.
     """
-    training = Training(tuple(rates), batch=batch, epochs=epochs)
-    return probes(
-        {"all": train}, train_labels, {"all": test}, test_labels, num_classes, {"all": ("all",)}, training, seed=seed,
-        generator=torch.Generator().manual_seed(seed),
-    )["all"]  # fmt: skip
+    training = HeadTraining(tuple(rates), batch=batch, epochs=epochs)
+    sides = Labelled({"all": train}, train_labels), Labelled({"all": test}, test_labels)
+    generator = torch.Generator().manual_seed(seed)
+    return probes(*sides, num_classes, {"all": ("all",)}, training, seed=seed, generator=generator)["all"]
 
 
 @torch.no_grad()
 def probes(
-    train_parts: Parts,
-    train_labels: Tensor,
-    test_parts: Parts,
-    test_labels: Tensor,
+    train: Labelled,
+    test: Labelled,
     num_classes: int,
     sets: Mapping[str, Sequence[str]],
-    training: Training,
+    training: HeadTraining,
     *,
     seed: int = 0,
     batches: Callable[[Tensor, int, int], Iterator[tuple[Parts, Tensor]]] | None = None,
@@ -270,63 +263,60 @@ def probes(
     training images numbered `fit`, such as those of augmented views; without it those given are drawn from. Every set
     starts from `seed` and so do the batches; a `generator` serves both in turn. `after(step, steps)`: after each step.
     """
-    fit, held = hold_out(train_labels, HELD_OUT, seed)
+    fit, held = hold_out(train.labels, HELD_OUT, seed)
     B = min(training.batch, len(fit))
     per_epoch, steps = len(fit) // B, steps_of(training, len(fit))
     needed = {name for parts in sets.values() for name in parts}
-    mine = {name: part[fit.to(part.device)] for name, part in train_parts.items() if name in needed}
-    scaling = {}
-    if training.normalise == "standard":
-        scaling = {name: (part.mean(0), (part.var(0, correction=0) + EPS).rsqrt()) for name, part in mine.items()}
-
-    def scaled(parts: Parts) -> Parts:
-        found = {name: part for name, part in parts.items() if name in needed}
-        return (
-            {name: (part - scaling[name][0]) * scaling[name][1] for name, part in found.items()} if scaling else found
-        )
-
+    train, test = train.only(needed), test.only(needed)
+    fitted = train.rows(fit)
+    scaled = _scaling(fitted.parts) if training.normalise == "standard" else dict
     heads = {
         name: Heads(
-            parts, sum(mine[part].shape[1] for part in parts), num_classes, training.rates,
+            parts, sum(fitted.parts[part].shape[1] for part in parts), num_classes, training.rates,
             generator or torch.Generator().manual_seed(seed), optimizer=training.optimizer,
-            batch_norm=training.normalise == "batch", device=train_labels.device,
+            batch_norm=training.normalise == "batch", device=train.labels.device,
         )
         for name, parts in sets.items()
     }  # fmt: skip
     if batches is None:
         order = generator or torch.Generator().manual_seed(seed)
-        stream = drawn(scaled(mine), train_labels[fit], B, order)
+        stream = drawn(scaled(fitted.parts), fitted.labels, B, order)
     else:
         stream = ((scaled(parts), labels) for parts, labels in batches(fit, B, steps))
-    held_parts = scaled({name: part[held.to(part.device)] for name, part in train_parts.items() if name in needed})
-    seen_parts, held_labels = scaled(test_parts), train_labels[held]
-    found: dict[str, Probe] = {}
+    chosen_by, judged_by = (Labelled(scaled(side.parts), side.labels) for side in (train.rows(held), test))
+    best: dict[str, Probe] = {}
 
     def judged(step: int) -> None:
         after(step, steps)
         if step == steps or (training.every_epoch and step % per_epoch == 0):
             epoch = math.ceil(step / per_epoch) if training.every_epoch else None
             for name, each in heads.items():
-                now = judge(each, held_parts, held_labels, seen_parts, test_labels)
+                now = judge(each, chosen_by, judged_by)
                 now = replace(now, features=name, best_features=name, epoch=epoch, best_epoch=epoch)
-                found[name] = better(found[name], now) if name in found else now
+                best[name] = better(best[name], now) if name in best else now
 
     products = B * num_classes * sum(each.weights[0].numel() for each in heads.values())
     with _threads_for(products):
-        train(list(heads.values()), stream, training, steps, per_epoch, judged)
-    return found
+        train_heads(list(heads.values()), stream, training, steps, per_epoch, judged)
+    return best
 
 
-def judge(heads: Heads, held: Parts, held_labels: Tensor, test: Parts, test_labels: Tensor) -> Probe:
+def _scaling(reference: Parts) -> Callable[[Parts], Parts]:
+    """Function that subtracts the mean of the `reference` features and divides by their standard deviation."""
+    moments = {name: (part.mean(0), (part.var(0, correction=0) + EPS).rsqrt()) for name, part in reference.items()}
+    return lambda parts: {name: (parts[name] - mean) * scale for name, (mean, scale) in moments.items()}
+
+
+def judge(heads: Heads, held: Labelled, test: Labelled) -> Probe:
     """The head that is best on the held-out images, and the one that is best on the test images."""
     L = len(heads.rates)
-    held_logits = torch.cat([heads.logits(some) for some in _chunks(held)], 2)
-    predictions = torch.cat([heads.logits(some).argmax(0) for some in _chunks(test)], 1)  # (L, test images)
-    on_held = (held_logits.argmax(0) == held_labels).double().mean(1).tolist()
-    on_test = (predictions == test_labels).double().mean(1).tolist()
+    held_logits = torch.cat([heads.logits(some) for some in _chunks(held.parts)], 2)
+    predictions = torch.cat([heads.logits(some).argmax(0) for some in _chunks(test.parts)], 1)  # (L, test images)
+    on_held = (held_logits.argmax(0) == held.labels).double().mean(1).tolist()
+    on_test = (predictions == test.labels).double().mean(1).tolist()
     finite = torch.isfinite(held_logits).all(2).all(0).tolist()
     losses = [
-        F.cross_entropy(held_logits[:, at].T, held_labels).nan_to_num(math.inf, math.inf).item() for at in range(L)
+        F.cross_entropy(held_logits[:, at].T, held.labels).nan_to_num(math.inf, math.inf).item() for at in range(L)
     ]
     # few held-out images: ties are common
     chosen = max(range(L), key=lambda at: (finite[at], on_held[at], -losses[at]))
@@ -345,7 +335,7 @@ def _chunks(parts: Parts) -> Iterator[Parts]:
 
 
 def better(one: Probe, other: Probe) -> Probe:
-    """Of two, the head that is better on the held-out images and, apart from it, the one better on the test images.
+    """Choose of two the head better on the held-out images and, apart from it, the one better on the test images.
 
     The first one stays where there is nothing to choose.
     """
@@ -374,7 +364,7 @@ def num_steps(images: int, batch: int, epochs: float, most: int | None = MOST_ST
     return steps if most is None else min(most, steps)
 
 
-def steps_of(training: Training, images: int) -> int:
+def steps_of(training: HeadTraining, images: int) -> int:
     """Steps of a training on `images` images."""
     return training.steps or num_steps(images, training.batch, training.epochs, training.most_steps)
 

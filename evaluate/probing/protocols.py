@@ -13,7 +13,7 @@ import torch
 from common.batches.views import Interpolation
 from common.errors import Refusal, nearest
 from common.features.extraction import RAW
-from evaluate.probing.probe import MOMENTUM, Training
+from evaluate.probing.probe import MOMENTUM, HeadTraining
 
 BLOCKS = 4
 BASE = 768  # width from which DINO and iBOT see the last class token and the mean patch, and not four class tokens
@@ -29,7 +29,7 @@ class Protocol:
     """One way to get a number from frozen features."""
 
     name: str
-    training: Training | None  # None: solved, not trained
+    training: HeadTraining | None  # None: solved, not trained
     features: str  # see `sets`
     strengths: tuple[float, ...] = ()  # of what is solved: C of logistic regression, l2 of ridge regression
     interpolation: Interpolation = "bicubic"  # of its training crops
@@ -49,15 +49,15 @@ class Protocol:
 NO_CLASS = "no class token: the mean patch token takes its place"
 CLASS = ("as published: the class token; other kinds of features are beside it",)
 PER_GPU = ("128 images per step, as on one of the authors' GPUs",)
-DINO = Training(
+DINO = HeadTraining(
     (0.001,), batch=1024, epochs=100, most_steps=None, by_epoch=True, every_epoch=True, normalise="none"
 )  # fmt: skip
-DINOV2 = Training(RATES_V2, batch=128, steps=12_500, normalise="none")
-MAE = Training((0.1,), "lars", 16_384, 90, most_steps=None, warmup=10, every_epoch=True, normalise="batch")
+DINOV2 = HeadTraining(RATES_V2, batch=128, steps=12_500, normalise="none")
+MAE = HeadTraining((0.1,), "lars", 16_384, 90, most_steps=None, warmup=10, every_epoch=True, normalise="batch")
 PROTOCOLS = {
     each.name: each
     for each in (
-        Protocol("sweep", Training(), "kinds"),
+        Protocol("sweep", HeadTraining(), "kinds"),
         Protocol("dino", DINO, "dino", interpolation="bilinear"),
         Protocol("dinov2", DINOV2, "dinov2", notes=PER_GPU),
         Protocol("dinov3", DINOV2, "last", notes=PER_GPU),

@@ -1,51 +1,16 @@
-"""The sweep equals heads trained alone; the head is chosen without the test images; the script reports it."""
+"""The head is chosen without the test images; the script reports it."""
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from common.errors import Refusal
-from evaluate.probing.probe import MOMENTUM, hold_out, num_steps, probe, sweep
+from evaluate.probing.probe import hold_out, num_steps, probe
 
 
 def blobs(count, seed, classes=3, width=6):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     return torch.randn(count, width, generator=generator) + 2 * torch.eye(classes, width)[labels], labels
-
-
-def test_sweep_equals_each_head_trained_alone():
-    features, labels = blobs(100, 0)
-    rates = (0.01, 0.1, 1.0)
-    weights, biases = sweep(features, labels, 3, rates, seed=3, batch=16, epochs=5)  # (3, L, 6), (3, L)
-    for at, rate in enumerate(rates):
-        alone, bias = sweep(features, labels, 3, [rate], seed=3, batch=16, epochs=5)
-        torch.testing.assert_close(alone[:, 0], weights[:, at], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(bias[:, 0], biases[:, at], atol=1e-5, rtol=1e-5)
-
-
-def test_sweep_equals_torch_sgd():
-    features, labels = blobs(100, 0)
-    rate, batch, epochs, seed = 0.5, 16, 5, 3
-    weights, biases = sweep(features, labels, 3, [rate], seed=seed, batch=batch, epochs=epochs)
-
-    generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(6, 3)
-    with torch.no_grad():
-        head.weight.copy_(0.01 * torch.randn(3, 1, 6, generator=generator)[:, 0])
-        head.bias.zero_()
-    optimizer = torch.optim.SGD(head.parameters(), lr=rate * batch / 256, momentum=MOMENTUM)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (100 // batch))
-    for _ in range(epochs):
-        order = torch.randperm(100, generator=generator)
-        for chosen in order.split(batch)[: 100 // batch]:
-            optimizer.zero_grad()
-            F.cross_entropy(head(features[chosen]), labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-    torch.testing.assert_close(head.weight.detach(), weights[:, 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(head.bias.detach(), biases[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_is_chosen_without_the_test_images():

@@ -11,15 +11,16 @@ from common.features.extraction import pooled_blocks
 from evaluate.probing.probe import (
     EPS,
     Heads,
+    HeadTraining,
+    Labelled,
     Probe,
-    Training,
     better,
     drawn,
     num_steps,
     probes,
     share_of_peak,
     steps_of,
-    train,
+    train_heads,
 )
 from evaluate.probing.views import batches, view
 
@@ -37,7 +38,7 @@ def features(count: int = 96, seed: int = 0) -> tuple[dict[str, torch.Tensor], t
     return parts, labels
 
 
-def trained(sets, training: Training, seed: int = 3) -> dict[str, Heads]:
+def trained(sets, training: HeadTraining, seed: int = 3) -> dict[str, Heads]:
     parts, labels = features()
     heads = {
         name: Heads(
@@ -48,18 +49,18 @@ def trained(sets, training: Training, seed: int = 3) -> dict[str, Heads]:
         for name, each in sets.items()
     }  # fmt: skip
     stream = drawn(parts, labels, training.batch, torch.Generator().manual_seed(seed))
-    train(list(heads.values()), stream, training, steps_of(training, len(labels)), len(labels) // training.batch)
+    train_heads(list(heads.values()), stream, training, steps_of(training, len(labels)), len(labels) // training.batch)
     return heads
 
 
 @pytest.mark.parametrize(("optimizer", "normalise"), [("sgd", "none"), ("lars", "batch"), ("adamw", "none")])
 def test_one_pass_equals_every_head_alone(optimizer: str, normalise: str) -> None:
     rates = (0.01, 0.1, 1.0)
-    training = Training(rates, optimizer, 16, 5, normalise=normalise, warmup=1)
+    training = HeadTraining(rates, optimizer, 16, 5, normalise=normalise, warmup=1)
     together = trained(SETS, training)
     for name, each in SETS.items():
         for at, rate in enumerate(rates):
-            alone = trained({name: each}, Training((rate,), optimizer, 16, 5, normalise=normalise, warmup=1))[name]
+            alone = trained({name: each}, HeadTraining((rate,), optimizer, 16, 5, normalise=normalise, warmup=1))[name]
             torch.testing.assert_close(alone.weights[:, 0], together[name].weights[:, at], atol=1e-5, rtol=0)
             torch.testing.assert_close(alone.biases[:, 0], together[name].biases[:, at], atol=1e-5, rtol=0)
 
@@ -86,7 +87,7 @@ class Lars(torch.optim.Optimizer):
 def test_a_head_is_what_torch_trains(optimizer: str) -> None:
     batch, epochs, seed, rate = 16, 4, 3, 0.5
     norm = optimizer == "lars"
-    training = Training((rate,), optimizer, batch, epochs, normalise="batch" if norm else "none", warmup=norm)
+    training = HeadTraining((rate,), optimizer, batch, epochs, normalise="batch" if norm else "none", warmup=norm)
     ours = trained({"two": ("class", "mean")}, training, seed)["two"]
 
     parts, labels = features()
@@ -120,13 +121,13 @@ def test_a_head_is_what_torch_trains(optimizer: str) -> None:
 
 
 def test_schedules() -> None:
-    by_step, by_epoch = Training(warmup=2), Training(by_epoch=True)
+    by_step, by_epoch = HeadTraining(warmup=2), HeadTraining(by_epoch=True)
     assert [share_of_peak(by_step, step, 60, 10) for step in (0, 10, 20, 40)] == pytest.approx([0, 0.5, 1, 0.5])
     shares = [share_of_peak(by_epoch, step, 40, 10) for step in range(40)]
     assert len(set(shares)) == 4 and shares[0] == shares[9] == 1 and shares[20] == pytest.approx(0.5)
     assert share_of_peak(by_step, 0, 1, 1) == 1  # one step of all: no warm-up before it
-    assert steps_of(Training(steps=12_500), 100) == 12_500
-    assert steps_of(Training(batch=16_384, epochs=90, most_steps=None), 9000) == 90
+    assert steps_of(HeadTraining(steps=12_500), 100) == 12_500
+    assert steps_of(HeadTraining(batch=16_384, epochs=90, most_steps=None), 9000) == 90
     assert num_steps(1_281_167, 1024, 100, None) == 125_100
 
 
@@ -145,9 +146,9 @@ def test_the_better_of_two_and_the_best_on_test_are_two_choices() -> None:
 def test_every_epoch_is_a_candidate_and_the_test_images_choose_nothing() -> None:
     parts, labels = features(120)
     unseen, truth = features(60, seed=1)
-    training = Training((0.1, 1.0), batch=16, epochs=6, every_epoch=True, normalise="none", most_steps=None)
-    found = probes(parts, labels, unseen, truth, CLASSES, SETS, training)
-    wrong = probes(parts, labels, unseen, (truth + 1) % CLASSES, CLASSES, SETS, training)
+    training = HeadTraining((0.1, 1.0), batch=16, epochs=6, every_epoch=True, normalise="none", most_steps=None)
+    found = probes(Labelled(parts, labels), Labelled(unseen, truth), CLASSES, SETS, training)
+    wrong = probes(Labelled(parts, labels), Labelled(unseen, (truth + 1) % CLASSES), CLASSES, SETS, training)
     assert found.keys() == SETS.keys()
     for name, each in found.items():
         assert 1 <= each.epoch <= 6 and each.best_on_test >= each.accuracy and each.features == name
