@@ -38,6 +38,7 @@ from common.models import Features, ModelConfig, create
 from common.models.plan import PlanSpec, TokenPlan
 from common.training.optim import parameter_groups
 from pretrain import objectives
+from pretrain.automatic import suited
 from pretrain.task import build, resolve
 
 DROPPOS = {"keep": 0.25, "position": "partial", "position_keep": 0.25, "smoothing": 1.0, "decoder": {"blocks": 2}}
@@ -76,7 +77,8 @@ def stepper(variant: str, arguments: argparse.Namespace, precision: str) -> Call
         module: torch.nn.Module = backbone.to(device)
         loss = lambda: backbone(images, TokenPlan("none")).tokens.float().square().mean()  # noqa: E731
     else:
-        task = build(backbone, resolve(wanted), {"global": View(size=size)})
+        chosen, _ = suited(resolve(wanted), backbone.grid, backbone.has_class_token)
+        task = build(backbone, chosen, {"global": View(size=size)})
         rng = np.random.default_rng(0)
         drawn = {name: [draw(rng) for _ in range(batch)] for name, draw in task.draws.items()}
         draws = {

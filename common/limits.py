@@ -21,14 +21,20 @@ class Range:
     below: float = math.inf
     length: int | None = None  # of a list; 0: any but none. None: a number, or a list where its type allows one
     rising: bool = False  # the numbers of a list never fall
+    noun: str = ""  # what the number is, such as "a share of the patches"
+    whole: bool = False  # whole numbers, also where the type allows any
+    auto: bool = False  # or the word auto
 
     def __contains__(self, value: Any) -> bool:
         """Whether `value` is such a number, or a list of such numbers."""
+        if self.auto and isinstance(value, str):
+            return value == "auto"
         listed = hasattr(value, "__iter__") and not isinstance(value, str)
         numbers = list(value) if listed else [value]
         if self.length is not None and (not listed or len(numbers) != (self.length or max(1, len(numbers)))):
             return False
-        if not all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in numbers):
+        kinds = int if self.whole else (int, float)
+        if not all(isinstance(each, kinds) and not isinstance(each, bool) for each in numbers):
             return False
         inside = (self.at_least <= each <= self.at_most and self.above < each < self.below for each in numbers)
         return all(inside) and all(map(math.isfinite, numbers)) and (not self.rising or numbers == sorted(numbers))
@@ -46,8 +52,10 @@ NotNegative = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(at_least=0, at_most=1)]
 Share = Annotated[float, Range(above=0, at_most=1)]
+PatchShare = Annotated[float, Range(above=0, at_most=1, noun="a share of the patches")]
 BelowOne = Annotated[float, Range(at_least=0, below=1)]
 Shares = Annotated[list[float], Range(above=0, at_most=1, length=2, rising=True)]  # the smallest and the largest
+AutoCount = Annotated[Any, Range(at_least=2, whole=True, auto=True)]
 Betas = Annotated[list[float], Range(at_least=0, below=1, length=2)]  # of AdamW
 
 
@@ -85,9 +93,11 @@ def expected(hint: Any, value: Any) -> str | None:
     whole = int in parts_of(hint)
     for limits in parts_of(hint):
         if isinstance(limits, Range) and (value not in limits or (whole and not isinstance(value, int))):
-            noun = {None: "a number", 0: "numbers", 2: "two numbers"}[limits.length]
-            noun = noun.replace("number", "whole number", whole)
-            return f"expected {noun}{' of' * str(limits).startswith('at')} {limits}"
+            noun = limits.noun or {None: "a number", 0: "numbers", 2: "two numbers"}[limits.length]
+            noun = "auto or " * limits.auto + noun.replace("number", "whole number", whole or limits.whole)
+            near = nearest(str(value), ["auto"]) if limits.auto else ""
+            within = f" of {limits}" if str(limits).startswith("at") else f"{',' * bool(limits.noun)} {limits}"
+            return f"expected {noun}{within}{near}"
     return None
 
 

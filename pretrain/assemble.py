@@ -59,7 +59,7 @@ class Parts:
 
     @property
     def limit(self) -> Limit:
-        """Of unreadable images."""
+        """Limit on unreadable images."""
         return Limit(self.config.max_bad)
 
     @functools.cached_property
@@ -109,25 +109,21 @@ def assemble(
     """
     threads = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
-    chosen = resolve(config.objectives)
-
     images = open_data(location_of(vars(config)))
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
     processes = process.num_processes
-    labels = _labels_for(chosen, images)
-    settled = automatic.resolve(
-        config, Facts(len(train), labels, processes, usable_cores(), threads, lower_batch="batch" not in typed)
-    )
-    config, chosen = settled.options, resolve(settled.options.objectives)
-
+    labels = _labels_for(resolve(config.objectives), images)
     torch.manual_seed(config.seed)
     say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
+        known = len(train), backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
+        settled = automatic.resolve(config, Facts(*known, lower_batch="batch" not in typed))
+        config = settled.options
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
-        task = build(backbone, chosen, config.views)
+        task = build(backbone, resolve(config.objectives), config.views)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)

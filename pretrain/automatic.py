@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common import positions
 from common.batches.sampler import StepSampler
 from common.errors import Refusal, nearest
+from common.models.plan import PlanSpec
 from common.training import schedules
 from common.training.ema import half_life
 from pretrain import objectives
@@ -56,6 +58,8 @@ class Facts:
     """What the rules start from, beside the options."""
 
     images: int  # to train on
+    grid: tuple[int, int]  # of the backbone's patches
+    class_token: bool  # whether the backbone has one
     labels: Labels | None = None  # where an objective reads them
     processes: int = 1
     cores: int = 1  # that this machine's processes may use
@@ -90,7 +94,7 @@ def replaced(options: Any, values: Mapping[str, Any]) -> Any:
 
 @dataclass
 class _Rules:
-    """The length of a run, and what the rules said on the way."""
+    """Length of a run, and what the rules said on the way."""
 
     images: int
     batch: int
@@ -108,10 +112,10 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
     is given changes, and resolving what was resolved changes nothing. Raises Refusal for what cannot be.
     """
-    chosen = options_of(config.objectives)
+    chosen, reasons = suited(options_of(config.objectives), facts.grid, facts.class_token)
     threads, source = facts.threads
     values: dict[str, Any] = {"threads": threads}
-    reasons = {"threads": source}
+    reasons["threads"] = source
     batch = config.batch
     unit = facts.processes * config.accumulate
     if facts.lower_batch and batch > facts.images >= unit:  # the learning rate follows by optimizer.scaling
@@ -131,18 +135,16 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     rules = _Rules(facts.images, batch, steps, per_epoch, reasons)
     has_teacher = any(objectives.find(name).taught and options.weight > 0 for name, options in chosen.items())
     optimizer, teacher = config.optimizer, config.teacher
-    values["optimizer.warmup"] = _time(
-        optimizer.warmup, "optimizer.warmup", WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED, rules
-    )
+    warmup = WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED
+    values["optimizer.warmup"] = _time(optimizer.warmup, "optimizer.warmup", *warmup, rules)
     values["optimizer.weight_decay"] = _schedule(optimizer.weight_decay, "optimizer.weight_decay", 0.0, math.inf, rules)
     values["teacher.momentum"] = _momentum(teacher.momentum, teacher.half_life, rules, told=has_teacher)
     values["teacher.half_life"] = None  # said by the momentum from here on
     _refuse_lonely(dataclasses.replace(config, batch=batch), chosen, facts.processes)
-    owners = {name: options for name, options in chosen.items() if not getattr(options, "shared_head", False)}
-    for name, options in {**owners, **chosen}.items():  # those who share a head after those who have one
-        shared = "" if name in owners else objectives.find(name).head_of
-        _settle_objective(f"objectives.{name}", options, shared, owners.get(shared), rules)
-    _settle_classes(chosen, facts.labels, rules)
+    for name, options in sorted(chosen.items(), key=lambda item: getattr(item[1], "shared_head", False)):
+        owner = objectives.find(name).head_of if getattr(options, "shared_head", False) else ""
+        settled = _settled(f"objectives.{name}", options, owner, chosen.get(owner), rules)
+        chosen[name] = dataclasses.replace(options, **settled, **_classes(name, options, facts.labels, rules))
     values["objectives"] = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     if config.export == "auto":
@@ -180,24 +182,53 @@ def momentum_for(images: int, batch: int) -> float:
     return min(most, max(least, round(0.5 ** (batch / (images * HALF_LIFE_EPOCHS)), 6)))
 
 
-def _settle_objective(where: str, options: Any, shared: str, owner: Any, rules: _Rules) -> None:
-    """Settle the options of one objective; `owner`: those of the objective `shared` whose head it uses, if it does."""
+def suited(
+    chosen: Mapping[str, Any], grid: tuple[int, int], class_token: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Options of objectives in which what follows from the backbone and from each other is automatic no more, and the
+    reasons. Raises Refusal where `keep` leaves too few patches of the `grid`."""
+    values, reasons = dict(chosen), dict[str, str]()
+    for name, options in chosen.items():
+        changes: dict[str, tuple[Any, str]] = {}
+        if getattr(options, "loss_on", None) == AUTO:
+            changes["loss_on"] = (
+                ("hidden", "position=partial: those that are told their place know the answer")
+                if options.position == "partial"
+                else ("all", f"position={options.position} treats all patches alike")
+            )
+        if getattr(options, "pairs", None) == AUTO and math.prod(grid) > 1:  # of one patch nothing can be built
+            with objectives.named(name):
+                kept, _, _ = PlanSpec(options.keep).counts(math.prod(grid))
+            pairs, every = positions.default_pairs(kept, options.diagonal), positions.num_pairs(kept, options.diagonal)
+            changes["pairs"] = pairs, f"4 for each of {kept} patches" if pairs < every else f"all of {kept} patches"
+        if getattr(options, "pool", None) == AUTO:
+            changes["pool"] = (
+                ("class", "the model has a class token") if class_token else ("mean", "the model has no class token")
+            )
+        values[name] = dataclasses.replace(options, **{option: value for option, (value, _) in changes.items()})
+        reasons |= {f"objectives.{name}.{option}": reason for option, (_, reason) in changes.items()}
+    return values, reasons
+
+
+def _settled(where: str, options: Any, shared: str, owner: Any, rules: _Rules) -> dict[str, Any]:
+    """Values of what concerns a teacher in the options of one objective; `owner`: those of the objective `shared`
+    whose head it uses, if it does."""
+    values = {name: getattr(options, name) for name in ("prototypes", "teacher_temperature", "freeze_last_layer")
+              if hasattr(options, name)}  # fmt: skip
     for name in ("prototypes", "freeze_last_layer"):
-        if (
-            hasattr(options, name)
-            and hasattr(owner, name)
-            and _automatic(getattr(options, name), f"{where}.{name}", "a value")
-        ):
-            setattr(options, name, getattr(owner, name))
-            rules.reasons[f"{where}.{name}"] = f"{shared}'s, whose head it shares"
-    if hasattr(options, "prototypes"):
-        options.prototypes = _prototypes(options.prototypes, f"{where}.prototypes", rules)
-    if hasattr(options, "teacher_temperature"):
-        options.teacher_temperature = _temperature(options.teacher_temperature, f"{where}.teacher_temperature", rules)
-    if hasattr(options, "freeze_last_layer"):
-        options.freeze_last_layer = _time(
-            options.freeze_last_layer, f"{where}.freeze_last_layer", FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules
+        if hasattr(owner, name) and _automatic(values.get(name), f"{where}.{name}", "a value"):
+            values[name], rules.reasons[f"{where}.{name}"] = getattr(owner, name), f"{shared}'s, whose head it shares"
+    if "prototypes" in values:
+        values["prototypes"] = _prototypes(values["prototypes"], f"{where}.prototypes", rules)
+    if "teacher_temperature" in values:
+        values["teacher_temperature"] = _temperature(
+            values["teacher_temperature"], f"{where}.teacher_temperature", rules
         )
+    if "freeze_last_layer" in values:
+        values["freeze_last_layer"] = _time(
+            values["freeze_last_layer"], f"{where}.freeze_last_layer", FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules
+        )
+    return values
 
 
 def _automatic(value: Any, where: str, otherwise: str) -> bool:
@@ -265,14 +296,12 @@ def _momentum(value: Any, images: float | None, rules: _Rules, told: bool) -> An
 def _prototypes(value: Any, where: str, rules: _Rules) -> int:
     """A number of prototypes."""
     suits = prototypes_for(rules.images)
-    if _automatic(value, where, "a whole number of at least 2"):
+    if value == AUTO:
         rules.reasons[where] = (
             f"the power of two nearest to {rules.images:,} images / {IMAGES_PER_PROTOTYPE}, "
             f"from {PROTOTYPES[0]:,} to {PROTOTYPES[1]:,}"
         )
         return suits
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise Refusal(f"{where}={value!r}: expected auto or a whole number of at least 2")
     if value > max(rules.images, suits):
         rules.notes.append(
             f"{where}={value} is more than one prototype per image ({rules.images:,} images): "
@@ -322,19 +351,18 @@ def _refuse_lonely(config: PretrainConfig, chosen: Mapping[str, Any], processes:
             )
 
 
-def _settle_classes(chosen: Mapping[str, Any], labels: Labels | None, rules: _Rules) -> None:
-    """Replace classes=auto of the objectives that read labels by those of the data; note how many images have none."""
-    for name, options in chosen.items():
-        where = f"objectives.{name}"
-        if labels is None or not objectives.find(name).labelled or not options.weight > 0:
-            continue
-        if options.classes == AUTO:
-            options.classes, rules.reasons[f"{where}.classes"] = labels.classes, f"the classes of {labels.where}"
-        elif isinstance(options.classes, int) and options.classes < labels.classes:
-            raise Refusal(
-                f"{where}.classes={options.classes}, and {labels.where} has {labels.classes}: use classes=auto"
-            )
-        if labels.unlabelled:
-            rules.notes.append(
-                f"{where}: {labels.unlabelled:,} of {labels.images:,} images have no label and take no part in it"
-            )
+def _classes(name: str, options: Any, labels: Labels | None, rules: _Rules) -> dict[str, int]:
+    """Classes of an objective that reads labels: automatic those of the data. Notes how many images have none."""
+    where = f"objectives.{name}"
+    if labels is None or not objectives.find(name).labelled or not options.weight > 0:
+        return {}
+    if labels.unlabelled:
+        rules.notes.append(
+            f"{where}: {labels.unlabelled:,} of {labels.images:,} images have no label and take no part in it"
+        )
+    if options.classes == AUTO:
+        rules.reasons[f"{where}.classes"] = f"the classes of {labels.where}"
+        return {"classes": labels.classes}
+    if options.classes < labels.classes:
+        raise Refusal(f"{where}.classes={options.classes}, and {labels.where} has {labels.classes}: use classes=auto")
+    return {}

@@ -61,7 +61,7 @@ def refuse_other(folder: Path, state: Mapping[str, Any], run: Path, config: Pret
         raise Refusal(f"{folder} does not say which run it is of ({type(error).__name__}): {_help(run)}") from None
     mine, here = learned(config), name_of(run)
     differ = [f"{key}={theirs[key]}, here {mine[key]}" for key in sorted(mine.keys() & theirs.keys())
-              if theirs[key] != mine[key]]  # fmt: skip
+              if theirs[key] not in (mine[key], "auto")]  # fmt: skip  # auto: it was resolved later, where it was used
     if differ:
         more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
         raise Refusal(f"{folder} is of another run, with {'; '.join(differ[:NAMED])}{more}: {_help(run)}")

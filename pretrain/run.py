@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
             stop=stop,
             progress=progress,
             recorder=FlightRecorder(checkpoints, task, optimizer, progress.say),
-            read=monitors.light(parts.task, progress.say),
+            read=monitors.collapse_warnings(parts.task, progress.say),
         )
     accelerator.print(printable_lines(ended(parts, run, done, progress.share)))
     return stop.status if done < parts.steps else 0

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from common.training import ema
 from common.training.schedules import Schedule
 from pretrain import objectives
 from pretrain.objectives import Objective, Objectives, Pass, Positional
+
+T = TypeVar("T")
 
 
 class Pretraining(nn.Module):
@@ -33,7 +36,7 @@ class Pretraining(nn.Module):
         wanted = (want for _, objective in signals.values() for want in objective.passes.values())
         self.passes = list(dict.fromkeys(wanted))
         self.teacher: Backbone | None = None
-        if any(want.who == "teacher" for want in self.passes):
+        if any(want.network == "teacher" for want in self.passes):
             self.teacher = ema.copy_of(backbone)  # type: ignore[assignment]
         self.momentum = Schedule("constant", 1.0, 1.0)  # of the teachers: who makes the task says which
         self.progress, self.measured = 0.0, True
@@ -137,42 +140,41 @@ class Pretraining(nn.Module):
             passes = list(dict.fromkeys(want for name in names for want in self.objectives[name].passes.values()))
         groups: dict[Any, list[Pass]] = {}
         for want in passes:
-            alone = want.view if want.masked or not want.plan.whole else None  # what is drawn belongs to one view
-            size = batch.views[want.view].shape[-2:]
-            key = (size, want.plan, want.grad, want.hidden, want.who, want.masked, alone)
-            groups.setdefault(key, []).append(want)
-        found: dict[Pass, Features] = {}
+            drawn = want.mask_of or not want.plan.whole  # what is drawn belongs to one view
+            alike = dataclasses.replace(want, view=want.view if drawn else "", crops=None)
+            groups.setdefault((alike, batch.views[want.view].shape[-2:]), []).append(want)
+        features: dict[Pass, Features] = {}
         for members in groups.values():
-            found |= self._run(batch, members)
-        return found
+            features |= self._run(batch, members)
+        return features
 
-    def _run(self, batch: Batch, members: list[Pass]) -> dict[Pass, Features]:
-        """Features of passes that differ in their crops alone, from one run of the backbone."""
-        B, like = len(batch.index), members[0]
+    def _run(self, batch: Batch, passes: list[Pass]) -> dict[Pass, Features]:
+        """Run the backbone once for passes that differ in their crops alone."""
+        B, like = len(batch.index), passes[0]
+        counts = {want: len(batch.views[want.view]) if want.crops is None else want.crops * B for want in passes}
         rows: dict[str, int] = {}  # of each view: as many as the pass with most crops of it
-        for want in members:
-            there = len(batch.views[want.view])
-            rows[want.view] = max(rows.get(want.view, 0), there if want.crops is None else want.crops * B)
+        for want, count in counts.items():
+            rows[want.view] = max(rows.get(want.view, 0), count)
         parts = [batch.views[view][:count] for view, count in rows.items()]
         images = parts[0] if len(parts) == 1 else torch.cat(parts)
-        plan = like.plan.plan(_of(batch.draws, like.purpose))
-        hidden: Any = None if like.hidden is None else self.objectives[like.hidden].hidden_position
+        hidden: Any = None
+        if like.hidden_embedding_of is not None:
+            hidden = self.objectives[like.hidden_embedding_of].hidden_position
         masked: Any = None
-        if like.masked is not None:
-            where = batch.draws[f"{like.masked}/masked"].transpose(0, 1).flatten(0, 1)  # (B, crops, N): crop-major
-            masked = where[: len(images)], self.objectives[like.masked].mask_token
-        backbone: Any = self.teacher if like.who == "teacher" else self.backbone
+        if like.mask_of is not None:
+            masks = batch.draws[f"{like.mask_of}/masked"].transpose(0, 1).flatten(0, 1)  # (B, crops, N): crop-major
+            masked = masks[: len(images)], self.objectives[like.mask_of].mask_token
+        backbone: Any = self.teacher if like.network == "teacher" else self.backbone
         with contextlib.nullcontext() if like.grad else torch.no_grad():
-            features = backbone(images, plan, hidden, masked)
-        firsts = dict(zip(rows, _starts(rows.values()), strict=True))
-        return {
-            want: _rows(features, firsts[want.view], rows[want.view] if want.crops is None else want.crops * B)
-            for want in members
-        }
+            features = backbone(images, like.plan.plan(of_purpose(batch.draws, like.purpose)), hidden, masked)
+        first = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
+        return {want: _rows(features, first[want.view], count) for want, count in counts.items()}
 
     def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
         """What objective `name` is called with: its features and its draws."""
-        return {key: features[want] for key, want in self.objectives[name].passes.items()}, _of(batch.draws, name)
+        return {key: features[want] for key, want in self.objectives[name].passes.items()}, of_purpose(
+            batch.draws, name
+        )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
@@ -192,20 +194,14 @@ class Pretraining(nn.Module):
         return {"loss": total, **report}
 
 
-def _of(draws: Mapping[str, Tensor], purpose: str) -> dict[str, Tensor]:
+def of_purpose(values: Mapping[str, T], purpose: str) -> dict[str, T]:
+    """Values named "PURPOSE/what", by what they are."""
     start = f"{purpose}/"
-    return {name[len(start) :]: value for name, value in draws.items() if name.startswith(start)}
-
-
-def _starts(counts: Iterable[int]) -> list[int]:
-    starts = [0]
-    for count in counts:
-        starts.append(starts[-1] + count)
-    return starts[:-1]
+    return {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
 
 
 def _rows(features: Features, first: int, count: int) -> Features:
-    """Those of `count` images from `first` on; the very same if that is all."""
+    """Features of `count` images from `first` on; the very same if that is all."""
     if first == 0 and count == len(features.tokens):
         return features
     return dataclasses.replace(
@@ -220,23 +216,25 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     where the backbone cannot run under an objective's plan or on images of a view's size.
     """
     signals: dict[str, tuple[float, Objective]] = {}
-    spared = {"global"}  # it sets the backbone's size, looked at or not
+    exempt_views = {"global"}  # it sets the backbone's size, looked at or not
     for name, options in chosen.items():
         if options.weight > 0:
             signals[name] = (options.weight, objectives.build(name, options, backbone))
         else:
-            spared |= objectives.find(name).views_of(options)
+            exempt_views |= objectives.find(name).views_of(options)
     if not signals:
-        there = ", ".join(objectives.names())
-        raise Refusal(f"no objective to train: add one to `objectives:` ({there}) with a weight above 0")
+        known = ", ".join(objectives.names())
+        raise Refusal(f"no objective to train: add one to `objectives:` ({known}) with a weight above 0")
     built = {name: objective for name, (_, objective) in signals.items()}
     for objective in built.values():
-        objective.meet(built, views)
+        objective.connect(built, views)
     asked = {want.view: want for objective in built.values() for want in objective.passes.values()}
     if missing := asked.keys() - views.keys():
         raise Refusal(f"an objective asks for view {missing.pop()!r}, and `views:` has {', '.join(views)}")
-    if idle := views.keys() - asked.keys() - spared:
-        raise Refusal(f"no objective looks at view {idle.pop()!r}: remove it from `views:`, or name it in an objective")
+    if unused_views := views.keys() - asked.keys() - exempt_views:
+        raise Refusal(
+            f"no objective looks at view {unused_views.pop()!r}: remove it from `views:`, or name it in an objective"
+        )
     _check_passes(backbone, built, views)
     backbone.use_plans({want.plan for objective in built.values() for want in objective.passes.values()})
     return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone

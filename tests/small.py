@@ -9,6 +9,7 @@ from common.batches.views import View
 from common.data import Images
 from common.models import Backbone, ModelConfig, create
 from common.models.plan import TokenPlan
+from pretrain.automatic import suited
 from pretrain.task import Pretraining, build, resolve
 
 NONE = TokenPlan("none")
@@ -33,9 +34,14 @@ def backbone(name: str = "vit 3x3") -> Backbone:
     return create(ModelConfig(architecture, dict(kwargs)), size)
 
 
+def options_for(wanted: dict[str, Any], made: Any) -> dict[str, Any]:
+    """Options of objectives in which nothing is automatic that follows from the backbone."""
+    return suited(resolve(wanted), made.grid, made.has_class_token)[0]
+
+
 def task(wanted: dict[str, Any], name: str = "vit 3x3") -> Pretraining:
     made = backbone(name)
-    return build(made, resolve(wanted), {"global": View(size=list(made.size))})
+    return build(made, options_for(wanted, made), {"global": View(size=list(made.size))})
 
 
 class Noise:

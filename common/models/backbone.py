@@ -131,6 +131,11 @@ class Backbone(nn.Module):
         return features.grid, features.prefix.shape[1]
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        return getattr(self.model, "cls_token", None) is not None
+
+    @property
     def channels(self) -> int:
         """Number of input channels."""
         return len(self.config.mean)

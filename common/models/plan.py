@@ -12,12 +12,12 @@ place, C keys.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
 from ..errors import Refusal
-from ..limits import BelowOne, Share, check
+from ..limits import PatchShare, Range, check
 
 Position = Literal["none", "full", "partial"]
 
@@ -32,10 +32,10 @@ class PlanSpec:
     Raises Refusal for values out of range.
     """
 
-    keep: Share = 1.0
+    keep: PatchShare = 1.0
     position: Position = "full"
-    position_keep: BelowOne = 0.0
-    context: Share = 1.0
+    position_keep: Annotated[float, Range(at_least=0, below=1, noun="a share of the kept patches")] = 0.0
+    context: Annotated[float, Range(above=0, at_most=1, noun="a share of the kept patches")] = 1.0
 
     def __post_init__(self) -> None:
         check(self)

@@ -130,8 +130,9 @@ def _heads_to_try(backbone: Backbone, objective: Positional) -> list[Positional]
     if not objective.of_pairs:
         return [objective]
     asked = objective.passes["tokens"]
+    plan = asked.plan
     options = AbsoluteOptions(
-        keep=asked.plan.keep, position=asked.plan.position, context=asked.plan.context, view=asked.view
+        keep=plan.keep, position=plan.position, context=plan.context, loss_on="all", view=asked.view
     )
     return [Absolute(options, backbone), objective]
 

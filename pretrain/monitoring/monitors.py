@@ -28,7 +28,7 @@ from pretrain.config import MonitorConfig
 from pretrain.leaks import controls
 from pretrain.monitoring.pictures import board, histogram, maps
 from pretrain.monitoring.tally import Tally, blind_offsets, blind_places
-from pretrain.task import Pretraining
+from pretrain.task import Pretraining, of_purpose
 
 Monitor = Callable[[int], dict[str, float | str]]
 SHOWN = 8  # images on the board
@@ -90,22 +90,23 @@ def _seen(task: Pretraining, samples: Samples) -> Samples:
     return Samples(samples.images, views, samples.seed, samples.channels, samples.draws)
 
 
-def light(task: Pretraining, say: Callable[[str], None]) -> Callable[[int, Mapping[str, Any]], dict[str, str]]:
-    """Reads each logged step: `NAME/verdict` of the objectives that can tell how they are. One that is not well is
-    said, with what to try, when it begins."""
+def collapse_warnings(
+    task: Pretraining, say: Callable[[str], None]
+) -> Callable[[int, Mapping[str, Any]], dict[str, str]]:
+    """Read each logged step: returns `NAME/verdict` of the objectives that can tell how they are. Warns once, with
+    advice, when a verdict turns bad."""
     before: dict[str, str] = {}
 
     def read(step: int, record: Mapping[str, Any]) -> dict[str, str]:
-        found = {}
+        verdicts = {}
         for name, objective in task.objectives.items():
-            own = f"{name}/"
-            verdict = objective.verdict({key[len(own) :]: record[key] for key in record if key.startswith(own)})
+            verdict = objective.verdict(of_purpose(record, name))
             if verdict is None:
                 continue
             if verdict.advice and verdict.name != before.get(name):
                 say(f"warning: at step {step}, {name}: {verdict.name}: {verdict.advice}")
-            found[f"{name}/verdict"] = before[name] = verdict.name
-        return found
+            verdicts[f"{name}/verdict"] = before[name] = verdict.name
+        return verdicts
 
     return read
 

@@ -5,12 +5,13 @@ turns the features of those passes into a loss and statistics. To add one: write
 subclass `Name` of `Objective` that has `Options`; `objectives: {NAME: {...}}` in a recipe then finds it.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ class Pass:
     view: str = "global"
     plan: PlanSpec = field(default_factory=PlanSpec)
     grad: bool = True
-    hidden: str | None = None  # with position "partial": the objective whose `hidden_position` is shown instead
+    hidden_embedding_of: str | None = None  # with position "partial": the objective whose `hidden_position` is shown
     crops: int | None = 1  # the first so many crops of the view; None: all of them, crop after crop
-    who: str = "student"  # or "teacher": the one EMA backbone of the run, which takes no gradient
-    masked: str | None = None  # the objective whose patch mask, and whose `mask_token`, the images are run with
+    network: Literal["student", "teacher"] = "student"  # teacher: the one EMA backbone of the run, without gradient
+    mask_of: str | None = None  # the objective whose patch mask, and whose `mask_token`, the images are run with
 
     @property
     def purpose(self) -> str:
@@ -80,7 +81,7 @@ class Objective(nn.Module):
         """What this version does otherwise, on so many processes, than the one that wrote the first run folders."""
         return []
 
-    def meet(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
+    def connect(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
         """Called once, when every objective of the recipe is there: complete `passes`, share a pass or a head."""
 
     def begin_step(self, progress: float, measured: bool) -> None:
@@ -202,11 +203,22 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
             f"{backbone.size[0]}x{backbone.size[1]}: one patch has no position to tell; use larger "
             "images or smaller patches"
         )
-    try:
+    for option, value in vars(options).items():
+        if isinstance(value, str) and value == "auto":
+            raise ValueError(f"objectives.{name}.{option}=auto: options are resolved first (pretrain.automatic)")
+    with named(name):
         return find(name)(options, backbone)  # type: ignore[call-arg]
-    except Refusal as refusal:  # a plan does not know whose it is
-        told = str(refusal)
-        raise Refusal(told if told.startswith("objectives.") else f"objectives.{name}: {told}") from None
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the objective's name before a Refusal that does not say whose option it is about."""
+    try:
+        yield
+    except Refusal as refusal:
+        if str(refusal).startswith("objectives."):
+            raise
+        raise Refusal(f"objectives.{name}: {refusal}") from None
 
 
 __all__ = [
@@ -219,6 +231,7 @@ __all__ = [
     "Verdict",
     "build",
     "find",
+    "named",
     "names",
     "options",
     "with_teacher",

@@ -6,7 +6,7 @@ Positional Label's APL (arXiv 2206.04981), and with other options Jigsaw-ViT (22
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal
-from common.limits import BelowOne, NotNegative, Share
+from common.limits import BelowOne, Count, NotNegative, PatchShare, Range
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
 from common.processes import collectives
@@ -29,11 +29,11 @@ ATTENTIVE_TEMPERATURE = 0.1  # DropPos
 class DecoderOptions:
     """Blocks between the encoder's tokens and the head; thrown away after training."""
 
-    blocks: int = 0
+    blocks: Annotated[int, Range(at_least=0)] = 0
     """Transformer blocks without position embedding; 0: no decoder. DropPos has 2."""
-    width: int = 512
+    width: Count = 512
     """Channels of the decoder."""
-    heads: int = 16
+    heads: Count = 16
     """Attention heads of the decoder."""
 
 
@@ -46,14 +46,14 @@ class AbsoluteOptions:
     head: Literal["linear", "mlp", "half"] = "linear"
     """linear: one layer on all channels (MP3). mlp: three with ReLUs (Jigsaw-ViT). half: Positional Label's, on the
     first half of the channels."""
-    keep: Share = 1.0
+    keep: PatchShare = 1.0
     """Share of the patches that the encoder sees (Jigsaw-ViT 0.5, DropPos 0.25)."""
     position: Position = "none"
     """Position embedding in the pass: none (leak-free), partial (shown to some patches, which are then not asked) or
     full (as the paper's released ViT: the answer is in the token, and the audit refuses it)."""
     position_keep: BelowOne = 0.0
     """With position=partial: share of the kept patches that are told their place (DropPos 0.25)."""
-    context: Share = 1.0
+    context: PatchShare = 1.0
     """Share of the kept patches that are keys and values, in every layer (MP3 0.25)."""
     loss_on: Literal["auto", "all", "hidden"] = "auto"
     """Patches that are asked: all, hidden (those not told their place), or auto: hidden where position is partial."""
@@ -84,16 +84,16 @@ class Absolute(Positional):
         self.options, self.grid = options, backbone.grid
         N = self.grid[0] * self.grid[1]
         _, visible, _ = plan.counts(N)
-        self.only_hidden = options.loss_on == "hidden" or (options.loss_on == "auto" and plan.position == "partial")
+        self.only_hidden = options.loss_on == "hidden"
         if self.only_hidden and plan.position != "partial":
             raise Refusal(
                 f"objectives.absolute.loss_on=hidden goes with position=partial, and position={plan.position}: no "
                 "patch is told its place, or all are; use loss_on=all"
             )
         partial = plan.position == "partial"
-        tokens = Pass(options.view, plan, hidden="absolute" if partial else None)
+        tokens = Pass(options.view, plan, hidden_embedding_of="absolute" if partial else None)
         self.passes = {"tokens": tokens}
-        if options.attentive != "none" and getattr(backbone.model, "cls_token", None) is None:
+        if options.attentive != "none" and not backbone.has_class_token:
             raise Refusal(
                 f"objectives.absolute.attentive={options.attentive} weighs patches by their likeness to the class "
                 f"token, and {backbone.config.name} has none: use attentive=none, or a model with one"
@@ -105,8 +105,6 @@ class Absolute(Positional):
             self.hidden_position = nn.Parameter(torch.empty(backbone.width))
             nn.init.normal_(self.hidden_position, std=0.02)
         self.decoder = None
-        if options.decoder.blocks < 0:
-            raise Refusal(f"objectives.absolute.decoder.blocks={options.decoder.blocks}: expected 0 or more")
         if options.decoder.blocks:
             self.decoder = Decoder(backbone.width, options.decoder.width, options.decoder.blocks, options.decoder.heads)
         self.head = HEADS[options.head](options.decoder.width if self.decoder else backbone.width, N)

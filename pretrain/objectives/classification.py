@@ -11,14 +11,14 @@ Letters: B images, K classes, D width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import Refusal
-from common.limits import BelowOne, NotNegative
+from common.limits import AutoCount, BelowOne, NotNegative
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec
 from pretrain.heads import LinearHead, wide
@@ -39,7 +39,7 @@ class ClassificationOptions:
     position: Literal["full", "none"] = "full"
     """Position encoding in the pass: full or none. Swin and NesT have one for all their passes: give it the
     `position` of the objectives beside it."""
-    classes: Any = "auto"
+    classes: AutoCount = "auto"
     """How many there are; auto: those of the data."""
     view: str = "global"
     """The view that is classified, its first crop."""
@@ -59,16 +59,14 @@ class Classification(Objective):
 
     def __init__(self, options: ClassificationOptions, backbone: Backbone) -> None:
         super().__init__()
-        has_class = getattr(backbone.model, "cls_token", None) is not None
-        if options.pool == "class" and not has_class:
+        if options.pool == "class" and not backbone.has_class_token:
             raise Refusal(
                 f"objectives.classification.pool=class: {backbone.config.name} has no class token here; use pool=mean"
             )
         self.options = options
-        self.pools = "class" if has_class and options.pool != "mean" else "mean"
+        self.pools = options.pool
         self.passes = {"image": Pass(options.view, PlanSpec(position=options.position))}
-        self.classes = number_of_classes(options.classes)
-        self.head = LinearHead(backbone.width, self.classes)
+        self.head = LinearHead(backbone.width, options.classes)
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32."""
@@ -91,12 +89,5 @@ class Classification(Objective):
         return {
             "loss": (each_B * known_B).sum() / count,
             "accuracy": right_B.sum() / count,
-            "chance": logits_BK.new_full((), 1 / self.classes),
+            "chance": logits_BK.new_full((), 1 / self.options.classes),
         }
-
-
-def number_of_classes(value: Any) -> int:
-    """`classes` as a number. Raises Refusal for anything else; `auto` is one once the data are known."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise Refusal(f"objectives.classification.classes={value!r}: expected auto or a whole number of at least 2")
-    return value

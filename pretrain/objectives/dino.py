@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from common.batches.views import View
 from common.errors import Refusal
 from common.features.metrics import rankme
-from common.limits import Count, NotNegative, Positive, Probability
+from common.limits import AutoCount, Count, NotNegative, Positive, Probability
 from common.models import Backbone, Features
 from common.processes import collectives
 from common.training import ema
@@ -40,7 +40,7 @@ class DinoOptions:
     """The view whose crops the teacher sees, and the student too; at least two an image."""
     local: str | None = None
     """The view whose crops only the student sees; null: the one named `local`, where the recipe has it."""
-    prototypes: Any = "auto"
+    prototypes: AutoCount = "auto"
     """Outputs K of the head; auto: about a sixteenth of the images (DINO: 65,536 for ImageNet's 1.3 million)."""
     hidden: Count = 2048
     """Channels of the head's hidden layers."""
@@ -83,14 +83,14 @@ class Dino(Objective):
         self.prototypes: int = options.prototypes
         self.passes = {
             "student": Pass(options.view, crops=None),
-            "teacher": Pass(options.view, crops=None, who="teacher", grad=False),
+            "teacher": Pass(options.view, crops=None, network="teacher", grad=False),
         }
         self.head = ProjectionHead(
             backbone.width, self.prototypes, options.hidden, options.bottleneck, options.layers, options.last_layer
         )
         self.teacher_head = ema.copy_of(self.head)
         self.centre = Centre(self.prototypes, options.centre_momentum) if options.centering == "centre" else None
-        self.crops = 2  # of the view, an image; `meet` says how many
+        self.crops = 2  # of the view, an image; `connect` says how many
         self.images = 0  # of the last step, of all processes
         # Winners since statistics were last logged. The same on every process, so that one process's copy resumes all.
         self.register_buffer("used", torch.zeros(self.prototypes, dtype=torch.bool))
@@ -101,7 +101,7 @@ class Dino(Objective):
         """See Objective."""
         return {options.view, options.local or "local"}
 
-    def meet(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
+    def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """Add the local crops, and share iBOT's masked pass. Raises Refusal where there is nothing to compare."""
         view = self.options.view
         local = self.options.local or ("local" if "local" in views and view != "local" else None)
@@ -115,8 +115,8 @@ class Dino(Objective):
                     f"or views.{view}.preset=dino"
                 )
         # DINOv2: the class token of the masked crop is trained, and one pass serves both
-        masked = "ibot" if "ibot" in others and others["ibot"].options.view == view else None
-        self.passes = {"student": Pass(view, crops=None, masked=masked), "teacher": self.passes["teacher"]}
+        mask_of = "ibot" if "ibot" in others and others["ibot"].options.view == view else None
+        self.passes = {"student": Pass(view, crops=None, mask_of=mask_of), "teacher": self.passes["teacher"]}
         if local is not None:
             self.passes["local"] = Pass(local, crops=None)
 

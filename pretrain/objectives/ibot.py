@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.batches.views import View, height_width
 from common.errors import Refusal
-from common.limits import BelowOne, Count, NotNegative, Positive, Share, Shares
+from common.limits import AutoCount, BelowOne, Count, NotNegative, Positive, Share, Shares
 from common.models import Backbone, Features
 from common.processes import collectives
 from common.training import ema
@@ -44,7 +44,7 @@ class IbotOptions:
     shared_head: bool = False
     """Whether patches use the head of `dino`, as in iBOT, rather than one of their own, as in DINOv2. The options of
     the head are then those of `dino`."""
-    prototypes: Any = "auto"
+    prototypes: AutoCount = "auto"
     """Outputs of the head; auto: chosen from the number of images."""
     hidden: Count = 2048
     """Width of the head's hidden layers."""
@@ -98,8 +98,8 @@ class Ibot(Objective):
         self.temperature = parse(options.teacher_temperature, "objectives.ibot.teacher_temperature")
         self.images = 0  # of the last step, of all processes
         self.passes = {
-            "student": Pass(options.view, crops=None, masked="ibot"),
-            "teacher": Pass(options.view, crops=None, who="teacher", grad=False),
+            "student": Pass(options.view, crops=None, mask_of="ibot"),
+            "teacher": Pass(options.view, crops=None, network="teacher", grad=False),
         }
         self.mask_token = nn.Parameter(torch.zeros(backbone.width))  # iBOT and DINOv2 begin with zeros too
         if not options.shared_head:
@@ -116,7 +116,7 @@ class Ibot(Objective):
         if self.options.centering == "centre":
             self.centre = prototypes.Centre(num_prototypes, self.options.centre_momentum)
 
-    def meet(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
+    def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """See Objective. Raises Refusal where a head is to be shared and is not there, or is another one."""
         if self.options.shared_head:
             self._share(others.get("dino"))
@@ -237,9 +237,9 @@ class Ibot(Objective):
 
 
 def masked_patches(draws: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of masks "masked" (B, V, N): "where" (n,) int64, the masked patches' indices into the crop-major V*B*N, rising,
-    and "share" (n,) float32, 1 / how many patches of its crop are masked. In the loader: a GPU would have to be waited
-    for to learn n."""
+    """Return, for masks "masked" (B, V, N): "where" (n,) int64, the masked patches' indices into the crop-major V*B*N,
+    rising, and "share" (n,) float32, 1 / how many patches of its crop are masked. In the loader: to learn n, one would
+    have to wait for a GPU."""
     masked_RN = draws["masked"].transpose(0, 1).flatten(0, 1)  # R = V*B crops
     share_R = 1 / masked_RN.sum(1).clamp(min=1).float()
     return {"where": masked_RN.flatten().nonzero()[:, 0], "share": share_R[:, None].expand(masked_RN.shape)[masked_RN]}

@@ -52,13 +52,13 @@ class Koleo(Objective):
         self.passes = {"student": Pass(options.view, crops=None)}
         self.crops = 1
 
-    def meet(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
+    def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """See Objective. Where `ibot` masks the same crops its pass serves both, as in DINOv2."""
         if self.options.view in views:  # where it is not, the task says so
             self.crops = views[self.options.view].count
         ibot = others.get("ibot")
         if ibot is not None and ibot.options.view == self.options.view:
-            self.passes = {"student": Pass(self.options.view, crops=None, masked="ibot")}
+            self.passes = {"student": Pass(self.options.view, crops=None, mask_of="ibot")}
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats; below 0 where neighbours are further than 1 apart) and, where measured, distance: the mean

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal
-from common.limits import NotNegative, Share
+from common.limits import NotNegative, PatchShare
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
 from pretrain.heads import PairHead, pair_outputs, wide
@@ -45,12 +45,12 @@ class RelativeOptions:
     patch, or all if they are fewer), or all."""
     diagonal: bool = True
     """Whether a patch is also asked where it is as seen from itself, as in the paper: nearly free answers."""
-    keep: Share = 1.0
+    keep: PatchShare = 1.0
     """Share of the patches that the encoder sees."""
     position: Position = "none"
     """Position embedding in the pass: none (leak-free) or full (the answer follows from it by subtraction, and the
     audit refuses it)."""
-    context: Share = 1.0
+    context: PatchShare = 1.0
     """Share of the kept patches that are keys and values, in every layer (MP3)."""
     view: str = "global"
     """The view whose patches are asked."""
@@ -94,7 +94,7 @@ class Separable(Joint):
         return of_rows + F.cross_entropy(right, labels % self.columns, reduction="sum")
 
     def guess(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As Joint's."""
+        """Class (Q,), and its row and column counted from the first class's, (Q, 2)."""
         places = torch.stack([part.argmax(-1) for part in outputs.split([self.rows, self.columns], -1)], -1)
         return places[..., 0] * self.columns + places[..., 1], places
 
@@ -310,8 +310,6 @@ class _SumOfPieces(torch.autograd.Function):
 def _num_drawn(wished: Any, count: int, diagonal: bool) -> int:
     """Pairs per image for the option `pairs`. Raises Refusal."""
     every = positions.num_pairs(count, diagonal)
-    if wished == "auto":
-        return positions.default_pairs(count, diagonal)
     if wished == "all":
         return every
     if not isinstance(wished, int) or isinstance(wished, bool) or not 1 <= wished <= every:

@@ -23,11 +23,14 @@ from pretrain.automatic import (
     prototypes_for,
     replaced,
     resolve,
+    suited,
     temperature_for,
 )
 from pretrain.config import OptimizerConfig, PretrainConfig, TeacherConfig, load
+from pretrain.task import resolve as options_of
 
 AUTO = {"prototypes": "auto", "teacher_temperature": "auto", "freeze_last_layer": "auto"}
+SHOWN = ("classes", "pool", "prototypes", "freeze_last_layer", "loss_on", "pairs")  # of an objective
 ALWAYS = ("threads", "steps", "export", "loader.workers")  # have a reason in every run
 
 
@@ -45,7 +48,7 @@ def settled(
     config = PretrainConfig(batch=batch, accumulate=accumulate, epochs=epochs)
     config.optimizer, config.teacher = OptimizerConfig(**(optimizer or {})), TeacherConfig(**(teacher or {}))
     config.objectives = {"dino": {}} if chosen is None else chosen
-    result = resolve(config, Facts(images, processes=processes))
+    result = resolve(config, Facts(images, (14, 14), class_token=True, processes=processes))
     chosen = {name: SimpleNamespace(**options) for name, options in result.options.objectives.items()}
     reasons = {name: reason for name, reason in result.reasons.items() if name not in ALWAYS}
     return result.options, chosen, reasons, result.notes
@@ -53,48 +56,63 @@ def settled(
 
 # ------------------------------------------------------------------------------------------ every shipped recipe
 
-# On ImageNet: steps, warm-up, the momentum's start, export; then classes, or prototypes and how long they are frozen.
+# Of the backbone: rows of its grid, whether it has a class token. Then on ImageNet: steps, warm-up, the momentum's
+# start, export, and what was automatic of each objective.
 IMAGENET = """
-pretrain/apl                       375300  0.0667  0.998063  student
-pretrain/compare                    40036     0.1    0.9995  student
-pretrain/compare_dino               30027     0.1      0.99  teacher 256  0.1
-pretrain/dino                      125100     0.1  0.996129  teacher 65536  0.01
-pretrain/dino_absolute             125100     0.1  0.996129  teacher 65536  0.01
-pretrain/dino_relative             125100     0.1  0.996129  teacher 65536  0.01
-pretrain/dinov2                    125100     0.1     0.992  teacher 65536  0.01  65536  0.01
-pretrain/dinov2_absolute           125100     0.1     0.992  teacher 65536  0.01  65536  0.01
-pretrain/droppos                   125000    0.05  0.992274  student
-pretrain/jigsaw                    375300  0.0167  0.996129  student
-pretrain/mp3                       125000    0.05  0.992274  student
-pretrain/quickstart                360324     0.1    0.9995  student
-pretrain/vit_small                 500400    0.05  0.999031  student
-supervised/deit_small              375300  0.0167  0.996129  student 1000
-supervised/deit_small_absolute     375300  0.0167  0.996129  student 1000
-supervised/deit_small_relative     375300  0.0167  0.996129  student 1000
-supervised/nest_tiny               375300  0.0667  0.996129  student 1000
-supervised/nest_tiny_absolute      375300  0.0667  0.996129  student 1000
-supervised/nest_tiny_relative      375300  0.0667  0.996129  student 1000
-supervised/swin_tiny_absolute      375300  0.0667  0.998063  student 1000
-supervised/swin_tiny_conv          375300   0.133  0.998063  student 1000
-supervised/swin_tiny_conv_14       375300  0.0667  0.998063  student 1000
-supervised/swin_tiny_relative      375300   0.133  0.998063  student 1000
+pretrain/apl                    14 -     375300  0.0667  0.998063  student   all
+pretrain/compare                 7 class  40036     0.1    0.9995  student
+pretrain/compare_dino            4 class  30027     0.1      0.99  teacher   256   0.1   all
+pretrain/dino                   14 class 125100     0.1  0.996129  teacher 65536  0.01
+pretrain/dino_absolute          14 class 125100     0.1  0.996129  teacher 65536  0.01   all
+pretrain/dino_relative          14 class 125100     0.1  0.996129  teacher 65536  0.01   784
+pretrain/dinov2                 14 class 125100     0.1     0.992  teacher 65536  0.01 65536  0.01
+pretrain/dinov2_absolute        14 class 125100     0.1     0.992  teacher 65536  0.01 65536  0.01   all
+pretrain/droppos                14 class 125000    0.05  0.992274  student hidden
+pretrain/jigsaw                 14 class 375300  0.0167  0.996129  student   all
+pretrain/mp3                    14 class 125000    0.05  0.992274  student   all
+pretrain/quickstart              4 -     360324     0.1    0.9995  student   all
+pretrain/vit_small              14 class 500400    0.05  0.999031  student   all   784
+supervised/deit_small           14 class 375300  0.0167  0.996129  student  1000 class
+supervised/deit_small_absolute  14 class 375300  0.0167  0.996129  student  1000 class   all
+supervised/deit_small_relative  14 class 375300  0.0167  0.996129  student  1000 class   784
+supervised/nest_tiny            14 -     375300  0.0667  0.996129  student  1000  mean
+supervised/nest_tiny_absolute   14 -     375300  0.0667  0.996129  student  1000  mean   all
+supervised/nest_tiny_relative   14 -     375300  0.0667  0.996129  student  1000  mean   784
+supervised/swin_tiny_absolute   14 -     375300  0.0667  0.998063  student  1000  mean   all
+supervised/swin_tiny_conv        7 -     375300   0.133  0.998063  student  1000  mean
+supervised/swin_tiny_conv_14    14 -     375300  0.0667  0.998063  student  1000  mean
+supervised/swin_tiny_relative    7 -     375300   0.133  0.998063  student  1000  mean   all
 """
 
 
 @pytest.mark.parametrize("line", IMAGENET.strip().splitlines())
 def test_automatic_values_of_a_recipe(line: str) -> None:
-    name, *values = line.split()
+    name, rows, token, *values = line.split()
     given = load(ROOT / "configs" / f"{name}.yaml", [])
     before = asdict(given)
-    facts = Facts(1_281_167, Labels("here", 1000, 1_281_167), processes=8, cores=128, threads=(16, "16 cores"))
+    facts = Facts(
+        1_281_167,
+        (int(rows), int(rows)),
+        token == "class",
+        Labels("here", 1000, 1_281_167),
+        processes=8,
+        cores=128,
+        threads=(16, "16 cores"),
+    )
     result = resolve(given, facts)
     again = resolve(dataclasses.replace(result.options, epochs=None), facts).options
     assert asdict(given) == before and again == dataclasses.replace(result.options, epochs=None)
     assert shown(result) == values
     left = [key for key, value in flat(asdict(result.options)).items() if value == "auto"]
     measured = {"precision", "model.attention"}
-    of_the_backbone = {f"objectives.{key}" for key in ("relative.pairs", "absolute.loss_on", "classification.pool")}
-    assert set(left) <= measured | of_the_backbone | {"max_bad"}
+    assert set(left) <= measured | {"max_bad"}  # a rule, which evaluations apply to their own images
+    automatic = {
+        f"objectives.{objective}.{key}"
+        for objective, options in options_of(given.objectives).items()
+        for key, value in vars(options).items()
+        if value == "auto"
+    }
+    assert automatic <= result.reasons.keys()
 
 
 def shown(result: Settled) -> list[str]:
@@ -103,7 +121,8 @@ def shown(result: Settled) -> list[str]:
     momentum = parse(config.teacher.momentum, "teacher.momentum")
     values = [config.steps, f"{config.optimizer.warmup:.3g}", f"{momentum.start:.6g}", config.export]
     for options in objectives.values():
-        values += [f"{options[key]:g}" for key in ("classes", "prototypes", "freeze_last_layer") if key in options]
+        shown = (options[key] for key in SHOWN if key in options)
+        values += [value if isinstance(value, str) else f"{value:g}" for value in shown]
     assert (config.threads, config.loader.workers, config.teacher.half_life) == (16, 8, None)
     return [str(value) for value in values]
 
@@ -126,6 +145,38 @@ def test_values_by_their_dotted_names() -> None:
 
 
 # ------------------------------------------------------------------------------------------ the rules
+
+
+@pytest.mark.parametrize(
+    ("wanted", "grid", "class_token", "value", "reason"),
+    [
+        ({"absolute": {"position": "partial"}}, (14, 14), True, "hidden", "position=partial: those that are told"),
+        ({"absolute": {"position": "full"}}, (14, 14), True, "all", "position=full treats all patches alike"),
+        ({"relative": {}}, (14, 14), True, 784, "4 for each of 196 patches"),
+        ({"relative": {"keep": 0.25}}, (14, 14), True, 196, "4 for each of 49 patches"),
+        ({"relative": {}}, (2, 2), True, 16, "all of 4 patches"),
+        ({"relative": {"diagonal": False}}, (2, 2), True, 12, "all of 4 patches"),
+        ({"classification": {}}, (7, 7), True, "class", "the model has a class token"),
+        ({"classification": {}}, (7, 7), False, "mean", "the model has no class token"),
+    ],
+)
+def test_what_follows_from_the_backbone(
+    wanted: dict[str, Any], grid: tuple[int, int], class_token: bool, value: Any, reason: str
+) -> None:
+    given = options_of(wanted)
+    before = {name: asdict(options) for name, options in given.items()}
+    made, reasons = suited(given, grid, class_token)
+    (told,) = reasons
+    _, name, option = told.split(".")
+    assert getattr(made[name], option) == value and reasons[told].startswith(reason)
+    assert {name: asdict(options) for name, options in given.items()} == before
+    assert suited(made, grid, class_token) == (made, {})  # nothing is left to say
+    assert suited(options_of({name: {**wanted[name], option: value}}), (9, 9), False)[1] == {}  # a given value wins
+
+
+def test_too_few_patches_to_ask_about_are_refused_by_name() -> None:
+    with pytest.raises(Refusal, match=r"objectives\.relative: keep=0.2 of 6 patches leaves 1: at least 2 are needed"):
+        suited(options_of({"relative": {"keep": 0.2}}), (2, 3), True)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +348,7 @@ def test_what_was_settled_is_plain_and_stays() -> None:
     assert "auto" not in json.dumps([asdict(config.optimizer), asdict(config.teacher), config.objectives])
     stored = OmegaConf.to_yaml(OmegaConf.structured(config))
     assert OmegaConf.create(stored).teacher.momentum == config.teacher.momentum
-    again = resolve(dataclasses.replace(config, epochs=None), Facts(54_000))
+    again = resolve(dataclasses.replace(config, epochs=None), Facts(54_000, (14, 14), class_token=True))
     assert again.notes == [] and again.reasons == {"threads": "given"}
     assert OmegaConf.to_yaml(OmegaConf.structured(again.options)) == stored.replace(
         "epochs: 50.0", "epochs: null"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs.children import ROOT, Run
+from small import options_for
 
 from common.batches.sampler import held_out
 from common.batches.views import View, height_width
@@ -20,7 +21,7 @@ from evaluate.job.subjects import subject_of
 from pretrain.automatic import momentum_for, prototypes_for, temperature_for
 from pretrain.config import load
 from pretrain.heads import HalfHead
-from pretrain.task import build, resolve
+from pretrain.task import build
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("[ps]*/*.yaml"))}
 
@@ -134,11 +135,9 @@ def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
     small = {"patch_size": 8, "embed_dim": 16, "depth": 12, "num_heads": 2, "dynamic_img_size": True}
     head = {"prototypes": 8, "hidden": 8, "bottleneck": 4, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
     partial = {"position": "partial", "position_keep": 0.5}
-    made = build(
-        create(ModelConfig("vit_tiny_patch16_224", small), 16),
-        resolve({"dino": head | {"last_layer": "weight_norm"}, "ibot": head, "absolute": partial}),
-        {"global": View(size=16, count=2)},
-    )
+    wanted = {"dino": head | {"last_layer": "weight_norm"}, "ibot": head, "absolute": partial}
+    backbone = create(ModelConfig("vit_tiny_patch16_224", small), 16)
+    made = build(backbone, options_for(wanted, backbone), {"global": View(size=16, count=2)})
     assert not made.objectives["ibot"].mask_token.any()  # iBOT and DINOv2 begin with zeros
     options = load(RECIPES["dinov2"], []).optimizer
     learned = {id(parameter): name for name, parameter in made.named_parameters()}

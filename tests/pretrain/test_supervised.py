@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from runs.children import Run
-from small import Noise
+from small import Noise, options_for
 
 from common import positions
 from common.batches.samples import Samples
@@ -21,7 +21,7 @@ from common.models import ModelConfig, create
 from evaluate.job.subjects import subject_of
 from pretrain.config import load
 from pretrain.objectives.absolute import Absolute
-from pretrain.task import build, resolve
+from pretrain.task import build
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs" / "supervised"
@@ -126,7 +126,7 @@ def test_labels_are_of_the_last_grid_and_a_step_moves_everything(name: str) -> N
     wanted: dict[str, Any] = {key: {"position": position} for key in ("absolute", "relative")}
     own = "full" if "deit" in name else position  # where a pass can have an embedding and another not
     wanted["classification"] = {"classes": 3, "position": own}
-    made = build(backbone, resolve(wanted), {"global": View(size=list(backbone.size))})
+    made = build(backbone, options_for(wanted, backbone), {"global": View(size=list(backbone.size))})
     images = Images(Noise(), "noise", [0, 1, 2, 0, 1, 2, 0, 1], ["a", "b", "c"])
     views = {"global": View(size=list(backbone.size))}
     batch = Samples(images, views, 0, 3, made.draws, labelled=made.labelled).__getitems__([(0, i) for i in range(4)])
@@ -166,6 +166,6 @@ def test_labels_are_of_the_last_grid_and_a_step_moves_everything(name: str) -> N
 )
 def test_grids_at_224(name: str, kwargs: dict[str, Any], grid: tuple[int, int]) -> None:
     backbone = create(ModelConfig(name, kwargs), 224)
-    objective = Absolute(resolve({"absolute": {}})["absolute"], backbone)
+    objective = Absolute(options_for({"absolute": {}}, backbone)["absolute"], backbone)
     assert objective.grid == backbone.grid == grid
     assert objective.chance == pytest.approx(1 / math.prod(grid))

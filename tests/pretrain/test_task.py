@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Noise, backbone
+from small import Noise, backbone, options_for
 
 from common.batches.samples import Samples
 from common.batches.views import View
@@ -25,7 +25,7 @@ VIEWS = {"global": View(size=24, count=2), "local": View(size=16, count=3, scale
 def made(wanted: dict[str, Any], views: dict[str, View] | None = None, **kwargs: Any) -> Pretraining:
     torch.manual_seed(0)
     model = create(ModelConfig("vit_tiny_patch16_224", VIT | kwargs), 24)
-    return build(model, resolve(wanted), views or VIEWS)
+    return build(model, options_for(wanted, model), views or VIEWS)
 
 
 def batch(task: Pretraining, views: dict[str, View] | None = None, count: int = 4) -> Any:
@@ -66,11 +66,11 @@ def test_views_of_one_size_run_together() -> None:
     together = task.features(data)
     assert sorted(seen) == [("student", 24, 24), ("teacher", 8, 24)]
     for want, features in together.items():
-        model: Any = task.teacher if want.who == "teacher" else task.backbone
+        model: Any = task.teacher if want.network == "teacher" else task.backbone
         alone = model(data.views[want.view][: len(features.tokens)])
         torch.testing.assert_close(features.tokens, alone.tokens)
         torch.testing.assert_close(features.prefix, alone.prefix)
-    counts = {want.view: len(features.tokens) for want, features in together.items() if want.who == "student"}
+    counts = {want.view: len(features.tokens) for want, features in together.items() if want.network == "student"}
     assert counts == {"global": 8, "local": 12, "place": 4}
 
 
@@ -86,7 +86,7 @@ def test_only_the_passes_that_are_asked_for() -> None:
 def test_masked_patches_are_not_seen_and_their_places_are() -> None:
     task = made({"ibot": HEAD | {"mask_probability": 1.0, "mask_ratio": [0.3, 0.6]}}, {"global": VIEWS["global"]})
     data = batch(task, {"global": VIEWS["global"]})
-    want = Pass(crops=None, masked="ibot")
+    want = Pass(crops=None, mask_of="ibot")
     before = task.features(data)[want]
     masked = data.draws["ibot/masked"].transpose(0, 1).flatten(0, 1)  # crop-major, (8, 9)
     assert 0 < masked.sum() < masked.numel() and len(masked) == 8

@@ -21,7 +21,7 @@ def dino(**changed: Any) -> Dino:
     """A small one in float64, whose teacher's head differs from the student's."""
     torch.manual_seed(0)
     made = Dino(DinoOptions(**(SMALL | changed)), SimpleNamespace(width=WIDTH, num_prefix_tokens=1))  # type: ignore[arg-type]
-    made.meet({}, {"global": View(count=2), "local": View(count=3)})
+    made.connect({}, {"global": View(count=2), "local": View(count=3)})
     made = made.double()
     with torch.no_grad():
         for parameter in made.parameters():

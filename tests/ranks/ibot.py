@@ -29,14 +29,14 @@ def made_ibot(**options: Any) -> ibot.Ibot:
     whole = backbone()
     torch.manual_seed(2)
     made = ibot.Ibot(ibot.IbotOptions(**{**given, **options}), whole).double()
-    made.meet({}, VIEWS)
+    made.connect({}, VIEWS)
     return made
 
 
 def made_koleo(**options: Any) -> koleo.Koleo:
     """`koleo` that has met two crops."""
     made = koleo.Koleo(koleo.KoleoOptions(**options), backbone())
-    made.meet({}, VIEWS)
+    made.connect({}, VIEWS)
     return made
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from small import backbone
+from small import backbone, options_for
 
 from common.batches.views import View
 from common.data import Images
 from common.data.images import Unreadable
 from pretrain.config import MonitorConfig
 from pretrain.monitoring.monitors import _extracted, frozen
-from pretrain.task import Pretraining, build, resolve
+from pretrain.task import Pretraining, build
 
 DINO = {"prototypes": 8, "hidden": 16, "bottleneck": 8, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
 BROKEN = (3, 30)  # one of each rank's share
@@ -39,7 +39,7 @@ class Blots:
 def made() -> tuple[Pretraining, Images, Images]:
     """A student and a teacher that differ, 36 images to learn from and 11 to be judged on."""
     student = backbone()
-    task = build(student, resolve({"absolute": {}, "dino": DINO}), {"global": View(size=24, count=2)})
+    task = build(student, options_for({"absolute": {}, "dino": DINO}, student), {"global": View(size=24, count=2)})
     assert task.teacher is not None and task.pooling == "class"
     rng = torch.Generator().manual_seed(5)
     for parameter in task.teacher.parameters():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -186,16 +187,41 @@ def test_the_state_of_another_run_is_refused_by_what_differs(inside, others, sma
         inside("--resume", others.path)
 
 
-def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
-    """As those from before there were names: its backbone's description says seed, batch and objectives."""
-    for folder in (others.path / "state").iterdir():
+def change_states(run: Run, change: Callable[[dict], object]) -> None:
+    """Let `change` edit every state of a run, and its manifest say so."""
+    for folder in (run.path / "state").iterdir():
         state = torch.load(folder / "state.pt", weights_only=True)
-        del state["identity"]
+        change(state)
         torch.save(state, folder / "state.pt")
         manifest = json.loads((folder / "manifest.json").read_text())
         size, digest = (folder / "state.pt").stat().st_size, storage.sha256(folder / "state.pt")
         manifest["files"]["state.pt"] = {"sha256": digest, "bytes": size}
         (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_that_left_automatic_values_to_its_objectives_goes_on_alike(inside, copied, tmp_path):
+    """As those from before what is asked was resolved with all other options: state and config.yaml say auto."""
+    usual = Run(shutil.copytree(copied.path, tmp_path / "usual"))
+    config = copied.path / "config.yaml"
+    text = config.read_text()
+    assert "    loss_on: all\n" in text and "    pairs: 24\n" in text
+    config.write_text(text.replace("    loss_on: all\n", "    loss_on: auto\n").replace("pairs: 24", "pairs: auto"))
+
+    def before(state: dict) -> None:
+        options = json.loads(state["identity"]["options"])
+        options |= {"objectives.absolute.loss_on": "auto", "objectives.relative.pairs": "auto"}
+        state["identity"]["options"] = json.dumps(options)
+
+    change_states(copied, before)
+    for run in (usual, copied):
+        assert inside("--resume", run.path, "steps=11") == 0
+    assert len(copied.losses) == 11 and copied.losses == usual.losses
+    assert "    loss_on: all\n" in config.read_text() and "    pairs: 24\n" in config.read_text()
+
+
+def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
+    """As those from before there were names: its backbone's description says seed, batch and objectives."""
+    change_states(others, lambda state: state.pop("identity"))
     with pytest.raises(Refusal, match=r"is of another run, with seed=0, here 1"):
         inside("--resume", others.path)
     config = others.path / "config.yaml"

@@ -74,12 +74,12 @@ def test_the_number_kept_is_rounded_down(keep: float, patches: int, kept: int) -
     ("given", "words"),
     [
         ({"position": "partail"}, "did you mean 'partial'"),
-        ({"keep": 0.0}, "keep=0.0: expected a number above 0, at most 1"),
+        ({"keep": 0.0}, "keep=0.0: expected a share of the patches, above 0, at most 1"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"keep": float("nan")}, "keep=nan"),
         ({"context": -0.5}, "context=-0.5"),
         ({"position_keep": 0.25}, "position_keep=0.25 goes with position=partial"),
-        ({"position": "partial", "position_keep": 1.0}, "position_keep=1.0: expected"),
+        ({"position": "partial", "position_keep": 1.0}, "position_keep=1.0: expected a share of the kept patches of"),
     ],
 )
 def test_what_means_nothing_is_refused(given: dict, words: str) -> None:

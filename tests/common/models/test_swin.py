@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small import options_for
 from torch import Tensor, nn
 
 from common.batches.views import View
@@ -17,7 +18,7 @@ from common.models.create import set_attention
 from common.models.swin import alter
 from common.training.optim import layer_ids
 from pretrain.leaks.verdict import audit
-from pretrain.task import build, resolve
+from pretrain.task import build
 
 NAME = "swin_tiny_patch4_window7_224"
 SMALL: dict[str, Any] = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
@@ -247,7 +248,7 @@ def test_what_cannot_be_altered_is_refused(name: str, kwargs: dict[str, Any], wo
 @pytest.mark.parametrize("conv", [True, False])
 def test_the_audit_names_the_convolution(conv: bool, merge_last: bool) -> None:
     backbone = made(swin_conv=conv, swin_bias=False, swin_merge_last=merge_last)
-    task = build(backbone, resolve({"absolute": {}}), {"global": View(size=32)})
+    task = build(backbone, options_for({"absolute": {}}, backbone), {"global": View(size=32)})
     (found,) = audit(task.backbone, task.positional).objectives.values()
     named = [each for each in found.breaks if "convolution 3x3 with zero padding (layers.0.blocks.0.conv" in each]
     assert bool(named) == conv and any("windows of 4x4" in each for each in found.breaks)

@@ -23,7 +23,7 @@ def dino(centering: str = "centre") -> Dino:
         prototypes=50, hidden=32, bottleneck=8, teacher_temperature=0.1, freeze_last_layer=0.0, centering=centering
     )
     made = Dino(options, SimpleNamespace(width=WIDTH, num_prefix_tokens=1))
-    made.meet({}, {"global": View(count=2)})
+    made.connect({}, {"global": View(count=2)})
     with torch.no_grad():
         for parameter in made.head.parameters():
             parameter.normal_(std=0.4)
@@ -89,7 +89,7 @@ def test_an_untrained_head_is_not_collapsed() -> None:
     torch.manual_seed(0)
     options = DinoOptions(prototypes=1024, hidden=64, teacher_temperature=0.04, freeze_last_layer=0.0)
     made = Dino(options, SimpleNamespace(width=WIDTH, num_prefix_tokens=1))
-    made.meet({}, {"global": View(count=2)})
+    made.connect({}, {"global": View(count=2)})
     rows = varied() + 3 * torch.randn(WIDTH)  # images look much alike
     assert verdict(made, rows, progress=0.0) is None
     assert verdict(made, rows, progress=0.03) == HEALTHY

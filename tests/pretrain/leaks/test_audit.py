@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import options_for
 from torch import Tensor, nn
 
 from common.batches.views import View
@@ -21,7 +22,7 @@ from pretrain.leaks import verdict as verdicts
 from pretrain.leaks.noise import Noise
 from pretrain.leaks.symmetry import symmetry
 from pretrain.leaks.verdict import Finding, Leak, Verdict, audit, cached_audit
-from pretrain.task import Pretraining, build, resolve
+from pretrain.task import Pretraining, build
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN: dict[str, Any] = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
@@ -35,7 +36,7 @@ def task(
 ) -> Pretraining:
     torch.manual_seed(0)
     backbone = create(ModelConfig(name, dict(kwargs)), size)
-    return build(backbone, resolve(objectives), {"global": View(size=list(backbone.size))})
+    return build(backbone, options_for(objectives, backbone), {"global": View(size=list(backbone.size))})
 
 
 def judged(made: Pretraining) -> Finding:

@@ -205,7 +205,7 @@ def test_a_verdict_joins_the_record_and_its_advice_is_said_once() -> None:
         return Verdict(name, "" if name == "healthy" else "try sinkhorn")
 
     task.objectives["dino"].verdict = verdict  # type: ignore[assignment]
-    read = monitors.light(task, heard.append)
+    read = monitors.collapse_warnings(task, heard.append)
     found = [read(step, {"loss": 2.0, "dino/kl": 0.5, "absolute/loss": 1.0}) for step in (10, 20, 30, 40)]
     told = ["healthy", "one prototype", "one prototype", "healthy"]
     assert [line["dino/verdict"] for line in found] == told and all(len(line) == 1 for line in found)

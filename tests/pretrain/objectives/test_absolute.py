@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import NONE, backbone, batch, task
+from small import NONE, backbone, batch, options_for, task
 from torch.nn import functional as F
 
 from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from pretrain.leaks.controls import noise, orders, rearrange
-from pretrain.task import build, resolve
+from pretrain.task import build
 
 DROPPOS = {"keep": 0.5, "position": "partial", "position_keep": 0.34, "smoothing": 1.0, "attentive": "kept"}
 
@@ -281,7 +281,7 @@ def test_likeness_to_a_class_token_needs_one() -> None:
     made = create(ModelConfig("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
                                                        "class_token": False}), 24)  # fmt: skip
     with pytest.raises(Refusal, match="attentive=kept weighs patches by their likeness to the class token"):
-        build(made, resolve({"absolute": {"attentive": "kept"}}), {"global": View(size=24)})
+        build(made, options_for({"absolute": {"attentive": "kept"}}, made), {"global": View(size=24)})
 
 
 @pytest.mark.parametrize("options", [{"keep": 0.5}, {"context": 0.5}, {"position": "partial"}])
@@ -289,7 +289,7 @@ def test_likeness_to_a_class_token_needs_one() -> None:
 def test_whole_grids_only_elsewhere(name: str, options: dict) -> None:
     made = backbone(name)
     with pytest.raises(Refusal, match="need the whole grid"):
-        build(made, resolve({"absolute": options}), {"global": View(size=list(made.size))})
+        build(made, options_for({"absolute": options}, made), {"global": View(size=list(made.size))})
 
 
 def test_half_precision_logits_are_judged_in_full() -> None:

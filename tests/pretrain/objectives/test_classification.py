@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs.children import Run, Train
-from small import Noise, backbone, task
+from small import Noise, backbone, options_for, task
 
 from common.batches.sampler import StepSampler
 from common.batches.samples import Batch, Samples
@@ -284,7 +284,9 @@ def test_distillation_and_register_tokens_alone_are_no_class_token() -> None:
 
 
 def objective_of(made: Any, **options: Any) -> Any:
-    return objectives.build("classification", objectives.options("classification", {**THREE, **options}), made)
+    return objectives.build(
+        "classification", options_for({"classification": {**THREE, **options}}, made)["classification"], made
+    )
 
 
 def test_data_without_labels_are_refused_in_a_line(inside: Callable[..., int], images: Path, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_unlabelled_images_are_counted_and_still_say_where_they_are() -> None:
     given = {"classification": {}, "absolute": {}}
     known = _labels_for(resolve(given), Images(Noise(), "here", labels, ["a", "b"]))
     config = PretrainConfig(batch=2, steps=1, objectives=given)
-    settled = automatic.resolve(config, automatic.Facts(8, known))
+    settled = automatic.resolve(config, automatic.Facts(8, (3, 3), True, known))
     assert settled.notes == ["objectives.classification: 3 of 8 images have no label and take no part in it"]
     assert settled.options.objectives["classification"]["classes"] == 2
     assert settled.reasons["objectives.classification.classes"] == "the classes of here"

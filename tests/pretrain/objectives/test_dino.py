@@ -93,7 +93,7 @@ def test_two_processes_do_what_one_does() -> None:
 
 def test_head_without_local_crops_and_without_a_class_token() -> None:
     made = Dino(DinoOptions(**SMALL), SimpleNamespace(width=8, num_prefix_tokens=0))
-    made.meet({}, {"global": View(count=2)})
+    made.connect({}, {"global": View(count=2)})
     assert set(made.passes) == {"student", "teacher"}
     tokens = torch.randn(4, 3, 8)
     given = dict.fromkeys(("student", "teacher"), Features(tokens, tokens[:, :0], (1, 3)))
@@ -103,14 +103,14 @@ def test_head_without_local_crops_and_without_a_class_token() -> None:
 def test_passes() -> None:
     made = dino()
     assert made.passes["student"] == Pass("global", crops=None)
-    assert made.passes["teacher"] == Pass("global", crops=None, who="teacher", grad=False)
+    assert made.passes["teacher"] == Pass("global", crops=None, network="teacher", grad=False)
     assert made.passes["local"] == Pass("local", crops=None)
     ibot = SimpleNamespace(options=SimpleNamespace(view="global"))
-    made.meet({"dino": made, "ibot": ibot}, {"global": View(count=2)})
-    assert made.passes["student"] == Pass("global", crops=None, masked="ibot")
+    made.connect({"dino": made, "ibot": ibot}, {"global": View(count=2)})
+    assert made.passes["student"] == Pass("global", crops=None, mask_of="ibot")
     ibot.options.view = "other"
-    made.meet({"dino": made, "ibot": ibot}, {"global": View(count=2)})
-    assert made.passes["student"].masked is None
+    made.connect({"dino": made, "ibot": ibot}, {"global": View(count=2)})
+    assert made.passes["student"].mask_of is None
 
 
 def test_teacher_is_a_copy_that_is_not_trained() -> None:
@@ -230,6 +230,6 @@ def test_bad_options_are_refused_in_one_line(options: dict, said: str) -> None:
 
 def test_views_that_leave_nothing_to_compare_are_refused() -> None:
     with pytest.raises(Refusal, match=r"views.global.count=1: use 2 or more"):
-        dino().meet({}, {"global": View()})
+        dino().connect({}, {"global": View()})
     with pytest.raises(Refusal, match="local=global"):
         dino(local="global")

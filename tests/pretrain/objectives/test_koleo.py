@@ -122,10 +122,10 @@ def test_two_processes(name: str) -> None:
 def test_the_pass_of_ibot_serves_both() -> None:
     made = made_koleo()
     assert made.passes == {"student": Pass("global", crops=None)}
-    made.meet({"koleo": made, "ibot": made_ibot()}, VIEWS)
-    assert made.passes == {"student": Pass("global", crops=None, masked="ibot")}
+    made.connect({"koleo": made, "ibot": made_ibot()}, VIEWS)
+    assert made.passes == {"student": Pass("global", crops=None, mask_of="ibot")}
     made = made_koleo(view="other")
-    made.meet({"ibot": made_ibot()}, {**VIEWS, "other": View(size=24)})
+    made.connect({"ibot": made_ibot()}, {**VIEWS, "other": View(size=24)})
     assert made.passes == {"student": Pass("other", crops=None)}
 
 

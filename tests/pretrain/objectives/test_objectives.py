@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import BACKBONES, NONE, VIT, backbone, batch, task
+from small import BACKBONES, NONE, VIT, backbone, batch, options_for, task
 from torch.nn import functional as F
 
 from common import positions
@@ -16,7 +16,7 @@ from common.models import ModelConfig, create
 from evaluate.job.objectives import facts_of
 from pretrain import objectives
 from pretrain.leaks.controls import rearrange
-from pretrain.task import build, resolve
+from pretrain.task import build
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -98,6 +98,12 @@ def test_weights_sum_and_zero_leaves_out() -> None:
     assert set(task({"absolute": {}, "relative": {"weight": 0}}).objectives) == {"absolute"}
 
 
+def test_options_that_were_not_resolved_build_nothing() -> None:
+    for name, option in (("relative", "pairs"), ("absolute", "loss_on"), ("classification", "pool")):
+        with pytest.raises(ValueError, match=rf"objectives\.{name}\.{option}=auto: options are resolved first"):
+            objectives.build(name, objectives.options(name, {}), backbone())
+
+
 def test_equal_passes_are_run_once() -> None:
     made = task({"absolute": {}, "relative": {}})
     calls = []
@@ -136,12 +142,12 @@ def test_what_is_not_understood_is_refused(wanted: dict[str, Any], words: str) -
 def test_one_patch_has_no_position() -> None:
     made = create(ModelConfig("vit_tiny_patch16_224", VIT), 8)
     with pytest.raises(Refusal, match="one patch has no position"):
-        build(made, resolve({"absolute": {}}), {"global": View(size=8)})
+        build(made, options_for({"absolute": {}}, made), {"global": View(size=8)})
 
 
 def test_a_view_that_nobody_looks_at_is_refused() -> None:
     with pytest.raises(Refusal, match="no objective looks at view 'locl'"):
-        build(backbone(), resolve({"absolute": {}}), {"global": View(size=24), "locl": View(size=24)})
+        build(backbone(), options_for({"absolute": {}}, backbone()), {"global": View(size=24), "locl": View(size=24)})
 
 
 def test_every_file_is_an_objective() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import options_for
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from common.errors import Refusal
 from common.models import Features, ModelConfig, create
 from common.models.plan import TokenPlan
 from pretrain import objectives
+from pretrain.automatic import suited
 from pretrain.objectives import relative
 from pretrain.objectives.relative import Relative
 
@@ -26,7 +28,8 @@ HEADS = ("half", "separable", "regression")
 def objective(grid: tuple[int, int] = (2, 3), width: int = 8, **given: Any) -> Relative:
     torch.manual_seed(0)
     backbone: Any = SimpleNamespace(grid=grid, width=width)
-    return Relative(objectives.options("relative", given), backbone)
+    options, _ = suited({"relative": objectives.options("relative", given)}, grid, class_token=True)
+    return Relative(options["relative"], backbone)
 
 
 def features(tokens: Tensor, grid: tuple[int, int] = (2, 3), kept: Tensor | None = None) -> dict[str, Features]:
@@ -332,7 +335,9 @@ def test_keeps_to_a_backbone_s_plan() -> None:
     """From pixels: a real ViT, half of the patches kept, and every parameter trained."""
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     backbone = create(ModelConfig("vit_tiny_patch16_224", kwargs), [16, 24])
-    made: Any = objectives.build("relative", objectives.options("relative", {"keep": 0.5, "diagonal": False}), backbone)
+    made: Any = objectives.build(
+        "relative", options_for({"relative": {"keep": 0.5, "diagonal": False}}, backbone)["relative"], backbone
+    )
     plan = made.passes["tokens"].plan
     backbone.use_plans({plan})
     drawn = [plan.draw(np.random.default_rng(seed), 6) for seed in range(3)]
