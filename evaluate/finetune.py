@@ -36,7 +36,7 @@ from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
 from evaluate.finetuning.augment import rand_augment
 from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
-from evaluate.finetuning.training import at_size, bits, train
+from evaluate.finetuning.training import at_size, bits, finetune
 from evaluate.job import frozen, recipes
 from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     for row, judged in subjects:
         for seed in job.seeds:
             job.say(f"{LABELS[row] if row == 'random' else judged.name}, seed {seed}:")
-            history, added = train(job, config, judged, seed, identity, recipes.folder_of(job), accelerator, stop)
+            history, added = finetune(job, config, judged, seed, identity, recipes.folder_of(job), accelerator, stop)
             if stop.received is not None:
                 job.say("stopped: no report is written; the same command with --resume goes on")
                 return stop.status

@@ -25,7 +25,8 @@ from common.processes import collectives
 from common.processes.launch import set_threads, usable_cores
 from common.processes.stopping import Stopped, StopSignal, at_once
 from common.training import precision, schedules
-from common.training.optim import parameter_groups
+from common.training.optim import Optimization, parameter_groups
+from common.training.run import Feed
 from common.training.tracking import patient
 from pretrain import automatic, objectives
 from pretrain.automatic import Facts, Labels, Settled
@@ -79,6 +80,12 @@ class Parts:
             len(self.train), config.batch, config.seed, self.steps, start,
             process.process_index, process.num_processes, config.accumulate,
         )  # fmt: skip
+
+    @property
+    def feed(self) -> Feed:
+        """Where the batches of this process come from."""
+        workers = self.config.loader.workers or 0
+        return Feed(self.samples, self.sampler, workers, self.images, self.limit, self.look)
 
     def agree_on(self, run: Path | None) -> Path:
         """The run folder that the first process made, known to all."""
@@ -255,39 +262,20 @@ def _measured(
     return settled, chosen[0].seconds
 
 
-def optimizer_for(config: PretrainConfig, task: Pretraining) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters."""
+def optimization_for(config: PretrainConfig, task: Pretraining, steps: int) -> Optimization:
+    """AdamW over the trained parameters of a task, and its schedules over a run of so many `steps`: the learning rate
+    is scaled with the batch, warmed up, then as optimizer.schedule says."""
     options = config.optimizer
     decay = schedules.parse(options.weight_decay, "optimizer.weight_decay")
     groups = parameter_groups(task, decay.at(0.0), options.layer_decay, options.patch_embed_lr, options.decay_tokens)
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(options.betas), fused=True)  # type: ignore[arg-type]
-
-
-def schedule_for(config: PretrainConfig, steps: int) -> Callable[[int], float]:
-    """Learning rate of a 0-based step: scaled with the batch, warmed up, then as optimizer.schedule says."""
-    options = config.optimizer
     scale = config.batch / 256 if options.scaling == "linear" else math.sqrt(config.batch / 256)
-    warmup = round(options.warmup * steps)
-    peak, floor = options.lr * scale, options.min_lr * scale
-    return lambda step: schedules.rate(step, steps, warmup, peak, floor, options.schedule)
-
-
-def fit_options(parts: Parts) -> dict[str, Any]:
-    """What `fit` is told of a recipe's steps, in training and in a replay."""
-    config = parts.config
-    return {
-        "steps": parts.steps,
-        "accumulate": config.accumulate,
-        "clip": config.optimizer.clip,
-        "clip_by": config.optimizer.clip_by,
-        "weight_decay": decay_for(config, parts.steps),
-        "log_every": config.log_every,
-        "images_per_step": config.batch,
-        "observer": parts.task,
-    }
-
-
-def decay_for(config: PretrainConfig, steps: int) -> Callable[[int], float] | None:
-    """Weight decay of a 0-based step; None if it stays what it is."""
-    decay = schedules.parse(config.optimizer.weight_decay, "optimizer.weight_decay")
-    return None if decay.schedule == "constant" else lambda step: decay.at(step / steps)
+    warmup, peak, floor = round(options.warmup * steps), options.lr * scale, options.min_lr * scale
+    return Optimization(
+        torch.optim.AdamW(groups, lr=0.0, betas=tuple(options.betas), fused=True),  # type: ignore[arg-type]
+        lambda step: schedules.rate(step, steps, warmup, peak, floor, options.schedule),
+        None if decay.schedule == "constant" else lambda step: decay.at(step / steps),
+        config.accumulate,
+        options.clip,
+        options.clip_by,
+        options.most_skipped,
+    )

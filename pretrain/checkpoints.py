@@ -1,96 +1,117 @@
-"""Exact resume: what is stored at a checkpoint, and how a run goes on from it."""
+"""A run's checkpoints: what is stored beside the weights, which run a state belongs to, and how one goes on from it.
 
-import time
+RUN/config.yaml                 every option, and the run's name, drawn at its birth
+RUN/state/step_00000100/        checkpoints
+RUN/flight/step_00000122/       checkpoints too: what step 123 began with, which was not finite
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from omegaconf import OmegaConf
 
+from common import commands
+from common import config as configuration
 from common.batches.views import height_width
 from common.checkpoints import changes, private, public, storage
-from common.checkpoints.run_folder import commit
-from common.checkpoints.stored_state import read_checkpoint, restore
+from common.checkpoints.run_folder import CONFIG, commit
 from common.data.images import KIND
 from common.data.location import location_of
 from common.errors import Refusal
-from common.training.averages import Averages
-from common.training.random_state import random_state
-from common.training.tracking import Tracker
-from pretrain import identity
+from common.training.checkpoints import Checkpoints
 from pretrain.assemble import Parts
-from pretrain.config import store, stored_in
+from pretrain.config import MAY_GROW, PretrainConfig, may_change, store, stored_in
 from pretrain.task import Pretraining
 
+FLIGHT = "flight"
+MOST = 3  # bad steps of a run of which is kept what they began with: each as large as a checkpoint
+NAME = re.compile(r"^# run ([0-9a-f]{16})$", re.MULTILINE)  # in config.yaml: it stays with a folder that is moved
+NAMED = 5  # options that a refusal names
 
-class Checkpoints:
-    """Writes and reads the checkpoints of one run."""
+
+class PretrainCheckpoints(Checkpoints):
+    """The checkpoints of a run of pretraining."""
 
     def __init__(self, run: Path, parts: Parts, accelerator: Accelerator, recipe: str) -> None:
-        self.run, self.parts, self.accelerator, self.recipe = run, parts, accelerator, recipe
-        self.averages = Averages()  # of the steps since the last line of the log
+        super().__init__(run, parts.config, accelerator)
+        self.parts, self.config, self.recipe = parts, parts.config, recipe
         self.begun_from = parts.init  # what was done to the weights of model.init, which a resume does not load
         self.changed = ""  # where another version went on, and what it does otherwise
         self.commit = commit()
-        self.saved = time.monotonic()
+        self.name: str | None = None  # of the run that wrote what is resumed
+        self.left = MOST - len(list((run / FLIGHT).glob("step_*")))
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`, by steps or by this process's clock."""
-        config = self.parts.config
-        if config.checkpoint_every is not None and step % config.checkpoint_every == 0:
-            return True
-        if config.milestone_every is not None and step % config.milestone_every == 0:
-            return True
-        return config.checkpoint_minutes > 0 and time.monotonic() - self.saved > 60 * config.checkpoint_minutes
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for good."""
+        return self.config.milestone_every is not None and step % self.config.milestone_every == 0
 
-    def save(self, step: int, task: torch.nn.Module, optimizer: Any, tracker: Tracker) -> None:
-        """Store everything that step + 1 depends on, with the backbone for evaluation. Every process calls it. Raises
-        Refusal, in all of them, for weights that are not finite."""
-        process, config, accelerator = self.parts.process, self.parts.config, self.accelerator
-        self._refuse_broken(step, accelerator.unwrap_model(task))
-        random, averages = [random_state()], [self.averages.state()]
-        if process.num_processes > 1:
-            random, averages = gather_object(random), gather_object(averages)
-        if process.is_main_process:
-            tracker.sync()
-            private.save_state(
-                self.run,
-                step,
-                self.state(step, task, optimizer, random, averages),
-                lambda to: self._export(to, step, accelerator.unwrap_model(task)),
-                config.keep,
-                milestone=config.milestone_every is not None and step % config.milestone_every == 0,
+    def save(self, step: int, task: torch.nn.Module, optimizer: Any, sync: Callable[[], None]) -> None:
+        """Store everything that step + 1 depends on, with the backbone for evaluation. Raises Refusal, in all
+        processes, for weights that are not finite: whoever continues from them would find out much later."""
+        broken = not_finite(self.accelerator.unwrap_model(task))
+        if broken is not None:
+            last = max((self.folder / "state").glob("step_*"), default=None)
+            raise Refusal(
+                f"the weights are not finite after step {step} (such as {broken}): nothing was written; "
+                + (
+                    "there is no earlier checkpoint: begin again with a lower optimizer.lr"
+                    if last is None
+                    else f"the last checkpoint, {last}, is intact: begin again with a lower optimizer.lr, perhaps from "
+                    f"its backbone (model.init={self.folder}), or continue from it with --resume {self.folder}"
+                )
             )
-        self.saved = time.monotonic()
-        accelerator.wait_for_everyone()
+        super().save(step, task, optimizer, sync)
 
-    def state(
-        self, step: int, task: torch.nn.Module, optimizer: Any, random: list[dict[str, Any]], averages: list[Any]
-    ) -> dict[str, Any]:
-        """All that step + 1 depends on, and its line of the log; `random`, `averages`: `random_state()` and
-        `Averages.state()` of every process."""
-        scaler = self.accelerator.scaler
+    def facts(self) -> dict[str, Any]:
+        """Return what a state says of its run."""
         return {
-            "step": step,
-            "identity": identity.stored(self.run, self.parts.config),
+            "identity": {"run": name_of(self.folder), "options": json.dumps(learned(self.config))},
             "recipe": self.recipe,
             "begun_from": self.begun_from,
-            "version": changes.VERSION,
             "changed": self.changed,
             "fingerprint": self.parts.fingerprint,
             "ages": self.parts.ages,
-            "task": self.accelerator.unwrap_model(task).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "random": random,
-            "averages": averages,
+            "steps": self.parts.steps,
         }
 
-    def _export(self, folder: Path, step: int, task: Pretraining) -> None:
+    def accept(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over what a state says of its run. Raises Refusal if that is another, or has other images."""
+        print_, config = self.accelerator.print, self.config
+        self.name = refuse_other(folder, state, self.folder, config)
+        if not self.parts.images.has_fingerprint(str(state.get("fingerprint"))):
+            raise Refusal(self._other_images(str(state.get("fingerprint"))))
+        moved = stored_in(self.folder).data != config.data
+        if not moved and (line := touched(str(state.get("ages", "")), self.parts.ages)):
+            print_(f"warning: files at data={config.data} {line}")
+        self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
+        self.begun_from = str(state.get("begun_from", ""))
+        self.changed = str(state.get("changed", ""))
+        now = changes.note(changes.version_of(state), state["step"], changed(self.parts))
+        if now and state["step"] < self.parts.steps:
+            self.changed = "; ".join(filter(None, (self.changed, now)))
+            print_(f"warning: {now}; for what it would have become, resume a copy with the version that wrote it")
+        if isinstance(state.get("task"), dict):  # of runs from before it was counted
+            state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
+
+    def resume(self, task: torch.nn.Module, optimizer: Any, steps: int) -> int:
+        """Go on from the newest whole checkpoint; returns its step, 0 if there is none. What was changed at this resume
+        is stored from now on."""
+        step = super().resume(task, optimizer, steps)
+        if self.accelerator.is_main_process:
+            line = f"# run {self.name}" if self.name is not None else new_name()  # of runs from before there were names
+            store(self.folder, self.config, None if name_of(self.folder) is not None else line)
+        return step
+
+    def export(self, folder: Path, task: Pretraining, step: int) -> None:
         """Write the backbone to be evaluated, the teacher's or the student's; with export=both the student's beside the
         teacher's."""
-        wanted = self.parts.config.export
+        wanted = self.config.export
         first, second = {"both": ("teacher", "student")}.get(wanted, (wanted, None))
         for who, name in ((first, storage.WEIGHTS), (second, storage.STUDENT)):
             if who is None:
@@ -101,26 +122,8 @@ class Checkpoints:
             description = public.describe(backbone, task.position, task.pooling, training)
             public.export(folder, backbone, description, name)
 
-    def _refuse_broken(self, step: int, task: Pretraining) -> None:
-        """Raises Refusal if a weight is not finite: whoever continues from it would find out much later. Processes hold
-        equal weights, so that all judge alike."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in task.parameters()])
-        if finite.all():
-            return
-        broken = next(name for (name, _), fine in zip(task.named_parameters(), finite, strict=True) if not fine)
-        last = max((self.run / "state").glob("step_*"), default=None)
-        raise Refusal(
-            f"the weights are not finite after step {step} (such as {broken}): nothing was written; "
-            + (
-                "there is no earlier checkpoint: begin again with a lower optimizer.lr"
-                if last is None
-                else f"the last checkpoint, {last}, is intact: begin again with a lower optimizer.lr, perhaps from its "
-                f"backbone (model.init={self.run}), or continue from it with --resume {self.run}"
-            )
-        )
-
     def _training(self, step: int) -> dict[str, Any]:
-        config = self.parts.config
+        config = self.config
         return {
             "recipe": self.recipe,
             "init": config.model.init,
@@ -141,33 +144,33 @@ class Checkpoints:
             "commit": self.commit,
         }
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint, or None; what was changed at this resume is stored from now on.
+    def keep_state(self, step: int, state: Callable[[], dict[str, Any]], task: Pretraining) -> str:
+        """Keep the state before a bad step as a checkpoint under flight/, from which it can be taken again; returns
+        what to say of it. A full disk is told and borne."""
+        parent = self.folder / FLIGHT
+        folder = parent / f"step_{step - 1:08d}"
+        if folder.exists():
+            return f"it was kept before: {self.repetition(folder, step)}"
+        if (broken := not_finite(task)) is not None:
+            return f"the weights were not finite before it (such as {broken}), and are not kept"
+        if self.left < 1:
+            return f"what it began with is not kept: there are {MOST} such checkpoints in {parent}"
+        self.left -= 1  # also if it fails: a disk does not become empty
+        try:
+            private.write_checkpoint(parent, step - 1, state(), lambda to: self.export(to, task, step - 1))
+        except OSError as error:
+            return f"warning: what it began with could not be written to {parent}: {error}"
+        return f"to take it again: {self.repetition(folder, step)}"
 
-        Raises Refusal if its data are not this run's.
-        """
-        print_ = self.accelerator.print
-        folder = private.newest_whole(self.run, lambda line: print_(f"warning: {line}"))
-        state = None if folder is None else read_checkpoint(folder)
-        name = None
-        if folder is not None and state is not None:
-            name = identity.refuse_other(folder, state, self.run, self.parts.config)
-            if not self.parts.images.has_fingerprint(str(state.get("fingerprint"))):
-                raise Refusal(self._other_images(str(state.get("fingerprint"))))
-            moved = stored_in(self.run).data != self.parts.config.data
-            if not moved and (line := touched(str(state.get("ages", "")), self.parts.ages)):
-                print_(f"warning: files at data={self.parts.config.data} {line}")
-            self.recipe = str(state.get("recipe", self.recipe))  # not the name of the folder that is resumed
-            self.begun_from = str(state.get("begun_from", ""))
-            self.changed = str(state.get("changed", ""))
-            now = changes.note(changes.version_of(state), state["step"], changed(self.parts))
-            if now and state["step"] < self.parts.steps:
-                self.changed = "; ".join(filter(None, (self.changed, now)))
-                print_(f"warning: {now}; for what it would have become, resume a copy with the version that wrote it")
-        if self.accelerator.is_main_process:
-            line = f"# run {name}" if name is not None else identity.new_line()  # of runs from before there were names
-            store(self.run, self.parts.config, None if identity.name_of(self.run) is not None else line)
-        return state
+    def repetition(self, folder: Path, step: int) -> str:
+        """What to type to take `step` again from the checkpoint before it."""
+        processes = self.accelerator.num_processes
+        words = ("--resume", folder, f"steps={step}", "diagnose=true")
+        return commands.command("pretrain", *words, processes=processes)
+
+    def seen(self) -> str:
+        """Return what this process saw of the step that is not finite."""
+        return self.parts.task.witness.seen() if self.parts.task.witness is not None else ""
 
     def _other_images(self, fingerprint: str) -> str:
         """Why images of another `fingerprint` are not those of this run."""
@@ -178,22 +181,10 @@ class Checkpoints:
                 "of a folder) and read what is linked twice: put copies in the places of links, or begin again"
             )
         return (
-            f"--resume {self.run}: the images at data={self.parts.config.data} are not those it began with "
+            f"--resume {self.folder}: the images at data={self.config.data} are not those it began with "
             f"(fingerprint {self.parts.fingerprint}, not {fingerprint}); point data= at the same images (and "
             f"data_train=, data_image=, data_label=, where they say what is read){earlier}"
         )
-
-    def resume(self, task: torch.nn.Module, optimizer: Any) -> int:
-        """Go on from the newest whole checkpoint; returns its step, 0 if there is none."""
-        state = self.load()
-        return 0 if state is None else self.restore(state, task, optimizer)
-
-    def restore(self, state: dict[str, Any], task: torch.nn.Module, optimizer: Any) -> int:
-        """Put `state` into the prepared task and optimizer, and the random generators; returns its step."""
-        if isinstance(state.get("task"), dict):  # of runs from before it was counted
-            state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
-        module = self.accelerator.unwrap_model(task)
-        return restore(state, module, optimizer, self.averages, self.accelerator, self.parts.steps, self.run / "state")
 
 
 def changed(parts: Parts) -> list[str]:
@@ -227,6 +218,62 @@ def touched(before: str, now: str) -> str:
     return ""
 
 
-def seed_process(seed: int, process_index: int) -> None:
-    """Dropout's generator: one stream per process."""
-    torch.manual_seed(seed * 1_000_003 + process_index)
+def not_finite(task: torch.nn.Module) -> str | None:
+    """The name of a parameter that is not finite, if there is one. Processes hold equal weights, so all judge alike."""
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in task.parameters()])
+    if finite.all():
+        return None
+    return next(name for (name, _), fine in zip(task.named_parameters(), finite, strict=True) if not fine)
+
+
+def new_name() -> str:
+    """The line of config.yaml that names a new run."""
+    return f"# run {secrets.token_hex(8)}"
+
+
+def name_of(run: Path) -> str | None:
+    """The name in a run's config.yaml; None for runs from before there was one."""
+    match = NAME.search((run / CONFIG).read_text(errors="replace", encoding="utf-8"))
+    return match.group(1) if match else None
+
+
+def learned(config: PretrainConfig) -> dict[str, Any]:
+    """The options that decide what is learned, as {dotted key: value}, in JSON's types."""
+    whole = configuration.flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    kept = {name: value for name, value in whole.items() if not may_change(name) and name not in MAY_GROW}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def refuse_other(folder: Path, state: Mapping[str, Any], run: Path, config: PretrainConfig) -> str | None:
+    """The name of the run that wrote the checkpoint in `folder`, whose content is `state`; None if it does not say.
+
+    Raises Refusal if that is another run than `run`. A state from before there were names is asked what its backbone's
+    description says: seed, batch and objectives.
+    """
+    about = state.get("identity")
+    try:
+        if about is None:
+            training = json.loads((folder / storage.DESCRIPTION).read_text(encoding="utf-8"))["training"]
+            theirs = {name: training[name] for name in ("seed", "batch", "objectives") if name in training}
+            name = None
+        else:
+            theirs, name = json.loads(about["options"]), about["run"]
+        theirs = configuration.flat(theirs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{folder} does not say which run it is of ({type(error).__name__}): {_help(run)}") from None
+    mine, here = learned(config), name_of(run)
+    differ = [f"{key}={theirs[key]}, here {mine[key]}" for key in sorted(mine.keys() & theirs.keys())
+              if theirs[key] not in (mine[key], "auto")]  # fmt: skip  # auto: it was resolved later, where it was used
+    if differ:
+        more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+        raise Refusal(f"{folder} is of another run, with {'; '.join(differ[:NAMED])}{more}: {_help(run)}")
+    if None not in (name, here) and name != here:
+        raise Refusal(f"{folder} is of another run, {name} (config.yaml of this one says {here}): {_help(run)}")
+    return name
+
+
+def _help(run: Path) -> str:
+    return (
+        f"put back the state/ that {run} had, with its config.yaml; or resume the folder that the state came from; to "
+        "begin from another run's weights there is model.init=RUN"
+    )

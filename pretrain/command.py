@@ -1,20 +1,20 @@
 """The command line of `pretrain/run.py`: words to options."""
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config as configuration
 from common.checkpoints.run_folder import CONFIG
+from common.checkpoints.storage import MANIFEST
 from common.commands import Parser
-from common.data.location import OPTIONS
 from common.errors import Refusal
 from common.paths import expanded_path
-from pretrain import flight, identity, objectives
+from pretrain import objectives
+from pretrain.checkpoints import new_name
 from pretrain.config import PretrainConfig, check, load, option_names, resumed
 
-MOVED = tuple(OPTIONS.values())  # options that a replayed step may differ in
+OLD_RECORD = "record.json"  # of a bad step, by versions up to commit a0f5e39
 
 
 @dataclass
@@ -25,9 +25,15 @@ class Arguments:
     recipe: Path | None = None
     words: list[str] = field(default_factory=list)  # key=value
     resume: Path | None = None
-    replay: Path | None = None  # the record of a step
+    checkpoint: Path | None = None  # of that run, after which steps are taken again
+    last: int | None = None  # of those steps
     dry_run: bool = False
     overwrite: bool = False
+
+    @property
+    def typed(self) -> set[str]:
+        """Names of the options that were given; of a run that is resumed its batch is."""
+        return {"batch"} if self.resume is not None else {word.partition("=")[0] for word in self.words}
 
 
 def parse(argv: list[str], usage: str) -> Arguments:
@@ -38,7 +44,6 @@ def parse(argv: list[str], usage: str) -> Arguments:
     parser = Parser(add_help=False, options=option_names())
     parser.add_argument("words", nargs="*")
     parser.add_argument("--resume", type=expanded_path)
-    parser.add_argument("--replay", type=expanded_path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     given = parser.parse_intermixed_args(argv)
@@ -46,13 +51,18 @@ def parse(argv: list[str], usage: str) -> Arguments:
     words = [word for word in given.words if "=" in word]
     if len(recipes) > 1:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
-    if given.replay is not None:
-        return _replayed(given, recipes, words)
     if given.resume is not None:
         if recipes or given.overwrite:
             raise Refusal(
                 f"--resume {given.resume} continues the stored recipe: leave out "
                 f"{recipes[0] if recipes else '--overwrite'}"
+            )
+        if (given.resume / MANIFEST).is_file():
+            return _repeated(given.resume.resolve(), words, given.dry_run)
+        if (given.resume / OLD_RECORD).is_file():
+            raise Refusal(
+                f"--resume {given.resume} is a record of an earlier version: commit a0f5e39 repeats that step, with "
+                f"pretrain/run.py --replay {given.resume}"
             )
         if not (given.resume / CONFIG).is_file():
             raise Refusal(f"--resume {given.resume}: no run there (expected a folder with {CONFIG})")
@@ -61,25 +71,27 @@ def parse(argv: list[str], usage: str) -> Arguments:
     return Arguments(recipe.stem, recipe, words, dry_run=given.dry_run, overwrite=given.overwrite)
 
 
-def _replayed(given: argparse.Namespace, recipes: list[str], words: list[str]) -> Arguments:
-    """What `--replay RECORD` stands for. Raises Refusal for anything beside it but where the images are."""
-    flags = {"--resume": given.resume is not None, "--overwrite": given.overwrite, "--dry-run": given.dry_run}
-    others = [flag for flag, there in flags.items() if there] + recipes
-    others += [word for word in words if word.partition("=")[0] not in MOVED]
-    if others:
+def _repeated(folder: Path, words: list[str], dry_run: bool) -> Arguments:
+    """What `--resume CHECKPOINT steps=N diagnose=true` stands for. Raises Refusal for anything else."""
+    run = folder.parents[1]
+    lasts = [word.partition("=")[2] for word in words if word.startswith("steps=")]
+    if "diagnose=true" not in words or dry_run:
         raise Refusal(
-            f"--replay {given.replay} repeats a step as it was: leave out {others[0]} (only "
-            f"{' and '.join(f'{name}=' for name in MOVED)} may be given, where the images were moved)"
+            f"--resume {folder} is one checkpoint of {run}: --resume {run} goes on from its newest one; to take the "
+            "steps after this one again, up to step N, and see what in them is not finite: steps=N diagnose=true"
         )
-    flight.read(given.replay)
-    return Arguments(given.replay.name, None, words, replay=given.replay.resolve())
+    if not (run / CONFIG).is_file():
+        raise Refusal(f"--resume {folder}: it lies in no run (expected {run / CONFIG})")
+    if lasts and not lasts[-1].isdecimal():
+        raise Refusal(f"steps={lasts[-1]}: expected the number of the last step to take again")
+    others = [word for word in words if not word.startswith("steps=")]
+    return Arguments(run.name, None, others, run, folder, int(lasts[-1]) if lasts else None)
 
 
 def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
     """The options, and the run folder that was named (None: it numbers itself). Raises Refusal."""
-    stored = arguments.resume or arguments.replay
-    if stored is not None:
-        config = resumed(stored, arguments.words)
+    if arguments.resume is not None:
+        config = resumed(arguments.resume, arguments.words)
         check(config)
         return config, arguments.resume
     config = load(arguments.recipe, arguments.words)
@@ -89,7 +101,7 @@ def read(arguments: Arguments) -> tuple[PretrainConfig, Path | None]:
 def written(config: PretrainConfig, reasons: dict[str, str]) -> str:
     """config.yaml: every option as it was resolved, with where the automatic ones came from."""
     lines = [f"# {name}: {reason}" for name, reason in sorted(reasons.items())]
-    return "\n".join([identity.new_line(), "# Automatic values", *lines, configuration.as_yaml(config)])
+    return "\n".join([new_name(), "# Automatic values", *lines, configuration.as_yaml(config)])
 
 
 def help_text(usage: str) -> str:
@@ -98,9 +110,9 @@ def help_text(usage: str) -> str:
         usage.strip(),
         "",
         "  --resume RUN   continue an interrupted run",
-        "  --replay RECORD",
-        "                 repeat a step that was not finite (RUN/flight/step_*) and tell what in it was not; status 0",
-        "                 if every number is as recorded, 1 if not",
+        "  --resume CHECKPOINT steps=N diagnose=true",
+        "                 take the steps after a checkpoint (RUN/flight/step_*, RUN/state/step_*) again, up to step N,",
+        "                 and say what in them is not finite; status 1 if one was not. Writes nothing",
         "  --dry-run      print the resolved options, cost and speed; write nothing",
     ]
     parts += [

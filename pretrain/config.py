@@ -170,6 +170,9 @@ class PretrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     allow_leak: bool = False
     """Train although the audit found that the answer is in the question; the checkpoint and every table say so."""
+    diagnose: bool = False
+    """Name the module whose output, and the weights whose gradient, is not finite where a step is not; slow, and
+    without model.compile."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     views: dict[str, View] = field(default_factory=lambda: {"global": View()})
@@ -194,6 +197,7 @@ MAY_CHANGE = (
     "tensorboard",
     "export",
     "allow_leak",
+    "diagnose",
     *OPTIONS.values(),
     "run",
 )

@@ -10,16 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.batches.sampler import HELD_OUT_EPOCH
-from common.batches.samples import loader
 from common.batches.unreadable import LISTED
 from common.models.backbone import count_parameters
 from common.models.create import set_attention
 from common.processes import group
 from common.processes.launch import active_pil
-from common.training.optim import clip_gradients
 from common.training.precision import DTYPES
 from common.training.tracking import clock, patient
-from pretrain.assemble import Parts, optimizer_for, schedule_for
+from pretrain.assemble import Parts, optimization_for
 from pretrain.command import written
 from pretrain.monitoring.pace import advice, step_seconds
 
@@ -118,14 +116,11 @@ def _calibrate(parts: Parts, accelerator: Any, heed: Callable[[], None]) -> tupl
     if expected is not None and FEWEST * expected > BUDGET:
         batch = max(2 * unit, int(config.batch * BUDGET / (FEWEST * expected)) // unit * unit)
         batch = min(batch, config.batch)
-    task, optimizer = accelerator.prepare(parts.task, optimizer_for(config, parts.task))
-    schedule = schedule_for(config, parts.steps)
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = schedule(0) * parameters["lr_scale"]
+    optimization = optimization_for(config, parts.task, parts.steps)
+    task, optimizer = accelerator.prepare(parts.task, optimization.optimizer)
+    optimization.set_rates(1)
     timed = dataclasses.replace(parts, config=dataclasses.replace(config, batch=batch), steps=CALIBRATION)
-    batches = iter(
-        loader(parts.samples, timed.sampler(0), config.loader.workers or 0, parts.process.device.type == "cuda")
-    )
+    batches = iter(timed.feed.batches(0, accelerator.device))
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     seconds, waits = list[float](), list[float]()
     say = functools.partial(accelerator.print, flush=True)
@@ -142,7 +137,7 @@ def _calibrate(parts: Parts, accelerator: Any, heed: Callable[[], None]) -> tupl
                 accelerator.backward(task(part)["loss"] / config.accumulate)
                 heed()
             parts.task.before_update()
-            float(clip_gradients(accelerator, parameters, config.optimizer.clip, config.optimizer.clip_by))
+            float(optimization.clip_gradients(accelerator, parameters))
             optimizer.step()
             optimizer.zero_grad()
             parts.task.after_step(taken=True)

@@ -17,13 +17,15 @@ from common.errors import Refusal
 from common.models import Backbone, Features
 from common.training import ema
 from common.training.schedules import Schedule
+from common.training.task import Task
 from pretrain import objectives
+from pretrain.monitoring.witness import Witness
 from pretrain.objectives import Objective, Objectives, Pass, Positional
 
 T = TypeVar("T")
 
 
-class Pretraining(nn.Module):
+class Pretraining(Task):
     """The only trainable module of a run: runs each distinct pass once and hands the features to every objective."""
 
     skipped: Tensor
@@ -40,6 +42,7 @@ class Pretraining(nn.Module):
             self.teacher = ema.copy_of(backbone)  # type: ignore[assignment]
         self.momentum = Schedule("constant", 1.0, 1.0)  # of the teachers: who makes the task says which
         self.progress, self.measured = 0.0, True
+        self.witness: Witness | None = None
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps that were not taken
 
     @property
@@ -111,11 +114,15 @@ class Pretraining(nn.Module):
         """Tell every objective which share of the training is done, and whether its statistics are looked at: functions
         of the step alone, so that a resumed run hears the same."""
         self.progress, self.measured = progress, measured
+        if self.witness is not None:
+            self.witness.begin_step()
         for objective in self.objectives.values():
             objective.begin_step(progress, measured)
 
     def before_update(self) -> None:
         """Between backward and clipping."""
+        if self.witness is not None:
+            self.witness.before_update(self)
         for objective in self.objectives.values():
             objective.before_update()
 

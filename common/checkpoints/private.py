@@ -36,15 +36,43 @@ def save_state(
 ) -> None:
     """Write the checkpoint of `step` under run/state, then drop the oldest beyond the last `keep`; milestones stay.
 
-    `state`: tensors, numbers, strings and containers of them; `export_to(folder)` writes one backbone there, or two,
-    which are then copied to the run folder. Raises OSError (a full disk, say) with every earlier checkpoint intact.
+    What `export_to` writes is then copied to the run folder, see `write_checkpoint`. Raises OSError (a full disk, say)
+    with every earlier checkpoint intact.
     """
+    for name in PUBLIC:
+        sweep(run / name)
     parent = run / "state"
+    try:
+        final = write_checkpoint(parent, step, state, export_to, milestone)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the checkpoint of step {step} to {parent}: {error}; "
+            f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} "
+            "from the checkpoint before"
+        ) from error
+    for name in PUBLIC:
+        if (final / name).exists():
+            write_atomically(run / name, partial(shutil.copyfile, final / name), needed=(final / name).stat().st_size)
+        else:  # exported before, and no longer: it would be of an earlier step than what lies beside it
+            (run / name).unlink(missing_ok=True)
+    checkpoints = checkpoints_of(run)
+    newer = [path for path in checkpoints if int(path.name[5:]) > step]  # damaged, or this run had gone on from there
+    for old in (*newer, *checkpoints[len(newer) :][keep:]):
+        if old in newer or not (old / MILESTONE).exists():
+            shutil.rmtree(old)
+
+
+def write_checkpoint(
+    parent: Path, step: int, state: dict[str, Any], export_to: Callable[[Path], None], milestone: bool = False
+) -> Path:
+    """Write the checkpoint of `step` as a folder of `parent`, whole or not at all; returns it.
+
+    `state`: tensors, numbers, strings and containers of them; `export_to(folder)` writes one backbone there, or two.
+    Raises OSError, which says why in a line.
+    """
     parent.mkdir(exist_ok=True)
     for left in parent.glob(".writing-*"):  # an earlier attempt was cut short
         shutil.rmtree(left, ignore_errors=True)
-    for name in PUBLIC:
-        sweep(run / name)
     aside, final = parent / f".writing-{step:08d}", parent / f"step_{step:08d}"
     try:
         aside.mkdir()
@@ -63,22 +91,8 @@ def save_state(
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         shutil.rmtree(aside, ignore_errors=True)
         first = error.__cause__ if isinstance(error, DiskFull) else error
-        reason = str(first).splitlines()[0]  # torch tells its stack below; and a full disk as "unexpected pos"
-        raise OSError(
-            f"cannot write the checkpoint of step {step} to {parent}: {reason}; "
-            f"{shutil.disk_usage(parent).free:,} bytes are free there: make room, then continue with --resume {run} "
-            "from the checkpoint before"
-        ) from error
-    for name in PUBLIC:
-        if (final / name).exists():
-            write_atomically(run / name, partial(shutil.copyfile, final / name), needed=(final / name).stat().st_size)
-        else:  # exported before, and no longer: it would be of an earlier step than what lies beside it
-            (run / name).unlink(missing_ok=True)
-    checkpoints = checkpoints_of(run)
-    newer = [path for path in checkpoints if int(path.name[5:]) > step]  # damaged, or this run had gone on from there
-    for old in (*newer, *checkpoints[len(newer) :][keep:]):
-        if old in newer or not (old / MILESTONE).exists():
-            shutil.rmtree(old)
+        raise OSError(str(first).splitlines()[0]) from error  # torch tells its stack below; and a full disk otherwise
+    return final
 
 
 def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
@@ -86,7 +100,7 @@ def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
     told to `warn`. Raises Refusal if there are checkpoints and none of them is whole."""
     checkpoints = checkpoints_of(run)
     for folder in checkpoints:
-        damage = next(_damage(folder), None)
+        damage = damage_of(folder)
         if damage is None:
             return folder
         warn(f"checkpoint {folder} is damaged ({damage}); trying the one before")
@@ -95,6 +109,12 @@ def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
             f"every checkpoint under {run / 'state'} is damaged: start again with --overwrite, or restore a copy"
         )
     return None
+
+
+def damage_of(folder: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint; None if they are whole. Raises Refusal for another
+    format."""
+    return next(_damage(folder), None)
 
 
 def _damage(folder: Path) -> Iterator[str]:

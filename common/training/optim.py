@@ -1,8 +1,9 @@
-"""Parameter groups and the clipping of gradients."""
+"""How a task's weights are changed: parameter groups, rates, and the clipping of gradients."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,31 @@ EMBEDDINGS = ("pos_embed", "_token", "rel_pos_bias")
 STEM = ("patch_embed", "norm_pre", "rel_pos_bias", "stem")  # what a model does before its first block
 TOP = ("norm.", "fc_norm.", "head", "aux_head", "attn_pool.")  # and after its last one
 ClipBy = Literal["global", "per_tensor"]
+MOST_SKIPPED = 50  # steps in a row that are not finite, before a run gives up; fp16's scale needs a dozen
+
+
+@dataclass
+class Optimization:
+    """How the weights of a task are changed at each step."""
+
+    optimizer: Any
+    rate: Callable[[int], float]  # learning rate of a 0-based step; a group multiplies it by its lr_scale
+    decay: Callable[[int], float] | None = None  # weight decay of a 0-based step, of groups that decay; None: constant
+    accumulate: int = 1  # parts of a step
+    clip: float = 0.0  # see `clip_gradients`
+    clip_by: ClipBy = "global"
+    most_skipped: int = MOST_SKIPPED
+
+    def set_rates(self, step: int) -> None:
+        """Give every group its learning rate and weight decay of `step`, from 1."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step - 1) * group["lr_scale"]
+            if self.decay is not None and group["decays"]:
+                group["weight_decay"] = self.decay(step - 1)
+
+    def clip_gradients(self, accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Clip the gradients in place; returns their common norm before that, ()."""
+        return clip_gradients(accelerator, parameters, self.clip, self.clip_by)
 
 
 def parameter_groups(

@@ -1,6 +1,5 @@
 """What a step changes before it is taken: torch's generators, and the buffers of modules."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch's generators in this process."""
+    """Return the states of torch's generators in this process."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
@@ -20,16 +19,20 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def undo_later(task: nn.Module) -> Callable[[], None]:
-    """A function that puts back what forward passes from now on change: the random state, running statistics, sums of
-    logits."""
-    random = random_state()
-    buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
+class Snapshot:
+    """What forward passes change, as it was before them: the random state, running statistics, sums of logits."""
+
+    def __init__(self, task: nn.Module) -> None:
+        self.random = random_state()
+        self.buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
 
     @torch.no_grad()
-    def undo() -> None:
-        set_random_state(random)
-        for buffer, before in buffers:
+    def put_back_buffers(self) -> None:
+        """Undo what was done to buffers; the random state goes on."""
+        for buffer, before in self.buffers:
             buffer.copy_(before)
 
-    return undo
+    def put_back(self) -> None:
+        """Undo everything, as if the step had not begun."""
+        set_random_state(self.random)
+        self.put_back_buffers()

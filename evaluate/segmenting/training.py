@@ -1,13 +1,11 @@
-"""What a segmentation trains: its loss, its checkpoints, and the steps. The loop is `common.training.loop.fit`.
+"""What a segmentation trains, its loss, and what a training leaves behind.
 
 Letters: B images, K classes, H x W pixels of a crop.
 """
 
 import dataclasses
-import functools
 import io
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import config as configuration
 from common.batches.sampler import StepSampler
-from common.batches.samples import FIRST_VIEW, Batch, loader
-from common.batches.unreadable import Limit, watch
+from common.batches.samples import FIRST_VIEW, Batch
+from common.batches.unreadable import Limit
 from common.checkpoints import public, storage
 from common.features.extraction import digest
 from common.processes.stopping import StopSignal
-from common.training.loop import fit
-from common.training.optim import parameter_groups
-from common.training.tracking import Progress, Tracker
-from evaluate.finetuning.training import Training
-from evaluate.job import recipes
+from common.training.task import Task
 from evaluate.job.evaluation import Evaluation
 from evaluate.job.subjects import Subject
+from evaluate.job.training import Training, train
 from evaluate.segmenting import heads
 from evaluate.segmenting.data import IGNORED, Scenes
 from evaluate.segmenting.inference import SINGLE, View, judge, view_of
@@ -58,7 +52,7 @@ class Found:
     history: list[dict[str, Any]]
 
 
-class Segmentation(nn.Module):
+class Segmentation(Task):
     """A batch in, {"loss"} out: cross-entropy of the logits, resized to the crop, and of the auxiliary head's."""
 
     def __init__(self, segmenter: nn.Module, auxiliary: float) -> None:
@@ -90,16 +84,20 @@ def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="sum") / mask.numel()
 
 
-class SegmentationRun(Training):
-    """The folder of one training: as of a finetuning, and at its end the decoder, and the counts of all test images."""
+class SegmentationTraining(Training):
+    """The folder of one training: at its end it holds the backbone, the decoder, and the counts of all test images."""
 
     counts: dict[str, np.ndarray] | None = None  # of the last look at the test images
     read: np.ndarray | None = None
 
-    def save(self, step: int, task: Any, optimizer: Any, tracker: Tracker) -> None:
-        """As of a finetuning; nothing of raw pixels, whose training is begun again in a minute."""
-        if not isinstance(self.accelerator.unwrap_model(task).segmenter.backbone, RawPatches):
-            super().save(step, task, optimizer, tracker)
+    def __init__(self, *given: Any, view: View) -> None:
+        super().__init__(*given)
+        self.view, self.learns_all = view, not is_frozen(self.config)
+
+    def save(self, step: int, task: Any, optimizer: Any, sync: Callable[[], None]) -> None:
+        """Write a checkpoint; none of raw pixels, whose training is begun again in a minute."""
+        if not isinstance(self.task.segmenter.backbone, RawPatches):
+            super().save(step, task, optimizer, sync)
 
     def export(self, folder: Path, task: Any, step: int) -> None:
         """Write the backbone, unless it is raw pixels, and the decoder that belongs to it."""
@@ -112,22 +110,29 @@ class SegmentationRun(Training):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in segmenter.decoder.state_dict().items()}
         storage.write_atomically(folder / DECODER, lambda aside: save_file(state, aside))
 
-    def finish(self, task: Any) -> None:
+    def finish(self) -> None:
         """Keep the counts, the result and the newest weights; the first process calls it."""
         assert self.counts is not None and self.read is not None
         held = io.BytesIO()
         np.savez_compressed(held, **self.counts, **{READ: self.read})  # type: ignore[arg-type]
         storage.write_atomically(self.folder / COUNTS, lambda aside: aside.write_bytes(held.getvalue()))
-        super().finish(task)
+        super().finish()
 
-    def look(self, job: Evaluation, segmenter: Any, view: View, step: int) -> dict[str, float | str]:
-        """Judge all test images after `step`; what a line of metrics.jsonl says of them."""
+    def look(self, step: int) -> dict[str, float | str]:
+        """Judge all test images."""
+        segmenter, job = self.task.segmenter, self.job
         channels = segmenter.backbone.channels
-        self.counts, self.read = judge(segmenter, _scenes(job.test), view, channels, self.accelerator, *_reading(job))
+        self.counts, self.read = judge(
+            segmenter, _scenes(job.test), self.view, channels, self.accelerator, *_reading(job)
+        )
         total = self.counts[SINGLE].sum(0)
         values = {"mIoU": mean_iou(total), "pixel_accuracy": pixel_accuracy(total)}
         self.history.append({"step": step, **values})
         return {f"test/{name}": value for name, value in values.items()}
+
+    def is_judged(self, step: int) -> bool:
+        """Whether the last look is at hand: no checkpoint keeps its counts."""
+        return self.counts is not None
 
     def done(self) -> list[dict[str, Any]] | None:
         """The looks of a training that is done, with its counts; None of one that is not."""
@@ -176,8 +181,6 @@ def answer(
     name = f"{ {'subject': 'trained'}.get(row, row) }-seed{seed}"
     weights = digest(subject.state) if subject.state is not None and row == "subject" else None
     about = {**identity, "weights": weights, "seed": seed}
-    training = SegmentationRun(folder / name, about, config, accelerator)  # type: ignore[arg-type]
-    training.earlier = functools.partial(recipes.earlier, job)
     torch.manual_seed(seed)  # the head is the same, whatever was drawn for the backbone
     segmenter = heads.make(
         config.head,
@@ -189,13 +192,17 @@ def answer(
         channels=config.channels,
         dropout=config.dropout,
     )
+    task = Segmentation(segmenter, config.auxiliary)
+    training = SegmentationTraining(folder / name, job, config, about, task, accelerator, view=view)
     if job.arguments.resume and (history := training.done()) is not None:
         job.say("done before")
         assert training.counts is not None and training.read is not None
         training.restore(segmenter)
         return Found(training.counts, training.read, segmenter.to(accelerator.device), view, history), note
     segmenter.decoder = together(segmenter.decoder, accelerator.device.type == "cuda")
-    _train(job, config, training, Segmentation(segmenter, config.auxiliary), view, seed, stop)
+    samples = Crops(job.train, {}, seed, backbone.channels).prepare(view.window, config, backbone.config.mean)
+    steps = config.steps
+    train(training, samples, StepSampler, rate_of(config)[0], steps, config.judge_every or steps, stop)
     if stop.received is not None:
         return None, note
     assert training.counts is not None and training.read is not None
@@ -224,68 +231,3 @@ def _scenes(images: Any) -> Scenes:
 
 def _reading(job: Evaluation) -> tuple[int, Any, Limit]:
     return job.arguments.workers, job.say, job.limit
-
-
-def _train(
-    job: Evaluation,
-    config: SegmentationConfig,
-    training: SegmentationRun,
-    task: Segmentation,
-    view: View,
-    seed: int,
-    stop: StopSignal,
-) -> None:
-    """The steps of a training, from where it was interrupted."""
-    accelerator, steps = training.accelerator, config.steps
-    main, backbone = accelerator.is_main_process, task.segmenter.backbone
-    # layer decay spares what pretraining has learned: from scratch there is nothing to spare
-    spare = config.layer_decay if training.identity["weights"] is not None and not is_frozen(config) else None
-    groups = parameter_groups(task, config.weight_decay, spare)
-    prepared, optimizer = accelerator.prepare(task, torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas)))  # type: ignore[arg-type]
-    torch.manual_seed(seed * 1_000_003 + accelerator.process_index)  # dropout differs between processes
-    training.folder.mkdir(exist_ok=True)
-    start = training.resume(prepared, optimizer, steps)
-    if start:
-        job.say(f"resumed after step {start} of {steps}")
-    sampler = StepSampler(
-        len(job.train), config.batch, seed, steps, start, accelerator.process_index, accelerator.num_processes,
-        config.accumulate,
-    )  # fmt: skip
-    samples = Crops(job.train, {}, seed, backbone.channels).prepare(view.window, config, backbone.config.mean)
-    fresh = loader(samples, sampler, job.arguments.workers, pin=job.device.type == "cuda")
-
-    def look(step: int) -> dict[str, float | str]:
-        return training.look(job, task.segmenter, view, step)
-
-    progress = Progress(steps, start, main)
-    tracker = Tracker(training.folder, start, config.tensorboard, main)
-    if not start:
-        tracker.text("recipe", configuration.as_yaml(config), 0)
-    watched = watch(fresh, training.folder, job.train, config.log_every, progress.say, job.limit, job.look)
-    with closing(watched) as batches, closing(progress), closing(tracker):
-        fit(
-            accelerator,
-            prepared,
-            batches,
-            optimizer,
-            rate_of(config)[0],
-            steps=steps,
-            start=start,
-            accumulate=config.accumulate,
-            clip=config.clip,
-            log_every=config.log_every,
-            images_per_step=config.batch,
-            reports=[(config.judge_every or steps, look)],
-            track=tracker.write,
-            save=lambda step: training.save(step, prepared, optimizer, tracker),
-            save_due=training.due,
-            stop=stop,
-            progress=progress,
-            averages=training.averages,
-        )
-    if stop.received is None and training.counts is None:  # killed between its last step and its end
-        look(steps)
-    if stop.received is None and main:
-        training.finish(task)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory(prepared, optimizer)

@@ -139,7 +139,7 @@ def test_an_interrupted_training_goes_on(run, make_run, scenes, script, monkeypa
         return step % 2 == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("evaluate.segmenting.training.SegmentationRun.due", due)
+        patch.setattr("evaluate.segmenting.training.SegmentationTraining.due", due)
         with pytest.raises(Killed):
             script("segmentation").main(command)
     with pytest.raises(Refusal, match="was interrupted: go on with --resume"):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,12 @@ from common.batches import samples
 from common.errors import Refusal
 from common.training import ema
 from common.training.averages import Averages
+from common.training.checkpoints import Checkpoints
 from common.training.loop import fit
-from common.training.optim import clip_gradients
+from common.training.optim import Optimization, clip_gradients
+from common.training.random_state import Snapshot
+from common.training.run import Run
+from common.training.task import Outcome, Task
 from common.training.tracking import Progress
 from evaluate.segmenting.data import IGNORED
 from evaluate.segmenting.training import Segmentation
@@ -37,14 +42,15 @@ class Batch:
         return self
 
 
-class Toy(nn.Module):
-    """Two layers and a teacher that follows them."""
+class Toy(Task):
+    """Two layers and a teacher that follows them; it keeps what it was told."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.student = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         self.teacher = ema.copy_of(self.student)
+        self.story: Story | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         loss = self.student(batch.x).square().mean()
@@ -56,18 +62,25 @@ class Toy(nn.Module):
             loss = loss + (0 * self.student[0].weight).sum().sqrt()
         return {"loss": loss, "size": loss.new_tensor(float(len(batch.x)))}
 
+    def begin_step(self, progress: float, measured: bool) -> None:
+        self.story.begin_step(progress, measured)
+
+    def after_step(self, taken: bool) -> None:
+        if taken:
+            ema.follow(self.teacher, self.student, 0.9)
+        self.story.after_step(taken)
+
 
 @dataclass
 class Story:
-    """What a run was told, and what it changed: an Observer, a Recorder and everything else that fit asks for."""
+    """What a run was told, and what it changed."""
 
     task: Toy
     optimizer: Any
     begun: list[tuple[float, bool]] = field(default_factory=list)
     taken: list[bool] = field(default_factory=list)
     states: list[str] = field(default_factory=list)  # after each step, to the bit
-    begins: int = 0
-    kept: list[tuple[int, list[dict[str, float]], float, list[str], str]] = field(default_factory=list)
+    kept: list[tuple[int, list[dict[str, float]], float, str]] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     groups: list[list[tuple[float, float]]] = field(default_factory=list)  # (lr, weight decay) of each group
@@ -76,21 +89,9 @@ class Story:
         self.begun.append((progress, measured))
         self.groups.append([(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups])
 
-    def before_update(self) -> None:
-        pass
-
     def after_step(self, taken: bool) -> None:
-        if taken:
-            ema.follow(self.task.teacher, self.task.student, 0.9)
         self.taken.append(taken)
         self.states.append(self.state())
-
-    def begin(self) -> None:
-        self.begins += 1
-
-    def keep(self, step: int, results: Any, norm: float, batches: Any) -> None:
-        told = [{name: float(value) for name, value in result.items()} for result in results]
-        self.kept.append((step, told, norm, [batch.kind for batch in batches], self.state()))
 
     def state(self) -> str:
         """Weights, teacher and the optimizer's moments, to the bit; not the learning rate, which is the step's."""
@@ -100,6 +101,18 @@ class Story:
         return str([value.double().tolist() for value in [*self.task.state_dict().values(), *moments]])
 
 
+class Kept(Checkpoints):
+    """Checkpoints that are counted and not written."""
+
+    story: Story
+
+    def save(self, step: int, *_: Any) -> None:
+        self.story.saved.append(step)
+
+    def keep_bad_step(self, step: int, task: Any, optimizer: Any, outcome: Outcome, random: Any, say: Any) -> None:
+        self.story.kept.append((step, outcome.terms, outcome.norm, self.story.state()))
+
+
 def batches(kinds: list[str], rank: int = 0, rows: int = 5) -> Iterator[Batch]:
     """Good batches are the same ones whatever stands between them."""
     generator = torch.Generator().manual_seed(7 + rank)
@@ -107,7 +120,7 @@ def batches(kinds: list[str], rank: int = 0, rows: int = 5) -> Iterator[Batch]:
         yield Batch(torch.randn(rows, 3, generator=generator) if kind == GOOD else torch.ones(rows, 3), kind)
 
 
-def told(kinds: list[str], accumulate: int = 1, **options: Any) -> Story:
+def told(kinds: list[str], accumulate: int = 1, skipped: int = 0, log_every: int = 1, **options: Any) -> Story:
     """Train the toy on batches of these kinds."""
     accelerator = Accelerator(cpu=True)
     toy = Toy()
@@ -116,26 +129,25 @@ def told(kinds: list[str], accumulate: int = 1, **options: Any) -> Story:
         {"params": [layer.bias for layer in toy.student], "weight_decay": 0.0, "decays": False, "lr_scale": 0.5},
     ]
     task, optimizer = accelerator.prepare(toy, torch.optim.AdamW(groups, lr=0.0))
-    story = Story(toy, optimizer)
+    toy.story = story = Story(toy, optimizer)
+    settings = SimpleNamespace(batch=5, log_every=log_every, checkpoint_every=None, checkpoint_minutes=0.0, keep=1)
+    checkpoints = Kept(Path("unwritten"), settings, accelerator)  # type: ignore[arg-type]
+    checkpoints.story = story
     steps = len(kinds) // accumulate
-    settings: dict[str, Any] = {"log_every": 1, "clip": 1.0, "images_per_step": 5} | options
-    fit(
+    run = Run(
         accelerator,
         task,
-        batches(kinds, accelerator.process_index),
-        optimizer,
-        lambda step: 0.1,
-        steps=steps,
-        accumulate=accumulate,
-        track=lambda step, record: story.tracked.append(record),
-        save=story.saved.append,
-        save_due=lambda step: False,
-        stop=SimpleNamespace(received=None, within=lambda longest: nullcontext()),  # type: ignore[arg-type]
-        progress=Progress(steps, 0, active=False),
-        observer=story,
-        recorder=story,
-        **settings,
+        Optimization(optimizer, lambda step: 0.1, accumulate=accumulate, **{"clip": 1.0} | options),
+        checkpoints,
+        batches(kinds, accelerator.process_index),  # type: ignore[arg-type]
+        SimpleNamespace(write=lambda step, record: story.tracked.append(record)),  # type: ignore[arg-type]
+        Progress(steps, 0, active=False),
+        SimpleNamespace(received=None, within=lambda longest: nullcontext()),  # type: ignore[arg-type]
+        0,
+        steps,
     )
+    run.skipped = skipped
+    fit(run)
     return story
 
 
@@ -158,11 +170,10 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
     assert math.isnan(story.tracked[2]["gradient_norm"])
 
 
-def test_it_is_given_to_the_recorder_as_it_was() -> None:
+def test_it_is_kept_as_it_was() -> None:
     story = told([GOOD, GOOD, GOOD, NAN], accumulate=2)
-    assert story.begins == 2
-    ((step, results, norm, kinds, state),) = story.kept
-    assert (step, kinds) == (2, [GOOD, NAN]), "both parts of the step"
+    ((step, results, norm, state),) = story.kept
+    assert (step, len(results)) == (2, 2), "both parts of the step"
     assert math.isfinite(results[0]["loss"]) and math.isnan(results[1]["loss"])
     assert math.isnan(norm)
     assert state == story.states[0]
@@ -173,6 +184,18 @@ def test_one_bad_part_is_enough_and_the_next_step_begins_without_its_gradient() 
     story = told([GOOD, GOOD, NAN, GOOD, GOOD, GOOD], accumulate=2)
     assert story.taken == [True, False, True]
     assert story.states[1] == story.states[0] != story.states[2]
+
+
+def test_running_statistics_are_put_back() -> None:
+    """A forward pass changes them before anybody knows that it went wrong: a NaN would stay in every checkpoint."""
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(4, 3))
+    before = Snapshot(norm)
+    kept = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm(torch.full((4, 3), math.nan))
+    assert not torch.isfinite(norm.running_mean).any()
+    before.put_back_buffers()
+    assert not [name for name, value in norm.state_dict().items() if not torch.equal(value, kept[name])]
 
 
 def test_so_many_in_a_row_stop_the_run() -> None:
@@ -187,13 +210,13 @@ def test_steps_skipped_before_an_interruption_still_count() -> None:
     assert told([GOOD, NAN], skipped=7).tracked[-1]["skipped"] == 8
 
 
-def test_the_observer_hears_the_progress_and_whether_the_step_is_logged() -> None:
+def test_the_task_hears_the_progress_and_whether_the_step_is_logged() -> None:
     story = told([GOOD] * 5, log_every=2)
     assert story.begun == [(0.0, False), (0.2, True), (0.4, False), (0.6, True), (0.8, True)]
 
 
 def test_a_schedule_of_the_weight_decay_reaches_what_decays() -> None:
-    story = told([GOOD] * 3, weight_decay=lambda step: 0.25 * (step + 1))
+    story = told([GOOD] * 3, decay=lambda step: 0.25 * (step + 1))
     assert story.groups == [[(0.1, decay), (0.05, 0.0)] for decay in (0.25, 0.5, 0.75)]
     assert [record["weight_decay"] for record in story.tracked] == [0.25, 0.5, 0.75]
     constant = told([GOOD] * 3)

@@ -17,7 +17,7 @@ from common.processes import group
 from common.processes.stopping import Stopped
 from common.training import precision
 from common.training.tracking import patient
-from pretrain.assemble import assemble, schedule_for
+from pretrain.assemble import assemble, optimization_for
 from pretrain.config import MonitorConfig, PretrainConfig, load
 from pretrain.monitoring import pace
 
@@ -157,6 +157,6 @@ def test_a_recipes_batch_is_lowered_to_what_few_images_fill(images: Path) -> Non
         assemble(dataclasses.replace(config), group.join(), typed={"batch"})
     parts = assemble(dataclasses.replace(config, accumulate=2), group.join(), typed=())
     assert parts.config.batch == 86 and "87 images to train on, fewer than the recipe's 256" in parts.reasons["batch"]
-    assert schedule_for(parts.config, 30)(3) == pytest.approx(0.05 * 86 / 256)  # the rate follows
+    assert optimization_for(parts.config, parts.task, 30).rate(3) == pytest.approx(0.05 * 86 / 256)  # the rate follows
     with pytest.raises(Refusal, match="is larger than the training data"):
         assemble(dataclasses.replace(config, accumulate=100), group.join(), typed=())
