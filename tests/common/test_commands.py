@@ -34,7 +34,7 @@ def test_a_checkout_is_told_its_scripts(monkeypatch: pytest.MonkeyPatch, plain: 
     assert command("knn", "--ckpt", "a b") == f"accelerate launch {commands.ROOT}/evaluate/knn.py --ckpt 'a b'"
     monkeypatch.chdir(commands.ROOT)
     assert command("knn", "--ckpt", "runs/x") == "accelerate launch evaluate/knn.py --ckpt runs/x"
-    assert command("pretrain", "--replay", "x", processes=1) == "python pretrain/run.py --replay x"
+    assert command("pretrain", "--resume", "x", processes=1) == "python pretrain/run.py --resume x"
     assert command("pretrain", processes=2) == "torchrun --nproc-per-node 2 pretrain/run.py"
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command("pretrain", "--resume", "r") == "torchrun --nproc-per-node 4 pretrain/run.py --resume r"

@@ -15,7 +15,7 @@ from common.checkpoints import private
 from common.checkpoints.public import load_backbone
 from common.errors import Refusal
 from evaluate.job import subjects
-from pretrain.checkpoints import Checkpoints
+from pretrain.checkpoints import PretrainCheckpoints
 
 Main = Callable[..., int]
 WITH_DINO = ["views.global.count=2", *(f"objectives.dino.{name}={value}" for name, value in DINO.items())]
@@ -87,13 +87,15 @@ def test_a_run_begins_from_another(inside: Main, tiny: list[str], capsys: pytest
 def test_weights_that_are_not_finite_are_not_written(
     inside: Main, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poisoned(self: Checkpoints, step: int, task: Any, *rest: Any, save: Any = Checkpoints.save) -> None:
+    def poisoned(
+        self: PretrainCheckpoints, step: int, task: Any, *rest: Any, save: Any = PretrainCheckpoints.save
+    ) -> None:
         if step >= 8:
             task.backbone.model.norm.bias.data[3] = torch.nan
         save(self, step, task, *rest)
 
     run = Path("run").absolute()
-    monkeypatch.setattr(Checkpoints, "save", poisoned)
+    monkeypatch.setattr(PretrainCheckpoints, "save", poisoned)
     with pytest.raises(Refusal) as refusal:
         inside(*tiny, f"run={run}", "steps=12")
     message = str(refusal.value)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from runs.children import TINY, Run, training_here
 
-import pretrain.checkpoints
+import common.training.checkpoints
 from common.batches.samples import Samples
 from common.checkpoints import changes, storage
 from common.data import open_data
@@ -234,10 +234,10 @@ def test_a_state_without_a_name_is_asked_for_its_seed(inside, others):
 def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied, images, monkeypatch, capsys, ages):
     """Names and sizes were all that a fingerprint covered; and files may be written anew with what was in them. What is
     learned otherwise than then is said, and stays with the run."""
-    load = pretrain.checkpoints.read_checkpoint
+    load = common.training.checkpoints.read_checkpoint
     with monkeypatch.context() as patched, pytest.raises(Refusal, match=r"an earlier version.*data_train=\. reads all"):
         patched.setattr(
-            pretrain.checkpoints, "read_checkpoint", lambda folder: load(folder) | {"fingerprint": "9213ea0b"}
+            common.training.checkpoints, "read_checkpoint", lambda folder: load(folder) | {"fingerprint": "9213ea0b"}
         )
         inside("--resume", copied.path)
 
@@ -249,7 +249,7 @@ def test_images_as_an_earlier_version_knew_them_or_of_other_ages(inside, copied,
             assert state.pop("version") == changes.VERSION
         return state | {"fingerprint": open_data(str(images))._digest(first=True)} | known
 
-    monkeypatch.setattr(pretrain.checkpoints, "read_checkpoint", earlier)
+    monkeypatch.setattr(common.training.checkpoints, "read_checkpoint", earlier)
     assert inside("--resume", copied.path) == 0  # it is done: nothing more is learned
     said = capsys.readouterr().out
     assert "earlier version" not in said and ("were written or exchanged since" in said) == (ages is not None)
