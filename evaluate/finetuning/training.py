@@ -188,8 +188,8 @@ def finetune(
 def judge(
     classifiers: Mapping[str, Any], job: Evaluation, accelerator: Accelerator
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Of each classifier on the test images, each process on its share of them, none counted twice: (accuracies, for
-    each whether every image was right, and which images could be "read": bits in hexadecimal, see `bits`)."""
+    """Judge each classifier on the test images, each process on its share of them, none counted twice: (accuracies,
+    for each whether every image was right, and which images could be "read": bits in hexadecimal, see `bits`)."""
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     mine = np.arange(rank, len(job.test), processes)
     part = job.test.subset(mine)
