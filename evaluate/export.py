@@ -35,7 +35,7 @@ from common.checkpoints import public
 from common.checkpoints.storage import HEAD
 from common.data.location import changed_location
 from common.errors import Refusal
-from common.features.extraction import shown
+from common.features.extraction import Eye, shown
 from common.features.finite import refuse_spoiled
 from common.paths import expanded
 from evaluate.exporting import timm_files
@@ -132,8 +132,8 @@ def real_images(subject: Subject, arguments: argparse.Namespace) -> Sample:
     location = changed_location(training, data_options(arguments))
     images = data.open_data(location)
     first = images.subset(range(min(len(images), arguments.images)))
-    batches = shown(first, tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)
-    pixels = [batch for batch, _ in batches]
+    eye = Eye(tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)
+    pixels = [batch for batch, _ in shown(first, eye)]
     if not pixels:
         raise Refusal(
             f"data={location.spec}: none of the first {len(first)} images can be read; give other images with --data"

@@ -177,12 +177,9 @@ def sample_both(
     job: Evaluation, see: Callable[[Tensor], Sequence[Features]], say: Callable[[str], None]
 ) -> tuple[list[Layer], list[Layer]]:
     """Sample tokens of training and test images."""
-    size, channels, workers = job.size, len(job.subject.description["mean"]), job.arguments.workers
     limit = dataclasses.replace(job.limit, images=len(job.train) + len(job.test))  # of those that are left of all
-    train, test = (
-        sample(see, images, size, job.crop, channels, test=images is job.test, workers=workers, warn=say, limit=limit)
-        for images in (job.train, job.test)
-    )
+    eye = dataclasses.replace(job.eye, limit=limit)
+    train, test = (sample(see, images, eye, test=images is job.test, warn=say) for images in (job.train, job.test))
     return train, test
 
 

@@ -32,7 +32,7 @@ PAPERS = {
 # Known exceptions, which may only become fewer.
 WIDE = {
     "common/models/lv_vit.py __init__", "common/models/attention.py relative_attention",
-    "common/models/attention.py _explicit", "common/features/extraction.py extract_parts",
+    "common/models/attention.py _explicit",
 }  # fmt: skip
 DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}

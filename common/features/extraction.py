@@ -28,35 +28,53 @@ PIXELS = 32  # raw pixels are averaged down to this side: 150,528 numbers an ima
 FORMAT = 3  # of the cache: another number is extracted anew
 
 
-class _Shown(Dataset):
-    """Images under the evaluation transform; one that cannot be read is its error message."""
+@dataclass(frozen=True)
+class Eye:
+    """How images are looked at: under the evaluation transform, by so many workers."""
 
-    def __init__(self, images: Images, size: tuple[int, int], crop: float, channels: int) -> None:
-        self.images, self.size, self.crop, self.channels = images, size, crop, channels
+    size: tuple[int, int]
+    crop: float
+    channels: int = 3
+    workers: int = 0
+    limit: Limit = USUAL  # of unreadable images
+    batch_size: int = 256
+
+    @classmethod
+    def of(cls, backbone: Backbone, **others: Any) -> "Eye":
+        """Eye of a backbone; `others`: workers, limit and batch_size."""
+        return cls(backbone.size, backbone.config.crop, backbone.channels, **others)
+
+
+class _Shown(Dataset):
+    """Images as an eye sees them; one that cannot be read is its error message."""
+
+    def __init__(self, images: Images, eye: Eye) -> None:
+        self.images, self.eye = images, eye
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
         try:
-            return i, evaluation(self.images.read(i, self.channels, contiguous=False), self.size, self.crop)
+            pixels = self.images.read(i, self.eye.channels, contiguous=False)
+            return i, evaluation(pixels, self.eye.size, self.eye.crop)
         except Unreadable as error:
             return i, str(error)
 
 
 def _batches(
-    shown: _Shown, batches: Sequence[Sequence[int]], workers: int, limit: Limit
+    images: Images, eye: Eye, batches: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
     """Load each of `batches`: (images, their indices, messages about those that cannot be read).
 
-    Raises Refusal as soon as more than `limit` allows of the whole data set cannot be read.
+    Raises Refusal as soon as more than the eye's limit allows of the whole data set cannot be read.
     """
     unreadable: list[str] = []
     loaded = 0
-    for items in Loader(shown, batches, workers):
+    for items in Loader(_Shown(images, eye), batches, eye.workers):
         messages = [item for _, item in items if isinstance(item, str)]
         unreadable, loaded = unreadable + messages, loaded + len(items)
-        refuse_unreadable(unreadable, loaded, shown.images, limit)
+        refuse_unreadable(unreadable, loaded, images, eye.limit)
         kept = [(item, i) for i, item in items if isinstance(item, Tensor)]
         yield [image for image, _ in kept], [i for _, i in kept], messages
 
@@ -74,25 +92,14 @@ def tell_unreadable(unreadable: Sequence[str], images: Images, warn: Callable[[s
              f"{'; '.join(unreadable[:3])}{'; ...' if len(unreadable) > 3 else ''}")  # fmt: skip
 
 
-def shown(
-    images: Images,
-    size: tuple[int, int],
-    crop: float,
-    channels: int,
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    warn: Callable[[str], None] = print,
-    limit: Limit = USUAL,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Show all of `images` in order, under the evaluation transform: (uint8 (b, C, h, w), their indices (b,)).
+def shown(images: Images, eye: Eye, warn: Callable[[str], None] = print) -> Iterator[tuple[Tensor, Tensor]]:
+    """Show all of `images` in order: (uint8 (b, C, h, w), their indices (b,)).
 
     Images that cannot be read are left out and, at the end, counted and named to `warn`. Raises Refusal as soon as
-    they are more than `limit` allows.
+    they are more than the eye's limit allows.
     """
     unreadable: list[str] = []
-    batches = _cut(range(len(images)), batch_size)
-    for kept, index, messages in _batches(_Shown(images, size, crop, channels), batches, workers, limit):
+    for kept, index, messages in _batches(images, eye, _cut(range(len(images)), eye.batch_size)):
         unreadable += messages
         if kept:
             yield torch.stack(kept), torch.tensor(index)
@@ -112,95 +119,25 @@ class Part:
     unreadable: list[str]  # messages
 
 
-def extract(
-    backbone: Backbone,
-    plan: TokenPlan | None,
-    images: Images,
-    *,
-    blocks: int = 1,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "fp32",
-    warn: Callable[[str], None] = print,
-    limit: Limit = USUAL,
-) -> dict[str, Tensor]:
-    """Extract {"mean": mean patch token (K, D), "class": class token (K, D), "index": (K,)}: final norm, float32, CPU.
-
-    Rows are in image order; `index` says which image each row is, 0 ... n-1 unless some could not be read (`warn` is
-    told which). Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and
-    "class4", (K, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where
-    there are fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where
-    one of the blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it
-    was in. Raises Refusal if more of `images` cannot be read than `limit` allows.
-    """
-    (part,) = extract_parts(
-        backbone,
-        plan,
-        images,
-        [range(len(images))],
-        blocks=blocks,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        limit=limit,
-    )
-    tell_unreadable(part.unreadable, images, warn)
-    return part.features
+FeaturesOf = Callable[[Tensor], dict[str, Tensor]]  # uint8 (b, C, h, w) -> {kind: (b, ...)} on the CPU
 
 
-@torch.no_grad()
 def extract_parts(
-    backbone: Backbone,
-    plan: TokenPlan | None,
     images: Images,
+    eye: Eye,
+    features_of: FeaturesOf,
     parts: Sequence[range],
-    *,
-    blocks: int = 1,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "fp32",
-    limit: Limit = USUAL,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Part]:
     """Extract features of one part of the images after another; `seen` is called with the size of each batch.
 
     No batch spans two parts, so that a part is the same numbers whichever other parts are asked for.
     """
-    shown = _Shown(images, backbone.size, backbone.config.crop, backbone.channels)
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        yield from _parts(
-            shown,
-            parts,
-            lambda batch: _features(backbone, plan, batch, blocks, device, precision),
-            batch_size=batch_size,
-            workers=workers,
-            limit=limit,
-            seen=seen,
-        )
-    finally:
-        backbone.train(was_training)
-
-
-def _parts(
-    shown: _Shown,
-    parts: Sequence[range],
-    features_of: Callable[[Tensor], dict[str, Tensor]],
-    *,
-    batch_size: int = 256,
-    workers: int,
-    limit: Limit = USUAL,
-    seen: Callable[[int], None] = lambda images: None,
-) -> Iterator[Part]:
-    loader = _batches(shown, [batch for part in parts for batch in _cut(part, batch_size)], workers, limit)
+    loader = _batches(images, eye, [batch for part in parts for batch in _cut(part, eye.batch_size)])
     for rows in parts:
         features: dict[str, list[Tensor]] = {"index": [torch.empty(0, dtype=torch.int64)]}
         unreadable = []
-        for batch in _cut(rows, batch_size):
+        for batch in _cut(rows, eye.batch_size):
             kept, index, messages = next(loader)
             unreadable += messages
             if kept:
@@ -211,17 +148,77 @@ def _parts(
         yield Part(rows, {name: torch.cat(tensors) for name, tensors in features.items()}, unreadable)
 
 
-def _features(
-    backbone: Backbone, plan: TokenPlan | None, batch: Tensor, blocks: int, device: torch.device | str, precision: str
-) -> dict[str, Tensor]:
+def whole(images: Images, eye: Eye, features_of: FeaturesOf, warn: Callable[[str], None] = print) -> dict[str, Tensor]:
+    """Extract {kind: features (K, ...), "index": (K,)} of all of `images`, of which K can be read.
+
+    Rows are in image order; `index` says which image each row is, 0 ... n-1 unless some could not be read (`warn` is
+    told which). Raises Refusal if more of `images` cannot be read than the eye's limit allows.
+    """
+    (part,) = extract_parts(images, eye, features_of, [range(len(images))])
+    tell_unreadable(part.unreadable, images, warn)
+    return part.features
+
+
+def network(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    *,
+    blocks: int = 1,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> FeaturesOf:
+    """Features by a backbone: {"mean": mean patch token (b, D), "class": class token (b, D)}: final norm, float32, CPU.
+
+    Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and "class4",
+    (b, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where there are
+    fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where one of the
+    blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it was in.
+    """
     dtype, kind = DTYPES[precision], torch.device(device).type
-    with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-        features = pooled_blocks(backbone, plan, batch.to(device), blocks)
-    return {name: tensor.cpu() for name, tensor in features.items()}
+
+    @torch.no_grad()
+    def features_of(batch: Tensor) -> dict[str, Tensor]:
+        was_training = backbone.training
+        backbone.eval()
+        try:
+            with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+                features = pooled_blocks(backbone, plan, batch.to(device), blocks)
+        finally:
+            backbone.train(was_training)
+        return {name: tensor.cpu() for name, tensor in features.items()}
+
+    return features_of
+
+
+def extract(
+    backbone: Backbone,
+    plan: TokenPlan | None,
+    images: Images,
+    *,
+    blocks: int = 1,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    warn: Callable[[str], None] = print,
+    **eye: Any,
+) -> dict[str, Tensor]:
+    """Extract features of all of `images` by a `network`; `eye`: its workers, limit and batch_size."""
+    features_of = network(backbone, plan, blocks=blocks, device=device, precision=precision)
+    return whole(images, Eye.of(backbone, **eye), features_of, warn)
+
+
+def raw_pixels(batch: Tensor) -> dict[str, Tensor]:
+    """Raw pixels as features: {"pixels": in [0, 1] (b, C * h * w)}.
+
+    A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
+    """
+    size = batch.shape[-2:]
+    small = (min(size[0], PIXELS), min(size[1], PIXELS))
+    pixels = batch.float().div_(255)
+    return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
 
 
 def pooled_blocks(backbone: Backbone, plan: TokenPlan | None, images: Tensor, blocks: int) -> dict[str, Tensor]:
-    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), float32, as `extract` tells
+    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), float32, as `network` tells
     of them, on the device of the images."""
     layers = [layer.float() for layer in backbone.layers(images, min(blocks, depth(backbone)), plan)]
     features: dict[str, Tensor] = {}
@@ -235,60 +232,6 @@ def depth(backbone: Backbone) -> int:
     """Number of blocks; of a hierarchical model: of stages."""
     model = backbone.model
     return len(model.blocks if hasattr(model, "blocks") else model.feature_info)
-
-
-def pixels(
-    images: Images,
-    size: tuple[int, int],
-    crop: float,
-    *,
-    channels: int = 3,
-    workers: int = 0,
-    warn: Callable[[str], None] = print,
-    limit: Limit = USUAL,
-) -> dict[str, Tensor]:
-    """Raw pixels under the same evaluation transform: {"pixels": in [0, 1] (K, C * h * w), "index": (K,)}.
-
-    A side longer than 32 is averaged down to 32: what is compared is what images look like from afar.
-    """
-    (part,) = pixel_parts(images, size, crop, [range(len(images))], channels=channels, workers=workers, limit=limit)
-    tell_unreadable(part.unreadable, images, warn)
-    return part.features
-
-
-def pixel_parts(
-    images: Images,
-    size: tuple[int, int],
-    crop: float,
-    parts: Sequence[range],
-    *,
-    channels: int = 3,
-    workers: int = 0,
-    limit: Limit = USUAL,
-    seen: Callable[[int], None] = lambda images: None,
-) -> Iterator[Part]:
-    """Raw pixels of one part of the images after another; see `extract_parts`."""
-    small = (min(size[0], PIXELS), min(size[1], PIXELS))
-
-    def features_of(batch: Tensor) -> dict[str, Tensor]:
-        pixels = batch.float().div_(255)
-        return {"pixels": (pixels if small == size else F.adaptive_avg_pool2d(pixels, small)).flatten(1)}
-
-    return parts_of_images(images, size, crop, channels, parts, features_of, workers=workers, limit=limit, seen=seen)
-
-
-def parts_of_images(
-    images: Images,
-    size: tuple[int, int],
-    crop: float,
-    channels: int,
-    parts: Sequence[range],
-    features_of: Callable[[Tensor], dict[str, Tensor]],
-    **options: Any,
-) -> Iterator[Part]:
-    """Apply `features_of` to batches uint8 (b, C, h, w) of `images`, one part after another; `options`: workers,
-    limit and seen, see `extract_parts`."""
-    return _parts(_Shown(images, size, crop, channels), parts, features_of, **options)
 
 
 def pooled(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,7 +260,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def cache_key(
     backbone: Backbone, plan: TokenPlan, images: Images, precision: str, device: torch.device | str, blocks: int = 1
 ) -> dict[str, Any]:
-    """Settings that determine what `extract` returns."""
+    """Settings that determine the features by a `network`."""
     config = backbone.config
     return {
         "weights": digest(backbone.model.state_dict()),
@@ -326,15 +269,15 @@ def cache_key(
         "precision": [precision, torch.device(device).type],
         "blocks": blocks,
         "timm": timm.__version__,
-    } | shown_key(images, backbone.size, config.crop, backbone.channels)
+    } | shown_key(images, Eye.of(backbone))
 
 
-def pixel_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
-    """Settings that determine what `pixels` returns."""
-    return {"pixels": PIXELS} | shown_key(images, size, crop, channels)
+def pixel_key(images: Images, eye: Eye) -> dict[str, Any]:
+    """Settings that determine raw pixels."""
+    return {"pixels": PIXELS} | shown_key(images, eye)
 
 
-def shown_key(images: Images, size: tuple[int, int], crop: float, channels: int) -> dict[str, Any]:
+def shown_key(images: Images, eye: Eye) -> dict[str, Any]:
     """Settings that determine the images shown, as part of a cache's key."""
-    transform = ["evaluation", list(size), crop, channels]
+    transform = ["evaluation", list(eye.size), eye.crop, eye.channels]
     return {"format": FORMAT, "data": images.fingerprint(), "transform": transform}

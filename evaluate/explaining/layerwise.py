@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.unreadable import USUAL, Limit
 from common.data import Images
-from common.features.extraction import shown
+from common.features.extraction import Eye, shown
 from common.models import Features
 from common.positions import distances
 from evaluate.probing.probe import probe
@@ -74,14 +73,10 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Features:
 def sample(
     see: Callable[[Tensor], Sequence[Features]],
     images: Images,
-    size: tuple[int, int],
-    crop: float,
-    channels: int,
+    eye: Eye,
     *,
     test: bool,
-    workers: int = 0,
     warn: Callable[[str], None] = print,
-    limit: Limit = USUAL,
 ) -> list[Layer]:
     """Sample tokens of all of `images` from the layers that `see` returns: uint8 (B, C, H, W) -> `Features` of each.
 
@@ -90,7 +85,7 @@ def sample(
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     grids: list[tuple[int, int]] = []
     indices = []
-    for batch, index in shown(images, size, crop, channels, workers=workers, warn=warn, limit=limit):
+    for batch, index in shown(images, eye, warn):
         layers_of_batch = see(batch)
         parts, grids = parts or [[] for _ in layers_of_batch], [features.grid for features in layers_of_batch]
         for part, tokens in zip(parts, (features.tokens.float() for features in layers_of_batch), strict=True):

@@ -1,13 +1,13 @@
 """Features, neighbours and attributions of test images, and how the score falls when patches are deleted."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.features.extraction import Part, cache_key, extract_parts, shown
+from common.features.extraction import cache_key, network, shown
 from common.features.metrics import accuracy
 from common.features.neighbors import centre_of, unit_vectors
 from common.features.ridge import scores
@@ -21,8 +21,8 @@ from evaluate.explaining.attribution import (
     random_orders,
     to_patches,
 )
+from evaluate.job import frozen
 from evaluate.job.evaluation import Evaluation
-from evaluate.job.feature_cache import cached
 
 NEIGHBORS = 8  # of an image, on the sheet and in the target
 DRAWS = 5  # random orders of deletion
@@ -48,20 +48,10 @@ class Observation:
 
 def observe(job: Evaluation, backbone: Backbone) -> Observation:
     """Extract features of the references and the images, find neighbours, compute attributions."""
-    about, plan = job.subject.description, job.subject.plan
+    plan = job.subject.plan
     kind = pooling_of(job, backbone)
     references = references_of(job, backbone, kind)
-    batches = list(
-        shown(
-            job.test,
-            job.size,
-            job.crop,
-            len(about["mean"]),
-            batch_size=BATCH,
-            workers=job.arguments.workers,
-            limit=job.limit,
-        )
-    )
+    batches = list(shown(job.test, replace(job.eye, batch_size=BATCH)))
     images, index = (torch.cat([batch[at] for batch in batches]) for at in (0, 1))
     with torch.no_grad():
         plain = [backbone(batch.to(job.device), plan).pooled(kind) for batch in images.split(BATCH)]
@@ -87,15 +77,10 @@ def observe(job: Evaluation, backbone: Backbone) -> Observation:
 def references_of(job: Evaluation, backbone: Backbone, kind: str) -> dict[str, Tensor]:
     """Extract features of the training images, or take them from the cache: pooled (M, D) and index (M,)."""
     plan = job.subject.plan
-    settings: dict[str, Any] = {"device": job.device, "precision": job.precision}
-
-    def extract(parts: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
-        job.say(f"features of {len(job.train):,} training images, to find neighbours among")
-        workers = job.arguments.workers
-        return extract_parts(backbone, plan, job.train, parts, workers=workers, limit=job.limit, seen=seen, **settings)
-
-    key = cache_key(backbone, plan, job.train, **settings)
-    features = cached(job.out.parent / "cache", key, job.train, extract, job.say, limit=job.limit)
+    key = cache_key(backbone, plan, job.train, job.precision, job.device)
+    by_network = network(backbone, plan, device=job.device, precision=job.precision)
+    eye, what = frozen.eye_of(job, backbone), "training images, to find neighbours among"
+    features = frozen.from_cache(job, key, job.train, eye, by_network, what)
     job.refuse_not_finite(features, job.train, job.subject.name, backbone, plan, cached=True)
     return {"pooled": features[kind].to(job.device), "index": features["index"]}
 

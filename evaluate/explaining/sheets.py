@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ def neighbors(job: Evaluation, observation: Observation, name: str) -> Figure:
     for at in range(len(observation.tokens)):
         places = observation.references["index"][observation.neighbors[at].cpu()].tolist()
         near = job.train.subset(places)
-        batches = shown(near, job.size, job.crop, observation.images.shape[1], limit=NO_LIMIT)
+        batches = shown(near, replace(job.eye, workers=0, limit=NO_LIMIT))
         cells = [cell(image) for batch, _ in batches for image in batch]
         if labels is not None:
             alike = [bool(labels[0][place] == labels[1][int(observation.index[at])]) for place in places]  # type: ignore[index]

@@ -24,7 +24,7 @@ from common.batches.views import View, height_width
 from common.checkpoints import pretrained, public, storage
 from common.checkpoints.storage import HEAD
 from common.errors import Refusal
-from common.features.extraction import digest, shown
+from common.features.extraction import Eye, digest, shown
 from common.features.finite import IN_FP32, not_finite
 from common.processes import collectives
 from common.processes.stopping import StopSignal
@@ -199,8 +199,8 @@ def judge(
     for classifier in classifiers.values():
         classifier.eval()
     found: list[dict[str, np.ndarray]] = []
-    sight = {"size": backbone.size, "crop": job.crop, "channels": backbone.channels}
-    for images, index in shown(part, **sight, workers=job.arguments.workers, limit=NO_LIMIT):  # all decide together
+    eye = Eye(backbone.size, job.crop, backbone.channels, job.arguments.workers, NO_LIMIT)  # all decide together
+    for images, index in shown(part, eye):
         images, known = images.to(device), labels[index.to(device)]
         with accelerator.autocast():
             scores = {name: each(images) for name, each in classifiers.items()}

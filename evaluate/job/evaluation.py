@@ -20,7 +20,7 @@ from common.checkpoints.run_folder import refuse_links
 from common.data import Images, Location, labelled_splits
 from common.data.location import changed_location
 from common.errors import Refusal
-from common.features.extraction import RAW
+from common.features.extraction import RAW, Eye
 from common.features.finite import refuse_not_finite
 from common.models import Backbone
 from common.models.plan import TokenPlan
@@ -98,6 +98,12 @@ class Evaluation:
     def crop(self) -> float:
         """Share of the short side that the evaluation transform shows."""
         return self.subject.description.get("crop", 0.875)
+
+    @property
+    def eye(self) -> Eye:
+        """How its images are looked at."""
+        channels = len(self.subject.description["mean"])
+        return Eye(self.size, self.crop, channels, self.arguments.workers, self.limit)
 
     @property
     def raw(self) -> bool:

@@ -4,7 +4,6 @@ Each row is a list of sources, one for each seed; a baseline without a network (
 numbers of images, under the same evaluation transform, and is treated by every probe as the others are.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,26 @@ import torch
 from torch import Tensor
 
 from common.data import Images
-from common.features.extraction import PIXELS, Part, cache_key, extract_parts, pixel_key, pixel_parts, pooled
-from common.features.extraction import pixels as raw_pixels
+from common.features.extraction import (
+    PIXELS,
+    Eye,
+    FeaturesOf,
+    Part,
+    cache_key,
+    extract_parts,
+    network,
+    pixel_key,
+    pooled,
+    raw_pixels,
+    whole,
+)
 from common.features.finite import is_constant
+from common.models import Backbone
 from common.processes import collectives
 from evaluate.job.arguments import LABELS
 from evaluate.job.evaluation import Evaluation, first_process
 from evaluate.job.feature_cache import cached
-from evaluate.job.patches import patch_key, patch_parts
-from evaluate.job.subjects import Subject
+from evaluate.job.patches import patch_key, patches
 
 BLOCKS = 4  # the most that a protocol asks for
 IN_MEMORY = 1 << 30  # bytes of raw pixels, at most; more of them are kept in the cache and mapped
@@ -48,67 +58,53 @@ class Split:
 def splits(job: Evaluation, blocks: int = 1) -> Iterator[Split]:
     """Frozen features of every row: the subject's, and those of the baselines asked for, of each seed that they have.
 
-    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `extract` says. After `join_processes`,
+    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `network` says. After `join_processes`,
     all processes have to call this to the end, and only the first one is given anything. What was extracted with
     `blocks=4` answers for one block too.
     """
-    sources: list[tuple[str, int | None, Callable[[bool], Features]]] = []
-    if job.subject.state is not None:
-        sources.append(("subject", None, lambda alone: _of_network(job, "subject", job.subject, None, blocks)))
-    untrained = job.subject.untrained()
+    rows: list[tuple[str, int | None]] = [("subject", None)] if job.subject.state is not None else []
     for row in job.baselines:
-        if row == "pixels":
-            sources.append((row, None, functools.partial(_of_pixels, job)))
-            continue
-        for seed in job.seeds:
-            of_patches = functools.partial(_of_patches, job, seed)
-            of_random = functools.partial(_of_random, job, untrained, seed, blocks)
-            sources.append((row, seed, of_patches if row == "patches" else of_random))
+        rows += [(row, None)] if row == "pixels" else [(row, seed) for seed in job.seeds]
     if collectives.processes() == 1:
-        yield from (_split(job, row, seed, make(True)) for row, seed, make in sources)
+        yield from (_split(job, row, seed, _features(job, row, seed, blocks)) for row, seed in rows)
         return
-    for _, _, make in sources:  # all at once, so that nobody waits for the first one's answers
-        make(False)
+    for row, seed in rows:  # all at once, so that nobody waits for the first one's answers
+        _features(job, row, seed, blocks, alone=False)
     if first_process():
         with collectives.single_process():
-            yield from (_split(job, row, seed, make(True)) for row, seed, make in sources)
+            yield from (_split(job, row, seed, _features(job, row, seed, blocks)) for row, seed in rows)
 
 
 def pixels(job: Evaluation) -> Split:
     """Raw pixels of both splits under the subject's own evaluation transform."""
-    how: dict[str, Any] = {"channels": _channels(job), "workers": job.arguments.workers, "warn": job.say}
-    sides = [raw_pixels(images, job.size, job.crop, limit=job.limit, **how) for images in (job.train, job.test)]
+    sides = [whole(images, job.eye, raw_pixels, job.say) for images in (job.train, job.test)]
     return _split(job, "pixels", None, sides)
 
 
-def _channels(job: Evaluation) -> int:
-    return len(job.subject.description["mean"])
+def eye_of(job: Evaluation, backbone: Backbone) -> Eye:
+    """How a backbone looks at the images of an evaluation."""
+    return Eye.of(backbone, workers=job.arguments.workers, limit=job.limit)
 
 
-def _of_random(job: Evaluation, untrained: Subject, seed: int | None, blocks: int, alone: bool) -> Features:
-    return _of_network(job, "random", untrained, seed, blocks)
+def _features(job: Evaluation, row: str, seed: int | None, blocks: int, alone: bool = True) -> Features:
+    """Features of a row; where this process is not `alone`, only what goes through the cache."""
+    if row == "pixels":
+        return _of_pixels(job, alone)
+    return _of_patches(job, seed or 0) if row == "patches" else _of_network(job, row, seed, blocks)
 
 
-def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, blocks: int) -> Features:
+def _of_network(job: Evaluation, row: str, seed: int | None, blocks: int) -> Features:
     """Features of a network, from the cache."""
+    subject = job.subject if row == "subject" else job.subject.untrained()
     backbone = subject.backbone(seed or 0).to(job.device)
     name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
+    eye = eye_of(job, backbone)
+    by_network = network(backbone, subject.plan, blocks=blocks, device=job.device, precision=job.precision)
     features = []
     for images in (job.train, job.test):
         key = cache_key(backbone, subject.plan, images, job.precision, job.device, blocks)
-        extract = functools.partial(
-            extract_parts,
-            backbone,
-            subject.plan,
-            images,
-            blocks=blocks,
-            device=job.device,
-            workers=job.arguments.workers,
-            precision=job.precision,
-            limit=job.limit,
-        )
         larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
-        kinds = _cached(job, key, images, name, extract, larger)
+        kinds = from_cache(job, key, images, eye, by_network, f"images from {name}", larger)
         kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
         job.refuse_not_finite(kinds, images, name, backbone, subject.plan, cached=True)
         features.append(kinds)
@@ -119,42 +115,25 @@ def _of_network(job: Evaluation, row: str, subject: Subject, seed: int | None, b
     return features
 
 
-def _of_pixels(job: Evaluation, alone: bool = True) -> Features:
-    """Take raw pixels from the cache if they are many, else from the images; if not `alone`, the cache only."""
-    channels, size, workers = _channels(job), job.size, job.arguments.workers
-    features = []
+def _of_pixels(job: Evaluation, alone: bool) -> Features:
+    """Raw pixels, from the cache if they are many, else from the images; if not `alone`, the cache only."""
+    (height, width), features = job.size, []
     for images in (job.train, job.test):
-        if 4 * channels * min(size[0], PIXELS) * min(size[1], PIXELS) * len(images) > IN_MEMORY:
-            extract = functools.partial(
-                pixel_parts, images, size, job.crop, channels=channels, workers=workers, limit=job.limit
-            )
-            features.append(
-                _cached(job, pixel_key(images, size, job.crop, channels), images, LABELS["pixels"], extract)
-            )
+        if 4 * job.eye.channels * min(height, PIXELS) * min(width, PIXELS) * len(images) > IN_MEMORY:
+            key, what = pixel_key(images, job.eye), f"images from {LABELS['pixels']}"
+            features.append(from_cache(job, key, images, job.eye, raw_pixels, what))
         elif alone:
-            how: dict[str, Any] = {"workers": workers, "warn": job.say, "limit": job.limit}
-            features.append(raw_pixels(images, size, job.crop, channels=channels, **how))
+            features.append(whole(images, job.eye, raw_pixels, job.say))
     return features
 
 
-def _of_patches(job: Evaluation, seed: int, alone: bool) -> Features:
+def _of_patches(job: Evaluation, seed: int) -> Features:
     """Features of patches, from the cache."""
-    channels, features = _channels(job), []
-    for images in (job.train, job.test):
-        extract = functools.partial(
-            patch_parts,
-            job.train,
-            images,
-            job.size,
-            job.crop,
-            device=job.device,
-            workers=job.arguments.workers,
-            limit=job.limit,
-            channels=channels,
-            seed=seed,
-        )
-        key = patch_key(job.train, images, job.size, job.crop, channels, seed)
-        features.append(_cached(job, key, images, f"{LABELS['patches']} (seed {seed})", extract))
+    by_filters, what = patches(job.train, job.eye, seed, job.device), f"images from {LABELS['patches']} (seed {seed})"
+    features = [
+        from_cache(job, patch_key(job.train, images, job.eye, seed), images, job.eye, by_filters, what)
+        for images in (job.train, job.test)
+    ]
     _refuse_lost(job, features)
     return features
 
@@ -167,17 +146,20 @@ def _refuse_lost(job: Evaluation, features: Features) -> None:
         job.limit.refuse(lost, total, total, job.spec, ["they were named above"])
 
 
-def _cached(
+def from_cache(
     job: Evaluation,
     key: dict[str, Any],
     images: Images,
+    eye: Eye,
+    features_of: FeaturesOf,
     what: str,
-    extract: Callable[..., Iterator[Part]],
-    larger: Any = (),
+    larger: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Tensor]:
-    def parts_of(ranges: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
-        job.say(f"features of {len(images):,} images from {what}")
-        return extract(parts=ranges, seen=seen)
+    """Features of `images` from the cache beside the report, extracted first if need be, which says of `what`."""
+
+    def parts_of(parts: Sequence[range], seen: Callable[[int], None]) -> Iterator[Part]:
+        job.say(f"features of {len(images):,} {what}")
+        return extract_parts(images, eye, features_of, parts, seen)
 
     return cached(job.out.parent / "cache", key, images, parts_of, job.say, larger=larger, limit=job.limit)
 

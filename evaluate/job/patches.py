@@ -4,8 +4,8 @@
 Letters: B images, C channels, h x w pixels, F filters, P positions of a patch, D = C * side * side numbers of a patch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from common.batches.sampler import generator, order
 from common.batches.unreadable import NO_LIMIT
 from common.data import Images
-from common.features.extraction import PIXELS, Part, parts_of_images, shown, shown_key
+from common.features.extraction import PIXELS, Eye, FeaturesOf, shown, shown_key
 
 FILTERS, SIDE = 400, 6  # patches that are filters, and their pixels a side
 THRESHOLD = 0.25  # of the soft threshold
@@ -72,16 +72,14 @@ def working_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def learned(images: Images, size: tuple[int, int], crop: float, channels: int, seed: int, workers: int = 0) -> Filters:
-    """Learn filters from training `images` under the evaluation transform; `seed` decides what is drawn."""
-    small = working_size(size)
+def learned(images: Images, eye: Eye, seed: int) -> Filters:
+    """Learn filters from training `images` as they are shown to `eye`; `seed` decides what is drawn."""
+    small = working_size(eye.size)
     side, other = min(SIDE, small[0]), min(SIDE, small[1])
     chosen_images = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
     per_image = -(-DRAWN // len(chosen_images))
     drawn: list[Tensor] = []
-    for batch, index in shown(
-        chosen_images, size, crop, channels, workers=workers, warn=lambda line: None, limit=NO_LIMIT
-    ):
+    for batch, index in shown(chosen_images, replace(eye, limit=NO_LIMIT), warn=lambda line: None):
         for pixels, i in zip(smaller(batch, small), index.tolist(), strict=True):
             rng = generator(seed, 0, i, "patches")
             tops = rng.integers(0, small[0] - side + 1, per_image)
@@ -97,37 +95,24 @@ def learned(images: Images, size: tuple[int, int], crop: float, channels: int, s
     whiten = directions * (variances.clamp_min(0) + WHITENING).rsqrt() @ directions.T  # ZCA
     chosen = generator(seed, 0, 0, "filters").permutation(len(patches))[:FILTERS]
     filters = F.normalize(patches[torch.from_numpy(chosen)] @ whiten, dim=1) @ whiten
-    return Filters(filters.float().view(-1, channels, side, other), (filters @ mean).float(), small)
+    return Filters(filters.float().view(-1, eye.channels, side, other), (filters @ mean).float(), small)
 
 
-def patch_parts(
-    train: Images,
-    images: Images,
-    size: tuple[int, int],
-    crop: float,
-    parts: Sequence[range],
-    *,
-    channels: int = 3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    workers: int = 0,
-    **options: Any,
-) -> Iterator[Part]:
-    """Extract {"patches": (K, 3200), "index": (K,)} of one part of `images` after another, by filters of `train`;
-    `options`: limit and seen, see `extract_parts`."""
-    filters = learned(train, size, crop, channels, seed, workers)
-    filters = Filters(filters.weights.to(device), filters.offsets.to(device), filters.size)
+def patches(train: Images, eye: Eye, seed: int, device: torch.device | str = "cpu") -> FeaturesOf:
+    """Features by filters of `train`, learned when the first are asked for: {"patches": (b, 3200)}."""
 
-    def features_of(batch: Tensor) -> dict[str, Tensor]:
-        return {"patches": filters.answers(batch).cpu()}
+    @functools.cache
+    def filters() -> Filters:
+        made = learned(train, eye, seed)
+        return replace(made, weights=made.weights.to(device), offsets=made.offsets.to(device))
 
-    return parts_of_images(images, size, crop, channels, parts, features_of, workers=workers, **options)
+    return lambda batch: {"patches": filters().answers(batch).cpu()}
 
 
-def patch_key(train: Images, images: Images, size: tuple[int, int], crop: float, channels: int, seed: int) -> Any:
-    """Settings that determine what `patch_parts` returns."""
+def patch_key(train: Images, images: Images, eye: Eye, seed: int) -> dict[str, Any]:
+    """Settings that determine features by `patches`."""
     numbers = [FILTERS, SIDE, THRESHOLD, CONTRAST, WHITENING, IMAGES, DRAWN, PIXELS]
-    return {"patches": numbers, "of": train.fingerprint(), "seed": seed} | shown_key(images, size, crop, channels)
+    return {"patches": numbers, "of": train.fingerprint(), "seed": seed} | shown_key(images, eye)
 
 
 def described() -> str:

@@ -14,7 +14,7 @@ from common.batches.sampler import HELD_OUT_EPOCH, StepPart
 from common.batches.samples import Batch, Samples
 from common.batches.unreadable import NO_LIMIT
 from common.data import Images
-from common.features.extraction import shown
+from common.features.extraction import Eye, shown
 from common.features.finite import not_finite
 from common.features.metrics import accuracy, rankme
 from common.features.neighbors import FIELD, knn
@@ -296,9 +296,7 @@ def _extracted(
     index = torch.full((most,), -1, device=device)  # -1: no image; shares differ, and some images cannot be read
     like, done = task.backbone, 0
     # Unreadable images are named by `watch`, which judges them by the whole of the data.
-    crops = shown(
-        images.subset(share), like.size, like.config.crop, like.channels, warn=lambda line: None, limit=NO_LIMIT
-    )
+    crops = shown(images.subset(share), Eye.of(like, limit=NO_LIMIT), warn=lambda line: None)
     for batch, at in crops:
         place = slice(done, done := done + len(at))
         index[place] = torch.from_numpy(share)[at].to(device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from common.checkpoints import storage
 from common.data import open_data
 from common.errors import Refusal
-from common.features.extraction import extract, pixels
+from common.features.extraction import Eye, extract, raw_pixels, whole
 from evaluate.job.subjects import subject_of
 
 
@@ -44,7 +44,7 @@ def test_both_treatments_of_every_row_are_those_of_its_features(make_run, script
     assert script("knn").main(["--ckpt", str(run), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
     values, subject = report_of(run, "knn")["values"], subject_of(str(run))
     train, test = (open_data(str(data), split) for split in ("train", "test"))
-    raw = [pixels(images, (8, 8), 1.0)["pixels"] for images in (train, test)]
+    raw = [whole(images, Eye((8, 8), 1.0), raw_pixels)["pixels"] for images in (train, test)]
     rows = {("pixels", "pixels"): raw}
     for row, backbone in (("subject", subject.backbone()), ("random", subject.untrained().backbone())):
         rows[row, "mean"] = [extract(backbone, subject.plan, images)["mean"] for images in (train, test)]

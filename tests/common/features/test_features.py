@@ -11,18 +11,20 @@ import torch
 from PIL import Image
 from ranks.job import ranks
 
-from common.batches.unreadable import NO_LIMIT, Limit
+from common.batches.unreadable import NO_LIMIT, USUAL, Limit
 from common.data import Images, Unreadable, open_data
 from common.data.images import Arrays
 from common.errors import Refusal
 from common.features.extraction import (
+    Eye,
     cache_key,
     extract,
     extract_parts,
+    network,
     pixel_key,
-    pixel_parts,
-    pixels,
     pooled,
+    raw_pixels,
+    whole,
 )
 from common.models import ModelConfig, create
 from common.models.plan import TokenPlan
@@ -82,9 +84,9 @@ def test_no_class_token_no_class_features(folder):
 
 def test_pixels(folder):
     images = open_data(str(folder))
-    found = pixels(images, (8, 8), 1.0)["pixels"]
+    found = whole(images, Eye((8, 8), 1.0), raw_pixels)["pixels"]
     torch.testing.assert_close(found[3], images.read(3).flatten() / 255)
-    assert pixels(images, (64, 64), 1.0)["pixels"].shape == (10, 3 * 32 * 32)
+    assert whole(images, Eye((64, 64), 1.0), raw_pixels)["pixels"].shape == (10, 3 * 32 * 32)
 
 
 def test_pixels_from_a_cache(folder, tmp_path):
@@ -93,14 +95,14 @@ def test_pixels_from_a_cache(folder, tmp_path):
     def get(size):
         return cached(
             tmp_path / "cache",
-            pixel_key(images, (size, size), 1.0, 3),
+            pixel_key(images, Eye((size, size), 1.0)),
             images,
-            lambda ranges, seen: pixel_parts(images, (size, size), 1.0, ranges, seen=seen),
+            lambda ranges, seen: extract_parts(images, Eye((size, size), 1.0), raw_pixels, ranges, seen),
             part=3,
         )
 
     for size in (8, 64):
-        assert same(get(size), pixels(images, (size, size), 1.0))
+        assert same(get(size), whole(images, Eye((size, size), 1.0), raw_pixels))
 
 
 def test_unreadable_images_are_left_out_and_named_or_refused(folder):
@@ -143,11 +145,13 @@ def test_several_blocks_of_others(folder):
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 
-def asked(images, backbone, calls, **options):
+def asked(images, backbone, calls, limit=USUAL, **options):
     """What `cached` is to call; `calls` gets the parts that it was asked for."""
 
+    by_network = network(backbone, TokenPlan("none"), **options)
+
     def parts_of(ranges, seen):
-        for part in extract_parts(backbone, TokenPlan("none"), images, ranges, seen=seen, **options):
+        for part in extract_parts(images, Eye.of(backbone, limit=limit), by_network, ranges, seen):
             calls.append(part.rows)
             yield part
 
@@ -407,15 +411,19 @@ def by_processes(rank, processes):
 @pytest.mark.slow
 def test_two_processes_give_the_rows_of_one():
     first, second = ranks(by_processes)
-    parts = list(extract_parts(tiny(), TokenPlan("none"), many(None), feature_cache._ranges(35, 4), limit=Limit(0.1)))
-    whole = extract(tiny(), TokenPlan("none"), many(None), limit=Limit(0.1), warn=lambda line: None)
-    assert whole["index"].tolist() == [i for i in range(35) if i != 17]
+    backbone = tiny()
+    by_network = network(backbone, TokenPlan("none"))
+    parts = list(
+        extract_parts(many(None), Eye.of(backbone, limit=Limit(0.1)), by_network, feature_cache._ranges(35, 4))
+    )
+    alone = extract(backbone, TokenPlan("none"), many(None), limit=Limit(0.1), warn=lambda line: None)
+    assert alone["index"].tolist() == [i for i in range(35) if i != 17]
     for found in (first, second):
-        assert found["features"].keys() == whole.keys() and found["same"]
+        assert found["features"].keys() == alone.keys() and found["same"]
         for name, values in found["features"].items():
             values = torch.tensor(values)
             assert torch.equal(values, torch.cat([part.features[name] for part in parts]))
-            torch.testing.assert_close(values, whole[name])
+            torch.testing.assert_close(values, alone[name])
         assert len(found["refused"]) == 3
         assert found["refused"][:2] == ["of one process", "of the first"] and "different" in found["refused"][2]
     assert first["calls"] == [[at, min(at + 4, 35)] for at in range(0, 35, 8)]

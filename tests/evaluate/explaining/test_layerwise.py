@@ -6,6 +6,7 @@ import torch
 
 from common.data import Images
 from common.data.images import Arrays
+from common.features.extraction import Eye
 from common.models import Features
 from evaluate.explaining import layerwise
 from evaluate.explaining.layerwise import (
@@ -50,7 +51,7 @@ def test_sample_keeps_what_each_token_is_and_where_from(monkeypatch):
 
     monkeypatch.setattr(layerwise, "TRAIN_TOKENS", 700)
     lines = []
-    fine, tenfold, coarse = sample(see, images, (4, 4), 1.0, 1, test=False, warn=lines.append)
+    fine, tenfold, coarse = sample(see, images, Eye((4, 4), 1.0, 1), test=False, warn=lines.append)
     assert fine.index.tolist() == [0, *range(2, 200)] and "1 of 200 images" in lines[0]
     assert fine.tokens.shape == (199, 4, 2) and fine.grid == (2, 3)  # 700 / 200, rounded up
     assert (fine.tokens[..., 0] == fine.places).all() and (fine.tokens[..., 1] == fine.index[:, None]).all()
@@ -59,7 +60,7 @@ def test_sample_keeps_what_each_token_is_and_where_from(monkeypatch):
     assert (tenfold.places == fine.places).all() and (tenfold.tokens == 10 * fine.tokens).all()
     assert (fine.mean[:, 0] == 2.5).all() and (fine.mean[:, 1] == fine.index).all()  # of all six, drawn or not
     assert coarse.tokens.shape == (199, 2, 2) and coarse.grid == (1, 2)
-    again = sample(see, images, (4, 4), 1.0, 1, test=False, warn=lines.append)[0]
+    again = sample(see, images, Eye((4, 4), 1.0, 1), test=False, warn=lines.append)[0]
     assert (again.places == fine.places).all()
 
 

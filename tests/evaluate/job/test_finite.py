@@ -54,23 +54,23 @@ def test_what_begins_from_weights_or_hands_them_on_refuses_them_too(make_run, sc
 def test_images_whose_numbers_overflow_are_counted_and_fp32_is_advised(make_run, script, data, monkeypatch):
     """A number that a narrow type cannot hold, without a GPU: in three images, and in bf16 alone."""
     run, knn = make_run(), script("knn")
-    images, plain = open_data(str(data), "train"), extraction._features
+    images, plain = open_data(str(data), "train"), extraction.pooled_blocks
     bright = [int(images.read(i, 3).sum()) for i in (1, 5, 30)]
 
-    def narrow(backbone, plan, batch, blocks, device, precision):
-        found = plain(backbone, plan, batch, blocks, device, precision)
-        if precision == "bf16":
-            found["mean"][torch.isin(batch.flatten(1).sum(1), torch.tensor(bright)), 7] = torch.inf
-        return found
+    def narrow(backbone, plan, batch, blocks):
+        features = plain(backbone, plan, batch, blocks)
+        if torch.is_autocast_enabled("cpu"):
+            features["mean"][torch.isin(batch.flatten(1).sum(1), torch.tensor(bright)), 7] = torch.inf
+        return features
 
-    monkeypatch.setattr(extraction, "_features", narrow)
+    monkeypatch.setattr(extraction, "pooled_blocks", narrow)
     words = ["--ckpt", str(run), *CALM, "--precision", "bf16"]
     for _ in range(2):  # the second time they come from the cache
         with pytest.raises(Refusal, match="run: the features of 3 of 36 images in ") as caught:
             knn.main(words)
         assert images.name(1) in str(caught.value)
         assert "numbers overflow in bf16, in fp32 they are finite: use --precision fp32" in str(caught.value)
-    monkeypatch.setattr(extraction, "_features", plain)
+    monkeypatch.setattr(extraction, "pooled_blocks", plain)
     with pytest.raises(Refusal, match=r"what was kept of them is damaged: delete .*cache and evaluate again"):
         knn.main(words)
     shutil.rmtree(run / "evaluate" / "cache")
