@@ -13,7 +13,7 @@ multiplied once, by the sum of its probabilities: no score needs a vector of its
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,28 +26,34 @@ KEPT = 2**22  # probabilities of a call (16 MiB of float32) up to which they are
 CACHED = 2**18  # scores that stay in a core's second-level cache (one MiB of float32), from forward product to backward
 
 
+class Encoding(NamedTuple):
+    """Where the tokens are, as far as scores and values depend on it. Ids are int64, for all images or for each."""
+
+    prior: Tensor | None = None  # (H, T, S), multiplies the scaled products
+    lookup: Tensor | None = None  # (B, H, T, n), read at `ids` (R, 1 or B, T, S)
+    ids: Tensor | None = None
+    of_keys: Tensor | None = None  # (B, H, S, n), read at `ids_of_keys` (R, 1 or B, S, T)
+    ids_of_keys: Tensor | None = None
+    values: Tensor | None = None  # (1 or H, n, d), read at `ids_of_values` (R, 1 or B, T, S)
+    ids_of_values: Tensor | None = None
+
+
+PLAIN = Encoding()
+
+
 def relative_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
-    *,
-    prior: Tensor | None = None,
-    lookup: Tensor | None = None,
-    ids: Tensor | None = None,
-    of_keys: Tensor | None = None,
-    ids_of_keys: Tensor | None = None,
-    values: Tensor | None = None,
-    ids_of_values: Tensor | None = None,
+    encoding: Encoding = PLAIN,
     dropout: Callable[[Tensor], Tensor] | None = None,
     fused: bool = True,
 ) -> Tensor:
     """Attention of queries q (B, H, T, d) to keys k and values v (B, H, S, d): (B, H, T, d).
 
-    `prior` (H, T, S) multiplies the scaled products. `lookup` (B, H, T, n) is read at `ids` (R, 1 or B, T, S),
-    `of_keys` (B, H, S, n) at `ids_of_keys` (R, 1 or B, S, T), `values` (1 or H, n, d) at `ids_of_values` (R, 1 or B, T,
-    S). Ids are int64, for all images or for each. Softmax and sums are float32 (float64 of float64), products are in
-    autocast's type or else in v's. Every argument that is no id has its gradient; without any, this is torch's own.
+    Softmax and sums are float32 (float64 of float64), products are in autocast's type or else in v's. Every argument
+    that is no id has its gradient; without an encoding, this is torch's own.
 
     In autograd's own steps unless `fused`, with `dropout` (a module or function that is given the probabilities
     (B, H, T, S)), and while torch.compile looks on.
@@ -56,48 +62,42 @@ def relative_attention(
     narrow = torch.is_autocast_enabled(kind) and v.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(kind) if narrow else v.dtype
     q, k, v = (q if scale == 1 else q * scale).to(dtype), k.to(dtype), v.to(dtype)
-    if fused and dropout is None and prior is None and lookup is None and of_keys is None and values is None:
+    if fused and dropout is None and all(part is None for part in encoding):
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    tensors = (q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values)
-    num_sums = 0 if values is None else values.shape[1]
     if fused and dropout is None and not torch.compiler.is_compiling():
-        out, sums = _Fused.apply(*tensors, num_sums)
+        out, sums = _Fused.apply(q, k, v, *encoding)
     else:
         with torch.autocast(kind, enabled=False):
-            out, sums = _explicit(*tensors, num_sums, dropout)
-    if values is None or sums is None:
+            out, sums = _explicit(q, k, v, encoding, dropout)
+    if encoding.values is None or sums is None:
         return out
     with torch.autocast(kind, enabled=False):  # a table for all heads is one large product
-        return out + sums.to(dtype) @ (values[0] if len(values) == 1 else values).to(dtype)
+        values = encoding.values.to(dtype)
+        return out + sums.to(dtype) @ (values[0] if len(values) == 1 else values)
 
 
 def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prior: Tensor | None,
-    lookup: Tensor | None,
-    of_keys: Tensor | None,
-    ids: Tensor | None,
-    ids_of_keys: Tensor | None,
-    ids_of_values: Tensor | None,
-    num_sums: int,
-    dropout: Callable[[Tensor], Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, at: Encoding, dropout: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     scores = _wide(q @ k.mT)
-    if prior is not None:
-        scores = scores * prior
-    if lookup is not None and ids is not None:
-        for table in ids:
-            scores = scores + _read(_wide(lookup), table)
-    if of_keys is not None and ids_of_keys is not None:
-        for table in ids_of_keys:
-            scores = scores + _read(_wide(of_keys), table).mT
+    if at.prior is not None:
+        scores = scores * at.prior
+    if at.lookup is not None and at.ids is not None:
+        for table in at.ids:
+            scores = scores + _read(_wide(at.lookup), table)
+    if at.of_keys is not None and at.ids_of_keys is not None:
+        for table in at.ids_of_keys:
+            scores = scores + _read(_wide(at.of_keys), table).mT
     probabilities = scores.softmax(-1)
     if dropout is not None:
         probabilities = dropout(probabilities)
     out = probabilities.to(v.dtype) @ v
-    return out, None if ids_of_values is None else _sums(probabilities, ids_of_values, num_sums)
+    if at.values is None or at.ids_of_values is None:
+        return out, None
+    sums = probabilities.new_zeros(*probabilities.shape[:3], at.values.shape[1])
+    for table in at.ids_of_values:
+        sums = sums.scatter_add(-1, table[:, None].expand_as(probabilities), probabilities)
+    return out, sums
 
 
 class _Fused(torch.autograd.Function):
@@ -106,92 +106,76 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prior: Tensor | None,
-        lookup: Tensor | None,
-        of_keys: Tensor | None,
-        ids: Tensor | None,
-        ids_of_keys: Tensor | None,
-        ids_of_values: Tensor | None,
-        num_sums: int,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, *encoding: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        at = Encoding(*encoding)
         B, H, T, d = q.shape
-        few = prior is None and any(ctx.needs_input_grad) and B * H * T * k.shape[2] <= KEPT
-        kept = q.new_empty((B, H, T, k.shape[2]), dtype=_wide_type(q.dtype)) if few else None
-        ctx.save_for_backward(q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values, kept)
+        wide = _wide_type(q.dtype)
+        few = at.prior is None and any(ctx.needs_input_grad) and B * H * T * k.shape[2] <= KEPT
+        kept = q.new_empty((B, H, T, k.shape[2]), dtype=wide) if few else None
+        ctx.save_for_backward(q, k, v, kept, *encoding)
         out = q.new_empty(B, T, H, d).transpose(1, 2)  # heads beside each other in memory: they are merged next
-        sums = None if ids_of_values is None else q.new_zeros((B, H, T, num_sums), dtype=_wide_type(q.dtype))
+        sums = None if at.values is None else q.new_zeros((B, H, T, at.values.shape[1]), dtype=wide)
         for part, P, products in _slices(q, k, 2):
             P = P if kept is None else kept[part]
-            _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+            _probabilities(P, products, part, q, k, at)
             out[part] = P.to(v.dtype) @ v[part]
-            if sums is not None and ids_of_values is not None:
-                _add_by_bucket(sums[part], _of(part, ids_of_values), P)
+            if sums is not None and at.ids_of_values is not None:
+                _add_by_bucket(sums[part], _of(part, at.ids_of_values), P)
         return out, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, prior, lookup, of_keys, ids, ids_of_keys, ids_of_values, kept = ctx.saved_tensors
+        q, k, v, kept, *encoding = ctx.saved_tensors
+        at: Any = Encoding(*encoding)
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         wide = _wide_type(q.dtype)
         d_prior, d_lookup, d_of_keys = (
             None if tensor is None else torch.zeros(tensor.shape, dtype=wide, device=q.device)
-            for tensor in (prior, lookup, of_keys)
+            for tensor in (at.prior, at.lookup, at.of_keys)
         )
         for part, P, d_P, products in _slices(q, k, 3):
             if kept is None:
-                _probabilities(P, products, part, q, k, prior, lookup, of_keys, ids, ids_of_keys)
+                _probabilities(P, products, part, q, k, at)
             else:
                 P = kept[part]
             d_v[part] = P.to(v.dtype).mT @ d_out[part]
-            if d_sums is not None and ids_of_values is not None:
-                _fill(d_P, d_sums[part], _of(part, ids_of_values))
-            _add_product(d_P, d_out[part], v[part], fresh=ids_of_values is None)
+            if d_sums is not None and at.ids_of_values is not None:
+                _fill(d_P, d_sums[part], _of(part, at.ids_of_values))
+            _add_product(d_P, d_out[part], v[part], fresh=at.ids_of_values is None)
             d_scores = torch._softmax_backward_data(d_P, P, -1, wide)
             if d_lookup is not None:
-                _add_by_bucket(d_lookup[part], _of(part, ids), d_scores)
+                _add_by_bucket(d_lookup[part], _of(part, at.ids), d_scores)
             if d_of_keys is not None:
-                _add_by_bucket(d_of_keys[part], _of(part, ids_of_keys), d_scores.mT)
+                _add_by_bucket(d_of_keys[part], _of(part, at.ids_of_keys), d_scores.mT)
             if d_prior is not None:
                 d_prior[part[1]] += products.mul_(d_scores).sum(0)
-                d_scores *= prior[part[1]]
+                d_scores *= at.prior[part[1]]
             d_scores = d_scores.to(q.dtype)
             d_q[part] = d_scores @ k[part]
             d_k[part] = d_scores.mT @ q[part]
-        given = ((d_prior, prior), (d_lookup, lookup), (d_of_keys, of_keys))
-        rest = (None if grad is None else grad.to(tensor.dtype) for grad, tensor in given)
-        return d_q, d_k, d_v, *rest, None, None, None, None
+        d_prior, d_lookup, d_of_keys = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in ((d_prior, at.prior), (d_lookup, at.lookup), (d_of_keys, at.of_keys))
+        )
+        return d_q, d_k, d_v, *Encoding(prior=d_prior, lookup=d_lookup, of_keys=d_of_keys)
 
 
-def _probabilities(
-    scores: Tensor,
-    products: Tensor,
-    part: Part,
-    q: Tensor,
-    k: Tensor,
-    prior: Tensor | None,
-    lookup: Tensor | None,
-    of_keys: Tensor | None,
-    ids: Tensor | None,
-    ids_of_keys: Tensor | None,
-) -> None:
+def _probabilities(scores: Tensor, products: Tensor, part: Part, q: Tensor, k: Tensor, at: Encoding) -> None:
     """Fill `scores` with the softmax of one part's scores and, with a prior, `products` with what it multiplied."""
-    fresh = lookup is None or ids is None
-    if lookup is not None and ids is not None:
-        _fill(scores, lookup[part], _of(part, ids))
-    if prior is None:
+    fresh = at.lookup is None or at.ids is None
+    if at.lookup is not None and at.ids is not None:
+        _fill(scores, at.lookup[part], _of(part, at.ids))
+    if at.prior is None:
         _add_product(scores, q[part], k[part], fresh)
     else:
         _add_product(products, q[part], k[part], fresh=True)
-        heads = prior[part[1]]
+        heads = at.prior[part[1]]
         torch.mul(products, heads, out=scores) if fresh else scores.addcmul_(products, heads)
-    if of_keys is not None and ids_of_keys is not None:
-        for table in _of(part, ids_of_keys):
-            scores += _read(_wide(of_keys[part]), table).mT
+    if at.of_keys is not None and at.ids_of_keys is not None:
+        for table in _of(part, at.ids_of_keys):
+            scores += _read(_wide(at.of_keys[part]), table).mT
     torch.softmax(scores, -1, out=scores)
 
 
@@ -241,13 +225,6 @@ def _add_by_bucket(sums: Tensor, tables: Tensor, numbers: Tensor) -> None:
     """Add numbers (B, H, T, S) to sums (B, H, T, n) of their buckets; tables (R, 1 or B, T, S)."""
     for table in tables:
         sums.scatter_add_(-1, table[:, None].expand_as(numbers), numbers)
-
-
-def _sums(probabilities: Tensor, tables: Tensor, num_sums: int) -> Tensor:
-    sums = probabilities.new_zeros(*probabilities.shape[:3], num_sums)
-    for table in tables:
-        sums = sums.scatter_add(-1, table[:, None].expand_as(probabilities), probabilities)
-    return sums
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:

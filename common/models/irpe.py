@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Refusal, nearest
-from .attention import relative_attention
+from .attention import Encoding, relative_attention
 
 METHODS = ("product", "euclidean", "quantization", "cross")
 DIRECTIONS = ("cross_rows", "cross_cols")
@@ -249,7 +249,7 @@ class RelativeAttention(Attention):
                 encoding.update(of_keys=self._look_up(k, table), ids_of_keys=mirrored)
             if "v" in self.rpe_on:
                 encoding.update(values=self.rpe_v(), ids_of_values=ids)
-        out = relative_attention(q, k, v, 1.0, dropout=drops, **encoding)
+        out = relative_attention(q, k, v, 1.0, Encoding(**encoding), drops)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()

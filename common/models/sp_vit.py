@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
-from .attention import relative_attention
+from .attention import Encoding, relative_attention
 from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, S, Stem, build, config, swap_box
 from .lv_vit import checkpoint_filter_fn as checkpoint_filter_fn
 
@@ -126,7 +126,7 @@ class SpAttention(nn.Module):
             prior, scale = prior * scale, 1.0
         drops = self.training and self.attn_drop.p > 0
         dropout = self.attn_drop if drops or not self.fused_attn else None
-        out = relative_attention(q, k, v, scale, prior=prior, dropout=dropout, fused=self.fused_attn)
+        out = relative_attention(q, k, v, scale, Encoding(prior), dropout, self.fused_attn)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, N, D)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.models import attention
-from common.models.attention import relative_attention
+from common.models.attention import Encoding, relative_attention
 
 B, H, T, S, D, BUCKETS = 3, 2, 5, 4, 3, 6
 SCALE = 0.7
@@ -40,10 +40,16 @@ def arguments(
     return found
 
 
+def attend(given: dict[str, Any], scale: float = SCALE, **options: Any) -> Tensor:
+    q, k, v = (given[name] for name in ("q", "k", "v"))
+    encoding = Encoding(**{name: tensor for name, tensor in given.items() if name not in ("q", "k", "v")})
+    return relative_attention(q, k, v, scale, encoding, **options)
+
+
 def outcome(given: dict[str, Any], **options: Any) -> list[Tensor]:
     """The output and the gradient of every tensor that has one."""
     leaves = [tensor for tensor in given.values() if tensor.is_floating_point()]
-    out = relative_attention(scale=SCALE, **given, **options)
+    out = attend(given, **options)
     weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
     return [out, *torch.autograd.grad((out * weights).sum() + (out**2).sum(), leaves)]
 
@@ -54,7 +60,7 @@ def test_the_definition() -> None:
         given[name].tolist() for name in ("q", "k", "v", "prior", "lookup", "of_keys", "values")
     )
     ids, ids_of_keys, ids_of_values = (given[name].tolist() for name in ("ids", "ids_of_keys", "ids_of_values"))
-    out = relative_attention(scale=SCALE, **given)
+    out = attend(given)
     for b, h, t in itertools.product(range(B), range(H), range(T)):
         scores = [
             prior[h][t][s] * SCALE * sum(x * y for x, y in zip(q[b][h][t], k[b][h][s], strict=True))
@@ -98,7 +104,7 @@ def test_fused_is_explicit_on_a_gpu() -> None:
     leaves = [tensor for tensor in given.values() if tensor.is_floating_point()]
     results = []
     for fused in (True, False):
-        out = relative_attention(scale=SCALE, fused=fused, **given)
+        out = attend(given, fused=fused)
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-10)
@@ -112,7 +118,7 @@ def test_expanded_lookup_per_head_values() -> None:
     results = []
     for fused in (True, False):
         leaves = [given[name] for name in ("q", "k", "v", "lookup", "values")]
-        out = relative_attention(scale=1.0, fused=fused, **given | {"lookup": given["lookup"].expand(B, H, T, BUCKETS)})
+        out = attend(given | {"lookup": given["lookup"].expand(B, H, T, BUCKETS)}, scale=1.0, fused=fused)
         results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-10)
@@ -122,13 +128,13 @@ def test_without_anything_relative() -> None:
     given = arguments()
     expected = F.scaled_dot_product_attention(given["q"], given["k"], given["v"], scale=SCALE)
     for fused in (True, False):
-        assert torch.allclose(relative_attention(scale=SCALE, fused=fused, **given), expected, atol=1e-12)
+        assert torch.allclose(attend(given, fused=fused), expected, atol=1e-12)
 
 
 def test_gradients_only_where_wanted() -> None:
     given = arguments("prior", "lookup")
     given |= {name: given[name].detach() for name in ("k", "v", "prior")}
-    relative_attention(scale=SCALE, **given).sum().backward()
+    attend(given).sum().backward()
     assert given["q"].grad is not None and given["lookup"].grad is not None
 
 
@@ -140,7 +146,7 @@ def test_dropout_sees_the_probabilities() -> None:
         seen.append(probabilities)
         return probabilities * (torch.arange(S) % 2)
 
-    out = relative_attention(scale=SCALE, dropout=keep_half, **given)
+    out = attend(given, dropout=keep_half)
     assert seen[0].shape == (B, H, T, S) and torch.allclose(seen[0].sum(-1), torch.ones((), dtype=torch.float64))
     kept = seen[0] * (torch.arange(S) % 2)
     of_values = given["values"][0][given["ids_of_values"][0, 0]]  # (T, S, D)
@@ -166,8 +172,8 @@ def test_half_precision(autocast: bool) -> None:
 def test_float64_under_autocast_stays() -> None:
     given = arguments("lookup")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(relative_attention(scale=SCALE, **given), relative_attention(scale=SCALE, **given).double())
-        assert relative_attention(scale=SCALE, **given).dtype == torch.float64
+        assert torch.equal(attend(given), attend(given).double())
+        assert attend(given).dtype == torch.float64
 
 
 def test_no_scores_outlive_the_call() -> None:
@@ -184,17 +190,17 @@ def test_no_scores_outlive_the_call() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        relative_attention(scale=SCALE, **given)
+        attend(given)
     assert max(saved) == 2 * size**2  # the prior; the scores would be twice that for each of four images
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        relative_attention(scale=SCALE, fused=False, **given)
+        attend(given, fused=False)
     assert max(saved) == 4 * 2 * size**2  # which is what this test can see
 
 
 def test_twice_differentiated_is_an_error() -> None:
     given = arguments("lookup")
-    out = relative_attention(scale=SCALE, **given)
+    out = attend(given)
     (grad,) = torch.autograd.grad(out.square().sum(), given["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
