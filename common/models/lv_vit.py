@@ -157,6 +157,16 @@ class Scale(nn.Module):
 # ---------------------------------------------------------------------------- the model
 
 
+USUAL: dict[str, Any] = {  # arguments of timm's; those of LV-ViT-S
+    "embed_dim": 384,
+    "depth": 16,
+    "num_heads": 6,
+    "mlp_ratio": 3.0,
+    "qkv_bias": False,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+}
+
+
 class LvVit(VisionTransformer):
     """LV-ViT as a timm VisionTransformer, whose arguments it takes; any image size that is a multiple of 16.
 
@@ -175,12 +185,7 @@ class LvVit(VisionTransformer):
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = STRIDE,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 384,
-        depth: int = 16,
-        num_heads: int = 6,
-        mlp_ratio: float = 3.0,
+        *,
         skip_lam: float = 2.0,
         stem_width: int = 64,
         return_dense: bool = True,
@@ -188,7 +193,7 @@ class LvVit(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         """skip_lam: every branch is divided by it. mix_token: None is `return_dense`. kwargs: timm's, such as
-        drop_path_rate (linear from 0), attn_drop_rate, proj_drop_rate, dynamic_img_size."""
+        drop_path_rate (linear from 0), attn_drop_rate, proj_drop_rate, dynamic_img_size (see USUAL)."""
         if mix_token and not return_dense:
             raise Refusal("mix_token=True needs return_dense=True: nothing else has dense logits to put back")
         if not skip_lam > 0:
@@ -200,17 +205,7 @@ class LvVit(VisionTransformer):
             raise Refusal("class_token=False: LV-ViT and SP-ViT have one; leave it out")
         weight_init = kwargs.pop("weight_init", "")
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            num_classes,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            embed_layer=partial(Stem, width=stem_width),
-            weight_init="skip",
-            **{"qkv_bias": False, "norm_layer": partial(nn.LayerNorm, eps=1e-5), **kwargs},
+            img_size, patch_size, embed_layer=partial(Stem, width=stem_width), weight_init="skip", **USUAL | kwargs
         )
         self.return_dense = return_dense
         self.mix_token = return_dense if mix_token is None else mix_token
@@ -405,7 +400,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 T = {"embed_dim": 240, "depth": 12, "num_heads": 4, "skip_lam": 1.0}
-S = {"embed_dim": 384, "depth": 16, "num_heads": 6, "skip_lam": 2.0}
 M = {"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0}
 L = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_width": 128}
 
@@ -425,22 +419,22 @@ def build(kind: type[LvVit], name: str, pretrained: bool, **kwargs: Any) -> LvVi
 @register_model
 def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """LV-ViT-T, 8.5 M parameters."""
-    return build(LvVit, "lvvit_t", pretrained, **{**T, **kwargs})
+    return build(LvVit, "lvvit_t", pretrained, **T | kwargs)
 
 
 @register_model
 def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """LV-ViT-S, 26.2 M parameters."""
-    return build(LvVit, "lvvit_s", pretrained, **{**S, **kwargs})
+    return build(LvVit, "lvvit_s", pretrained, **kwargs)
 
 
 @register_model
 def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """LV-ViT-M, 55.8 M parameters."""
-    return build(LvVit, "lvvit_m", pretrained, **{**M, **kwargs})
+    return build(LvVit, "lvvit_m", pretrained, **M | kwargs)
 
 
 @register_model
 def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """LV-ViT-L, 150 M parameters."""
-    return build(LvVit, "lvvit_l", pretrained, **{**L, **kwargs})
+    return build(LvVit, "lvvit_l", pretrained, **L | kwargs)

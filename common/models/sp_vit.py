@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
 from .attention import Encoding, relative_attention
-from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, S, Stem, build, config, swap_box
+from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, Stem, build, config, swap_box
 from .lv_vit import checkpoint_filter_fn as checkpoint_filter_fn
 
 Grid = tuple[int, int]
@@ -321,16 +321,16 @@ default_cfgs = generate_default_cfgs({"spvit_s": config(0.9), "spvit_m": config(
 @register_model
 def spvit_s(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """SP-ViT-S, 26.2 M parameters."""
-    return build(SpVit, "spvit_s", pretrained, **{**S, **kwargs})
+    return build(SpVit, "spvit_s", pretrained, **kwargs)
 
 
 @register_model
 def spvit_m(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """SP-ViT-M, 56.0 M parameters; local_blocks=10 is what the authors' script trains."""
-    return build(SpVit, "spvit_m", pretrained, **{**M, **kwargs})
+    return build(SpVit, "spvit_m", pretrained, **M | kwargs)
 
 
 @register_model
 def spvit_l(pretrained: bool = False, **kwargs: Any) -> LvVit:
     """SP-ViT-L, 150 M parameters; legacy=True is what the authors' code builds, without any prior."""
-    return build(SpVit, "spvit_l", pretrained, **{**L, **kwargs})
+    return build(SpVit, "spvit_l", pretrained, **L | kwargs)
