@@ -5,93 +5,46 @@ crops, V crops in all, D width, K prototypes.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from common.batches.views import View
 from common.errors import Refusal
 from common.features.metrics import rankme
-from common.limits import AutoCount, Count, NotNegative, Positive, Probability
 from common.models import Backbone, Features
 from common.processes import collectives
-from common.training import ema
-from common.training.schedules import parse
-from pretrain.distillation import collapse
-from pretrain.distillation.prototypes import Centre, crops_cross_entropy, entropy, marginal_entropy, sinkhorn
-from pretrain.heads import LastLayer, ProjectionHead, wide
-from pretrain.objectives import Objective, Pass, Verdict
+from pretrain.distillation.objective import Distillation, DistillationOptions
+from pretrain.distillation.prototypes import crops_cross_entropy, entropy, marginal_entropy
+from pretrain.heads import wide
+from pretrain.objectives import Objective, Pass
 
-Centering = Literal["centre", "sinkhorn"]
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 
 
 @dataclass
-class DinoOptions:
-    """Options of `dino`."""
+class DinoOptions(DistillationOptions):
+    """Options of `dino`; at least two crops an image."""
 
-    weight: NotNegative = 1.0
-    """Share of this objective in the summed loss; 0 leaves it out."""
-    view: str = "global"
-    """The view whose crops the teacher sees, and the student too; at least two an image."""
     local: str | None = None
     """The view whose crops only the student sees; null: the one named `local`, where the recipe has it."""
-    prototypes: AutoCount = "auto"
-    """Outputs K of the head; auto: about a sixteenth of the images (DINO: 65,536 for ImageNet's 1.3 million)."""
-    hidden: Count = 2048
-    """Channels of the head's hidden layers."""
-    bottleneck: Count = 256
-    """Channels that the head compares with the prototypes."""
-    layers: Count = 3
-    """Linear layers of the head before the prototypes."""
-    last_layer: LastLayer = "normed"
-    """Prototypes: normed (length 1, DINO's norm_last_layer), weight_norm (trainable length: sometimes better, less
-    stable) or linear (as they are, DINOv3)."""
-    student_temperature: Positive = 0.1
-    """What the student's logits are divided by."""
-    teacher_temperature: Any = "auto"
-    """What the teacher's logits are divided by: a number, or {schedule: linear, start: 0.04, end: 0.07, over: 0.3}.
-    Lower is sharper. It moves with every step (the source: with every epoch). auto: by the number of images."""
-    centering: Centering = "centre"
-    """What keeps the teacher from choosing one prototype for all: centre (the logits' moving mean is subtracted, DINO)
-    or sinkhorn (prototypes are used equally in every batch, DINOv2; with accumulate, in every part of one)."""
-    centre_momentum: Probability = 0.9
-    """Share of the old centre that a step keeps."""
-    freeze_last_layer: Any = "auto"
-    """How long the prototypes stay as they were drawn, from the start: a share of the training, `1 epochs` or `100
-    steps`. auto: one epoch, at most a tenth of the training. They get no gradient, as in DINO; DINOv2 sets their rate
-    to 0, and AdamW's moments go on."""
 
 
-class Dino(Objective):
+class Dino(Distillation):
     """Cross-entropy between the teacher's prototypes of one crop and the student's of every other crop of the image."""
 
     Options = DinoOptions
     pools = "class"
-    taught = compares = True
 
     used: Tensor
 
     def __init__(self, options: DinoOptions, backbone: Backbone) -> None:
-        super().__init__()
-        self.options = options
-        self.temperature = parse(options.teacher_temperature, "objectives.dino.teacher_temperature")
-        self.prototypes: int = options.prototypes
-        self.passes = {
-            "student": Pass(options.view, crops=None),
-            "teacher": Pass(options.view, crops=None, network="teacher", grad=False),
-        }
-        self.head = ProjectionHead(
-            backbone.width, self.prototypes, options.hidden, options.bottleneck, options.layers, options.last_layer
-        )
-        self.teacher_head = ema.copy_of(self.head)
-        self.centre = Centre(self.prototypes, options.centre_momentum) if options.centering == "centre" else None
+        super().__init__(options)
+        self.make_head(backbone)
         self.crops = 2  # of the view, an image; `connect` says how many
-        self.images = 0  # of the last step, of all processes
         # Winners since statistics were last logged. The same on every process, so that one process's copy resumes all.
         self.register_buffer("used", torch.zeros(self.prototypes, dtype=torch.bool))
         self.winners: list[Tensor] = []  # of the step that is under way
@@ -124,30 +77,13 @@ class Dino(Objective):
         """See Objective."""
         super().begin_step(progress, measured)
         self.winners.clear()
-        if self.centre is not None:
-            self.centre.forget()
-
-    def before_update(self) -> None:
-        """Withhold the prototypes' gradient while they are frozen: without one, AdamW does not decay them either."""
-        if self.progress < self.options.freeze_last_layer:
-            for parameter in self.head.last.parameters():
-                parameter.grad = None
 
     def after_step(self, momentum: float) -> None:
         """See Objective."""
-        if self.centre is not None:
-            self.centre.commit()
+        super().after_step(momentum)
         before = torch.zeros_like(self.used) if self.measured else self.used
         self.used = self._marked(before)
         self.winners.clear()
-
-    def teachers(self) -> Iterable[tuple[nn.Module, nn.Module]]:
-        """See Objective."""
-        return ((self.teacher_head, self.head),)
-
-    def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
-        """See Objective; `numbers` without the objective's name before them. None where nothing was measured."""
-        return collapse.judge(numbers, self.images, self.progress)
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats, mean over images and pairs of crops), and on measured steps the health of the training, in each
@@ -173,19 +109,11 @@ class Dino(Objective):
         flat = entropy((logits.detach()[: len(student)] / self.options.student_temperature).softmax(1)).mean()
         return {"loss": loss, "student_entropy": flat} | self._statistics(loss, targets, student, teacher)
 
-    def targets(self, logits: Tensor) -> Tensor:
-        """The teacher's probabilities (G*B, K) from its logits, which the centre takes note of."""
-        temperature = self.temperature.at(self.progress)
-        if self.centre is None:
-            return sinkhorn(logits, temperature)
-        self.centre.note(logits)
-        return ((logits - self.centre.centre) / temperature).softmax(1)
-
     @torch.no_grad()
     def _statistics(self, loss: Tensor, targets: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         teacher_entropy = entropy(targets).mean()
         unit = collectives.gathered(F.normalize(wide(student.detach()), dim=1))
-        found = {
+        statistics = {
             "teacher_entropy": teacher_entropy,
             "kl": loss - teacher_entropy,  # every teacher crop is in equally many pairs
             "marginal_entropy": marginal_entropy(targets),
@@ -197,8 +125,8 @@ class Dino(Objective):
             "student_teacher_cosine": F.cosine_similarity(wide(student), wide(teacher), dim=1).mean(),
         }
         if self.centre is not None:
-            found["centre_norm"] = self.centre.centre.norm()
-        return found
+            statistics["centre_norm"] = self.centre.centre.norm()
+        return statistics
 
     def _marked(self, used: Tensor) -> Tensor:
         """`used` (K,) with the winners of this step, on any process."""
