@@ -18,7 +18,7 @@ from common.batches.samples import Batch
 from common.errors import Refusal
 from common.processes import stopping
 from common.processes.stopping import Stopped, StopSignal, at_once
-from common.training import loop
+from common.training import run
 
 MB = 2**20
 
@@ -97,7 +97,7 @@ def test_work_that_may_be_left_half_done_ends_at_once(stop, before):
 def test_a_backward_pass_is_left_before_its_end(stop, through):
     weight = torch.eye(256, requires_grad=True)
     with pytest.raises(Stopped), at_once():
-        with loop._through_python(nn.Linear(1, 1)) if through else contextlib.nullcontext():
+        with run._through_python(nn.Linear(1, 1)) if through else contextlib.nullcontext():
             out = weight
             for _ in range(300):
                 out = out @ weight
