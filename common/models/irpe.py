@@ -7,15 +7,13 @@ numbers, n buckets, R tables read at once (2 with `cross`, else 1).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.attention import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as checkpoint_filter_fn
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from torch.nn import functional as F
 
 from ..errors import Refusal, nearest
 from .attention import Encoding, relative_attention
+from .names import described, register
 
 METHODS = ("product", "euclidean", "quantization", "cross")
 DIRECTIONS = ("cross_rows", "cross_cols")
@@ -357,48 +356,14 @@ SIZES = {
     "base": {"embed_dim": 768, "num_heads": 12},
 }
 PUBLISHED = _published()
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": None,
-            "crop_pct": 224 / 256,
-            "interpolation": "bicubic",
-            "fixed_input_size": True,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name in PUBLISHED
-    }
-)
+default_cfgs = generate_default_cfgs({name: described(224 / 256, "patch_embed.proj", "head") for name in PUBLISHED})
 
 
-def _entrypoint(name: str, size: str, options: dict[str, Any]) -> Callable[..., Any]:
-    def made(**kwargs: Any) -> Any:
-        return add_irpe(VisionTransformer(**kwargs), **options)
-
-    def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        given = [kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")]
-        cfg = {key: value for each in given if isinstance(each, dict) for key, value in each.items()}
-        if pretrained and not (cfg.get("file") or cfg.get("hf_hub_id")):
-            raise Refusal(f"timm hosts no weights of {name}: download the authors' file and give checkpoint_path=FILE")
-        return build_model_with_cfg(
-            made,  # type: ignore[arg-type]
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-            **{"patch_size": 16, "depth": 12, **SIZES[size], **kwargs},
-        )
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"DeiT-{size} (timm's VisionTransformer and its arguments) with iRPE: {options} (arXiv 2107.14222)."
-    return build
+def _with_irpe(options: dict[str, Any], **kwargs: Any) -> Any:
+    return add_irpe(VisionTransformer(**kwargs), **options)
 
 
 for _name, (_size, _options) in PUBLISHED.items():
-    globals()[_name] = register_model(_entrypoint(_name, _size, _options))  # timm puts the names into __all__
+    _doc = f"DeiT-{_size} (timm's VisionTransformer and its arguments) with iRPE: {_options} (arXiv 2107.14222)."
+    _usual = {"patch_size": 16, "depth": 12, **SIZES[_size]}
+    register(__name__, _name, _doc, partial(_with_irpe, _options), _usual, checkpoint_filter_fn)

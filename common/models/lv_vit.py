@@ -12,9 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
 from .embeddings import resize_embedding
+from .names import described, register
 
 _logger = logging.getLogger(__name__)
 
@@ -378,63 +378,17 @@ def _grid_of(entries: int, prefix: int, grid: tuple[int, ...]) -> tuple[int, int
 # ---------------------------------------------------------------------------- the names
 
 
-def config(crop: float) -> dict[str, Any]:
-    """Description, in timm's form, of a published model that shows the central `crop` of the short side."""
-    return {
-        "url": "",  # the authors' files are given by pretrained_cfg_overlay={"file": ...}
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": crop,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
-        "classifier": ("head", "aux_head"),
-    }
+def described_as(crop: float) -> dict[str, Any]:
+    """Describe a published LV-ViT or SP-ViT, see `described`."""
+    return described(crop, "patch_embed.conv1", ("head", "aux_head"))
 
-
-default_cfgs = generate_default_cfgs(
-    {"lvvit_t": config(0.9), "lvvit_s": config(0.9), "lvvit_m": config(1.0), "lvvit_l": config(1.0)}
-)
 
 T = {"embed_dim": 240, "depth": 12, "num_heads": 4, "skip_lam": 1.0}
 M = {"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0}
 L = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_width": 128}
-
-
-def build(kind: type[LvVit], name: str, pretrained: bool, **kwargs: Any) -> LvVit:
-    """Build the model of timm.create_model(name, ...); with features_only, a wrapper that returns maps."""
-    return build_model_with_cfg(
-        kind,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
-@register_model
-def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """LV-ViT-T, 8.5 M parameters."""
-    return build(LvVit, "lvvit_t", pretrained, **T | kwargs)
-
-
-@register_model
-def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """LV-ViT-S, 26.2 M parameters."""
-    return build(LvVit, "lvvit_s", pretrained, **kwargs)
-
-
-@register_model
-def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """LV-ViT-M, 55.8 M parameters."""
-    return build(LvVit, "lvvit_m", pretrained, **M | kwargs)
-
-
-@register_model
-def lvvit_l(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """LV-ViT-L, 150 M parameters."""
-    return build(LvVit, "lvvit_l", pretrained, **L | kwargs)
+default_cfgs = generate_default_cfgs(
+    {name: described_as(1.0 if name[-1] in "ml" else 0.9) for name in ("lvvit_t", "lvvit_s", "lvvit_m", "lvvit_l")}
+)
+for _size, _usual, _millions in (("t", T, "8.5"), ("s", {}, "26.2"), ("m", M, "55.8"), ("l", L, "150")):
+    _doc = f"LV-ViT-{_size.upper()}, {_millions} M parameters."
+    register(__name__, f"lvvit_{_size}", _doc, LvVit, _usual, checkpoint_filter_fn)

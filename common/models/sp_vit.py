@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.layers import use_fused_attn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Refusal
 from .attention import Encoding, relative_attention
-from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, Stem, build, config, swap_box
-from .lv_vit import checkpoint_filter_fn as checkpoint_filter_fn
+from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, Stem, checkpoint_filter_fn, described_as, swap_box
+from .names import register
 
 Grid = tuple[int, int]
 
@@ -315,22 +315,12 @@ def _refuse_masks(attn_mask: Any, is_causal: bool) -> None:
 
 # ---------------------------------------------------------------------------- the names
 
-default_cfgs = generate_default_cfgs({"spvit_s": config(0.9), "spvit_m": config(1.0), "spvit_l": config(1.0)})
-
-
-@register_model
-def spvit_s(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """SP-ViT-S, 26.2 M parameters."""
-    return build(SpVit, "spvit_s", pretrained, **kwargs)
-
-
-@register_model
-def spvit_m(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """SP-ViT-M, 56.0 M parameters; local_blocks=10 is what the authors' script trains."""
-    return build(SpVit, "spvit_m", pretrained, **M | kwargs)
-
-
-@register_model
-def spvit_l(pretrained: bool = False, **kwargs: Any) -> LvVit:
-    """SP-ViT-L, 150 M parameters; legacy=True is what the authors' code builds, without any prior."""
-    return build(SpVit, "spvit_l", pretrained, **L | kwargs)
+default_cfgs = generate_default_cfgs(
+    {"spvit_s": described_as(0.9), "spvit_m": described_as(1.0), "spvit_l": described_as(1.0)}
+)
+for _name, _usual, _doc in (
+    ("spvit_s", {}, "SP-ViT-S, 26.2 M parameters."),
+    ("spvit_m", M, "SP-ViT-M, 56.0 M parameters; local_blocks=10 is what the authors' script trains."),
+    ("spvit_l", L, "SP-ViT-L, 150 M parameters; legacy=True is what the authors' code builds, without any prior."),
+):
+    register(__name__, _name, _doc, SpVit, _usual, checkpoint_filter_fn)
