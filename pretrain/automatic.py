@@ -9,16 +9,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from common import positions
 from common.batches.sampler import StepSampler
 from common.errors import Refusal, nearest
+from common.limits import Range, expected
 from common.models.plan import PlanSpec
 from common.training import schedules
 from common.training.ema import half_life
 from pretrain import objectives
-from pretrain.config import PretrainConfig, num_steps
+from pretrain.config import PretrainConfig
 from pretrain.task import resolve as options_of
 
 AUTO = "auto"
@@ -107,6 +108,12 @@ class _Rules:
     def epochs(self) -> float:
         return self.steps / self.per_epoch
 
+    def share(self, time: Any, where: str, repaired: float) -> float:
+        """A time as a share of the training; `repaired`, and a note, where it is longer."""
+        share, note = schedules.share(time, self.steps, self.per_epoch, where, instead=repaired)
+        self.notes += [note] if note else []
+        return share
+
 
 def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
@@ -124,7 +131,7 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     per_epoch = StepSampler(
         facts.images, batch, config.seed, 1, processes=facts.processes, accumulate=config.accumulate
     ).per_epoch
-    steps = num_steps(config, per_epoch)
+    steps = config.steps or max(1, math.ceil((config.epochs or 0) * per_epoch))
     if config.steps is None:
         reasons["steps"] = f"{config.epochs:g} epochs of {per_epoch} steps"
         values["steps"] = steps
@@ -137,8 +144,10 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     optimizer, teacher = config.optimizer, config.teacher
     warmup = WARMUP_EPOCHS, WARMUP_MOST, WARMUP_REPAIRED
     values["optimizer.warmup"] = _time(optimizer.warmup, "optimizer.warmup", *warmup, rules)
-    values["optimizer.weight_decay"] = _schedule(optimizer.weight_decay, "optimizer.weight_decay", 0.0, math.inf, rules)
-    values["teacher.momentum"] = _momentum(teacher.momentum, teacher.half_life, rules, told=has_teacher)
+    values["optimizer.weight_decay"] = _schedule(
+        optimizer.weight_decay, "optimizer.weight_decay", Range(at_least=0), rules
+    )
+    values["teacher.momentum"] = _momentum(teacher.momentum, teacher.half_life, rules, has_teacher)
     values["teacher.half_life"] = None  # said by the momentum from here on
     _refuse_lonely(dataclasses.replace(config, batch=batch), chosen, facts.processes)
     for name, options in sorted(chosen.items(), key=lambda item: getattr(item[1], "shared_head", False)):
@@ -152,9 +161,10 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
         reasons["export"] = "its features are the better ones" if has_teacher else "no objective has a teacher"
     elif config.export != "student" and not has_teacher:
         trained = [name for name, options in chosen.items() if options.weight > 0]
+        taught = [name for name in objectives.names() if objectives.find(name).taught]
         raise Refusal(
             f"export={config.export}: this run has no teacher, as none of its objectives ({', '.join(trained)}) "
-            f"compares with one; use export=student, or add {' or '.join(objectives.with_teacher())}"
+            f"compares with one; use export=student, or add {' or '.join(taught)}"
         )
     if config.loader.workers is None:
         cores = facts.cores // facts.processes
@@ -213,21 +223,14 @@ def suited(
 def _settled(where: str, options: Any, shared: str, owner: Any, rules: _Rules) -> dict[str, Any]:
     """Values of what concerns a teacher in the options of one objective; `owner`: those of the objective `shared`
     whose head it uses, if it does."""
-    values = {name: getattr(options, name) for name in ("prototypes", "teacher_temperature", "freeze_last_layer")
-              if hasattr(options, name)}  # fmt: skip
-    for name in ("prototypes", "freeze_last_layer"):
-        if hasattr(owner, name) and _automatic(values.get(name), f"{where}.{name}", "a value"):
-            values[name], rules.reasons[f"{where}.{name}"] = getattr(owner, name), f"{shared}'s, whose head it shares"
-    if "prototypes" in values:
-        values["prototypes"] = _prototypes(values["prototypes"], f"{where}.prototypes", rules)
-    if "teacher_temperature" in values:
-        values["teacher_temperature"] = _temperature(
-            values["teacher_temperature"], f"{where}.teacher_temperature", rules
-        )
-    if "freeze_last_layer" in values:
-        values["freeze_last_layer"] = _time(
-            values["freeze_last_layer"], f"{where}.freeze_last_layer", FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules
-        )
+    rules_of = {"prototypes": _prototypes, "teacher_temperature": _temperature, "freeze_last_layer": _frozen}
+    values = {}
+    for name, rule in rules_of.items():
+        value, option = getattr(options, name, None), f"{where}.{name}"
+        if value == AUTO and name != "teacher_temperature" and hasattr(owner, name):
+            values[name], rules.reasons[option] = getattr(owner, name), f"{shared}'s, whose head it shares"
+        elif hasattr(options, name):
+            values[name] = rule(value, option, rules)
     return values
 
 
@@ -241,35 +244,36 @@ def _automatic(value: Any, where: str, otherwise: str) -> bool:
 def _time(value: Any, where: str, epochs: int, most: float, repaired: float, rules: _Rules) -> float:
     """A length of time as a share of the training; automatic: so many `epochs`, at most the share `most`."""
     if not _automatic(value, where, 'a time such as "10 epochs"'):
-        found, note = schedules.share(value, rules.steps, rules.per_epoch, where, instead=repaired)
-        rules.notes += [note] if note else []
-        return found
-    found = min(most, epochs / rules.epochs)
+        return rules.share(value, where, repaired)
+    share = min(most, epochs / rules.epochs)
     rules.reasons[where] = (
-        f"{schedules.counted(found * rules.epochs, 'epochs')} of {schedules.counted(rules.epochs, 'epochs')}: "
+        f"{schedules.counted(share * rules.epochs, 'epochs')} of {schedules.counted(rules.epochs, 'epochs')}: "
         f"{schedules.counted(epochs, 'epochs')}, at most {most * 100:g} % of the training"
     )
-    return found
+    return share
 
 
-def _schedule(value: Any, where: str, least: float, most: float, rules: _Rules, repaired: float = 1.0) -> Any:
-    """A number or schedule whose values lie in [least, most], as it was given but for a time in `over`."""
+def _frozen(value: Any, where: str, rules: _Rules) -> float:
+    """How long prototypes stand still, as a share of the training."""
+    return _time(value, where, FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules)
+
+
+def _schedule(value: Any, where: str, limits: Range, rules: _Rules, repaired: float = 1.0) -> Any:
+    """A number or schedule whose values lie within `limits`, as it was given but for a time in `over`."""
     if isinstance(value, Mapping):
         value = dict(value)
         if isinstance(value.get("over"), str):
-            value["over"], note = schedules.share(
-                value["over"], rules.steps, rules.per_epoch, f"{where}.over", instead=repaired
-            )
-            rules.notes += [note] if note else []
-    found = schedules.parse(value, where)
-    if not least <= min(found.start, found.end) <= max(found.start, found.end) <= most:
-        within = f"of at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
-        raise Refusal(f"{where}={found}: expected {'numbers' if found.start != found.end else 'a number'} {within}")
+            value["over"] = rules.share(value["over"], f"{where}.over", repaired)
+    schedule = schedules.parse(value, where)
+    moves = schedule.start != schedule.end
+    hint = Annotated[Any, dataclasses.replace(limits, length=0 if moves else None)]
+    if wanted := expected(hint, [schedule.start, schedule.end] if moves else schedule.start):
+        raise Refusal(f"{where}={schedule}: {wanted}")
     return value
 
 
-def _momentum(value: Any, images: float | None, rules: _Rules, told: bool) -> Any:
-    """The teacher's momentum; `images` is the half-life that was asked for. `told`: whether somebody has a teacher."""
+def _momentum(value: Any, images: float | None, rules: _Rules, has_teacher: bool) -> Any:
+    """The teacher's momentum; `images` is the half-life that was asked for."""
     where = "teacher.momentum"
     automatic = _automatic(value, where, "a number in [0, 1]")
     if images is not None:
@@ -285,8 +289,8 @@ def _momentum(value: Any, images: float | None, rules: _Rules, told: bool) -> An
         if start in MOMENTA:
             rule += f", but the momentum not {'below' if start == MOMENTA[0] else 'above'} {start:g}"
     else:
-        return _schedule(value, where, 0.0, 1.0, rules)
-    if told:
+        return _schedule(value, where, Range(at_least=0, at_most=1), rules)
+    if has_teacher:
         rules.reasons[where] = (
             f"starts with a half-life of {half_life(start, rules.batch):,.0f} images at batch {rules.batch} ({rule})"
         )
@@ -313,11 +317,7 @@ def _prototypes(value: Any, where: str, rules: _Rules) -> int:
 def _temperature(value: Any, where: str, rules: _Rules) -> Any:
     """A teacher's temperature: a number or schedule above 0."""
     if not _automatic(value, where, "a number above 0"):
-        settled = _schedule(value, where, -math.inf, math.inf, rules, TEMPERATURE_MOST)
-        found = schedules.parse(settled, where)
-        if min(found.start, found.end) <= 0:
-            raise Refusal(f"{where}={found}: expected {'numbers' if found.start != found.end else 'a number'} above 0")
-        return settled
+        return _schedule(value, where, Range(above=0), rules, TEMPERATURE_MOST)
     (few, low), (many, high) = TEMPERATURES
     end = temperature_for(rules.images)
     start = min(FIRST_TEMPERATURE, end)

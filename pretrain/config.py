@@ -1,7 +1,6 @@
 """The options of a pretraining run, and which of them may change when it is resumed."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,14 +235,6 @@ def option_names() -> list[str]:
 def may_change(name: str) -> bool:
     """Whether a resume may change the option `name`, given with dots."""
     return name in MAY_CHANGE or name.startswith(tuple(item for item in MAY_CHANGE if item.endswith(".")))
-
-
-def num_steps(config: PretrainConfig, per_epoch: int) -> int:
-    """Optimizer steps of the run: `steps`, or `epochs` of `per_epoch` steps."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return max(1, math.ceil(config.epochs * per_epoch))
 
 
 def resumed(run: Path, words: list[str]) -> PretrainConfig:

@@ -182,11 +182,6 @@ class ProjectionHead(nn.Module):
         last: LastLayer = "normed",
     ) -> None:
         super().__init__()
-        for name, size in (("prototypes", prototypes), ("hidden", hidden), ("bottleneck", bottleneck)):
-            if size < 1:
-                raise Refusal(f"{name}={size}: a projection head needs 1 or more")
-        if layers < 1:
-            raise Refusal(f"layers={layers}: a projection head has 1 or more before its last layer")
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         made: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):

@@ -76,6 +76,22 @@ def relative_attention(
         return out + sums.to(dtype) @ (values[0] if len(values) == 1 else values)
 
 
+def project(attention: Any, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Project as timm's Attention: q (B, H, T, d), k and v (B, H, S, d) of all tokens x (B, T, D), or k and v of those
+    at keys (B, S)."""
+    B, H, d = x.shape[0], attention.num_heads, attention.head_dim
+    if keys is None:
+        q, k, v = attention.qkv(x).view(B, -1, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+    sizes = [H * d, 2 * H * d]
+    weights = attention.qkv.weight.split(sizes)
+    biases = attention.qkv.bias.split(sizes) if attention.qkv.bias is not None else (None, None)
+    of_keys = x.gather(1, keys[..., None].expand(-1, -1, x.shape[-1]))
+    q = F.linear(x, weights[0], biases[0]).view(B, -1, H, d).transpose(1, 2)
+    k, v = F.linear(of_keys, weights[1], biases[1]).view(B, -1, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, at: Encoding, dropout: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:

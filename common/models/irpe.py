@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import Refusal, nearest
-from .attention import Encoding, relative_attention
+from .attention import Encoding, project, relative_attention
 from .names import described, register
 
 METHODS = ("product", "euclidean", "quantization", "cross")
@@ -234,7 +234,7 @@ class RelativeAttention(Attention):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("iRPE takes no attention mask: leave tokens out instead (Where.kept, Where.keys)")
-        q, k, v = self._project(x, None if where is None else where.keys)
+        q, k, v = project(self, x, None if where is None else where.keys)
         q, k = self.q_norm(q), self.k_norm(k)
         drops = self.attn_drop if not self.fused_attn or (self.training and self.attn_drop.p > 0) else None
         q = q * self.scale  # before the lookup, which is of the scaled query
@@ -253,20 +253,6 @@ class RelativeAttention(Attention):
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
-
-    def _project(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to q (B, H, T, d), k and v (B, H, S, d): of all tokens, or k and v of those at keys (B, S)."""
-        B, H, d = x.shape[0], self.num_heads, self.head_dim
-        if keys is None:
-            q, k, v = self.qkv(x).view(B, -1, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v
-        sizes = [H * d, 2 * H * d]
-        weights = self.qkv.weight.split(sizes)
-        biases = self.qkv.bias.split(sizes) if self.qkv.bias is not None else (None, None)
-        of_keys = x.gather(1, keys[..., None].expand(-1, -1, x.shape[-1]))
-        q = F.linear(x, weights[0], biases[0]).view(B, -1, H, d).transpose(1, 2)
-        k, v = F.linear(of_keys, weights[1], biases[1]).view(B, -1, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
         """Amounts that each bucket would add to the scores of queries or keys x (B, H, T, d): (B, H, T, n)."""

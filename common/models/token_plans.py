@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .attention import project
 from .embeddings import resize_embedding
 from .irpe import RelativeAttention, Where
 from .lv_vit import LvVit
@@ -126,20 +127,14 @@ def _attend(attention: Any, tokens: Tensor, keys: Tensor) -> Tensor:
 
     Gathered rather than masked: a masked score is still computed, and flash attention takes no mask.
     """
-    B, T, _ = tokens.shape
-    S, H, d = keys.shape[1], attention.num_heads, attention.head_dim
-    sizes = [H * d, 2 * H * d]
-    of_query, of_key_value = attention.qkv.weight.split(sizes)
-    biases = attention.qkv.bias.split(sizes) if attention.qkv.bias is not None else (None, None)
-    q = F.linear(tokens, of_query, biases[0]).view(B, T, H, d).transpose(1, 2)
-    k, v = F.linear(gather(tokens, keys), of_key_value, biases[1]).view(B, S, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = project(attention, tokens, keys)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if attention.fused_attn:
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     else:
         out = attention.attn_drop((q * attention.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
-    out = attention.norm(out.transpose(1, 2).reshape(B, T, H * d))
+    out = attention.norm(out.transpose(1, 2).flatten(2))
     return attention.proj_drop(attention.proj(out))
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,7 @@ class _NoiseFeatures:
             pixels = rng.uniform(-2, 2, (size, backbone.channels, *backbone.size))
             images = torch.from_numpy(0.5 + contrast * pixels)  # off zero, or padding would not show at the border
             parts.append(run(backbone, objective, images.to(next(backbone.parameters()).dtype), plans))
-        self.features = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        self.features = {name: _combined([part[name] for part in parts], torch.cat) for name in parts[0]}
         self.draws = draws(objective, rng, count)
 
     def standardize(self, other: "_NoiseFeatures") -> None:
@@ -173,11 +174,9 @@ class _NoiseFeatures:
 
     def batch(self, images: Tensor) -> tuple[dict[str, Features], dict[str, Tensor]]:
         """Features and draws of some of the images: the arguments of an objective."""
-        features = {}
-        for name, whole in self.features.items():
-            drawn: Any = {key: value[images] for key, value in vars(whole.plan).items() if isinstance(value, Tensor)}
-            plan = dataclasses.replace(whole.plan, **drawn)
-            features[name] = Features(whole.tokens[images], whole.prefix[images], whole.grid, plan)
+        features = {
+            name: _combined([whole], lambda tensors: tensors[0][images]) for name, whole in self.features.items()
+        }
         return features, {name: value[images] for name, value in self.draws.items()}
 
     @torch.no_grad()
@@ -188,15 +187,14 @@ class _NoiseFeatures:
         )
 
 
-def _joined(parts: list[Features]) -> Features:
-    plan = parts[0].plan
-    drawn: Any = {
-        key: torch.cat([vars(part.plan)[key] for part in parts])
-        for key, value in vars(plan).items()
-        if isinstance(value, Tensor)
+def _combined(parts: list[Features], combine: Callable[[list[Tensor]], Tensor]) -> Features:
+    """Features whose tensors, those of their plan included, are what `combine` makes of the parts' tensors."""
+    plans: list[Any] = [vars(part.plan) for part in parts]
+    drawn = {
+        key: combine([plan[key] for plan in plans]) for key, value in plans[0].items() if isinstance(value, Tensor)
     }
-    tokens, prefix = torch.cat([part.tokens for part in parts]), torch.cat([part.prefix for part in parts])
-    return Features(tokens, prefix, parts[0].grid, dataclasses.replace(plan, **drawn))
+    tokens, prefix = combine([part.tokens for part in parts]), combine([part.prefix for part in parts])
+    return Features(tokens, prefix, parts[0].grid, dataclasses.replace(parts[0].plan, **drawn))
 
 
 def _train_head(objective: Positional, noise: _NoiseFeatures, questions: int, rng: np.random.Generator) -> Positional:

@@ -132,23 +132,18 @@ class _Read:
         self.logits = logits({"tokens": self.features}) if logits is not None else self.features.tokens
         self.same_tokens = True  # so far
 
-    def differs(self, before: "_Read", follow: Tensor | None) -> Tensor:
+    def differs(self, before: "_Read", follow: Tensor) -> Tensor:
         """Largest relative difference to what was `before`, of which token follow[b, k] is now token k."""
-        pairs = [
-            (self.features.tokens, before.features.tokens, follow),
-            (self.features.prefix, before.features.prefix, None),
-            (self.logits, before.logits, follow),
-        ]
-        differences = []
-        for now, then, moved in pairs:
-            if not now.numel():
-                continue
-            if moved is not None:
-                then = then.gather(1, moved[..., None].expand_as(then))
-            differences.append((now - then).abs().max() / then.abs().max())
-            if now is self.features.tokens:
-                before.same_tokens &= bool(differences[-1] <= TOLERANCE)
-        return torch.stack(differences).max()
+
+        def difference(now: Tensor, then: Tensor, moved: bool) -> Tensor:
+            then = then.gather(1, follow[..., None].expand_as(then)) if moved else then
+            return (now - then).abs().max() / then.abs().max() if now.numel() else torch.zeros(())
+
+        of_tokens = difference(self.features.tokens, before.features.tokens, moved=True)
+        before.same_tokens &= bool(of_tokens <= TOLERANCE)
+        of_prefix = difference(self.features.prefix, before.features.prefix, moved=False)
+        of_logits = difference(self.logits, before.logits, moved=True)
+        return torch.stack([value.double() for value in (of_tokens, of_prefix, of_logits)]).max()
 
 
 def _movable(read: _Read, objective: Positional, plan: TokenPlan, num_patches: int) -> Tensor:
@@ -173,19 +168,16 @@ def _permutation(movable: Tensor) -> Tensor:
     return order
 
 
-def _move(plan: TokenPlan, order: Tensor) -> tuple[TokenPlan, Tensor | None]:
-    """The plan of the permuted images, and which token of before each of its tokens is (None: the same one)."""
-    lies_at = order.argsort(1)
-    if plan.kept is not None:  # the same patches at their new places, in another sequence: who reads that reads places
+def _move(plan: TokenPlan, order: Tensor) -> tuple[TokenPlan, Tensor]:
+    """The plan of the permuted images, and which token of before each of its tokens is."""
+    if plan.kept is None:
+        kept, follow = None, order
+    else:  # the same patches at their new places, in another sequence: who reads that reads places
         follow = torch.rand(plan.kept.shape).argsort(1)
-        visible = plan.visible if plan.visible is None else plan.visible.gather(1, follow)
-        context = plan.context if plan.context is None else follow.argsort(1).gather(1, plan.context)
-        return replace(
-            plan, kept=lies_at.gather(1, plan.kept).gather(1, follow), visible=visible, context=context
-        ), follow
-    visible = plan.visible if plan.visible is None else plan.visible.gather(1, order)
-    context = plan.context if plan.context is None else lies_at.gather(1, plan.context)
-    return replace(plan, visible=visible, context=context), order
+        kept = order.argsort(1).gather(1, plan.kept).gather(1, follow)
+    visible = plan.visible if plan.visible is None else plan.visible.gather(1, follow)
+    context = plan.context if plan.context is None else follow.argsort(1).gather(1, plan.context)
+    return replace(plan, kept=kept, visible=visible, context=context), follow
 
 
 # ---------------------------------------------------------------------------------------------------- what breaks it

@@ -18,7 +18,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from common.batches.samples import Batch
 from common.batches.views import View
 from common.config import merge, to_object
 from common.errors import Refusal, nearest
@@ -179,11 +178,6 @@ def find(name: str) -> type[Objective]:
     return getattr(module, name.title().replace("_", ""))
 
 
-def with_teacher() -> list[str]:
-    """The objectives that compare with a teacher."""
-    return [name for name in names() if find(name).taught]
-
-
 def options(name: str, given: Mapping[str, Any] | None) -> Any:
     """The `Options` of objective `name`, filled strictly. Raises Refusal for an unknown option, or a value of another
     type or outside its range."""
@@ -219,20 +213,3 @@ def named(name: str) -> Iterator[None]:
         if str(refusal).startswith("objectives."):
             raise
         raise Refusal(f"objectives.{name}: {refusal}") from None
-
-
-__all__ = [
-    "Answers",
-    "Batch",
-    "Objective",
-    "Objectives",
-    "Pass",
-    "Positional",
-    "Verdict",
-    "build",
-    "find",
-    "named",
-    "names",
-    "options",
-    "with_teacher",
-]
