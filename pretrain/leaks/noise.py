@@ -190,9 +190,7 @@ class _NoiseFeatures:
 def _combined(parts: list[Features], combine: Callable[[list[Tensor]], Tensor]) -> Features:
     """Features whose tensors, those of their plan included, are what `combine` makes of the parts' tensors."""
     plans: list[Any] = [vars(part.plan) for part in parts]
-    drawn = {
-        key: combine([plan[key] for plan in plans]) for key, value in plans[0].items() if isinstance(value, Tensor)
-    }
+    drawn: Any = {key: combine([plan[key] for plan in plans]) for key in plans[0] if isinstance(plans[0][key], Tensor)}
     tokens, prefix = combine([part.tokens for part in parts]), combine([part.prefix for part in parts])
     return Features(tokens, prefix, parts[0].grid, dataclasses.replace(parts[0].plan, **drawn))
 
