@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -34,6 +34,7 @@ from pretrain.config import PretrainConfig
 from pretrain.leaks.verdict import Verdict, cached_audit
 from pretrain.task import Pretraining, build, resolve
 
+T = TypeVar("T")
 PATIENCE = 3.0  # seconds after which what is being done is told
 UNWRITTEN = "stopped before the run began; nothing was written"
 
@@ -89,11 +90,9 @@ class Parts:
 
     def agree_on(self, run: Path | None) -> Path:
         """The run folder that the first process made, known to all."""
-        shared = [run]
-        if self.process.num_processes > 1:
-            broadcast_object_list(shared)
-        assert shared[0] is not None
-        return shared[0]
+        made = shared(self.process, run)
+        assert made is not None
+        return made
 
     def held_out_samples(self, images: Images) -> Samples:
         """Held-out images, cropped and drawn for as the training images are."""
@@ -159,6 +158,32 @@ def assemble(
     )
 
 
+def shared(process: PartialState, value: T) -> T:
+    """The first process's `value`, in all processes."""
+    values = [value]
+    if process.num_processes > 1:
+        broadcast_object_list(values)
+    return values[0]
+
+
+def first_finds(process: PartialState, line: str, patience: float, find: Callable[[], T]) -> T:
+    """What the first process finds by itself, for which the others wait; `line` is said where that takes more seconds
+    than `patience`. Raises Stopped, in all of them, if a signal reaches the first one meanwhile."""
+    result: Any = None
+    signal: int | None = None
+    if process.is_main_process:
+        say = functools.partial(print, flush=True)
+        try:
+            with collectives.single_process(), patient(line, say, first=patience), at_once(lost=UNWRITTEN):
+                result = find()
+        except Stopped as stopped:
+            signal = stopped.number
+    result, signal = shared(process, (result, signal))
+    if signal is not None:
+        raise Stopped(signal)
+    return result
+
+
 def _labels_for(chosen: Mapping[str, Any], images: Images) -> Labels | None:
     """What is known of the labels, where an objective reads them. Raises Refusal where there are none."""
     readers = [name for name, options in chosen.items() if objectives.find(name).labelled and options.weight > 0]
@@ -177,12 +202,8 @@ def _look(
 ) -> Look:
     """What the first process finds when it looks at the images. Raises Refusal, in all processes, if more of them
     cannot be read than max_bad allows."""
-    shared: list[Any] = [None]
-    if process.is_main_process:
-        shared = [look_at([images], channels, functools.partial(print, flush=True), stopped)]
-    if process.num_processes > 1:
-        broadcast_object_list(shared)
-    look: Look = shared[0]
+    say = functools.partial(print, flush=True)
+    look = shared(process, look_at([images], channels, say, stopped) if process.is_main_process else Look())
     try:
         Limit(config.max_bad).refuse(len(look.bad), look.looked, look.images, images.where, look.bad)
     except Refusal:
@@ -194,22 +215,12 @@ def _look(
 
 def _audit(config: PretrainConfig, task: Pretraining, process: PartialState) -> Verdict:
     """Whether the answer is in the question, found by the first process. Raises Leak unless the recipe allows it."""
-    verdict: list[Any] = [None]
-    if process.is_main_process:
-        say = functools.partial(print, flush=True)
-        line = "audit      is the answer in the question? Asked once for a recipe, then the verdict is remembered"
-        try:
-            with patient(line, say, first=PATIENCE), at_once(lost=UNWRITTEN):
-                verdict = [cached_audit(config, task, say)]
-        except Stopped as stopped:
-            verdict = [stopped.number]
-    if process.num_processes > 1:
-        broadcast_object_list(verdict)
-    if isinstance(verdict[0], int):
-        raise Stopped(verdict[0])
+    line = "audit      is the answer in the question? Asked once for a recipe, then the verdict is remembered"
+    say = functools.partial(print, flush=True)
+    verdict = first_finds(process, line, PATIENCE, lambda: cached_audit(config, task, say))
     if not config.allow_leak:
-        verdict[0].refuse()
-    return verdict[0]
+        verdict.refuse()
+    return verdict
 
 
 def _measured(
@@ -222,44 +233,35 @@ def _measured(
     was = config.precision, config.model.attention
     if "auto" not in was and config.monitor.every is not None:
         return settled, None
-    chosen: list[Any] = [None]
-    if process.is_main_process:
-        batches: dict[int, Any] = {}
+    batches: dict[int, Any] = {}
 
-        def step(images: int) -> Tensor:
-            if images not in batches:
-                keys = [(HELD_OUT_EPOCH, i % len(samples)) for i in range(images)]
-                batches[images] = samples.__getitems__(keys).to(process.device)
-            return task(batches[images])["loss"]
+    def step(images: int) -> Tensor:
+        if images not in batches:
+            keys = [(HELD_OUT_EPOCH, i % len(samples)) for i in range(images)]
+            batches[images] = samples.__getitems__(keys).to(process.device)
+        return task(batches[images])["loss"]
 
+    def choose() -> precision.Choice:
         task.to(process.device).train()
         task.begin_step(0.0, measured=False)
-        budget = precision.BUDGET if "auto" in was else precision.BUDGET / 4
-        what = "the fastest precision and attention" if "auto" in was else "the speed"
-        line = f"measuring  {what} on this {process.device.type}, for about {budget:.0f} s at most"
         try:
-            with (
-                collectives.single_process(),
-                patient(line, functools.partial(print, flush=True)),
-                at_once(lost=UNWRITTEN),
-            ):  # the other processes wait for what this one finds
-                chosen = [precision.choose(*was, task, step, process.device, heed, budget)]
-        except Stopped as stopped:
-            chosen = [stopped.number]
-        task.begin_step(0.0, True)  # what objectives counted is forgotten
-        task.to("cpu")
-    if process.num_processes > 1:
-        broadcast_object_list(chosen)
-    if isinstance(chosen[0], int):
-        raise Stopped(chosen[0])
-    precision.set_attention(task, chosen[0].attention)
+            return precision.choose(*was, task, step, process.device, heed, budget)
+        finally:
+            task.begin_step(0.0, True)  # what objectives counted is forgotten
+            task.to("cpu")
+
+    budget = precision.BUDGET if "auto" in was else precision.BUDGET / 4
+    what = "the fastest precision and attention" if "auto" in was else "the speed"
+    line = f"measuring  {what} on this {process.device.type}, for about {budget:.0f} s at most"
+    fastest = first_finds(process, line, 0.0, choose)
+    precision.set_attention(task, fastest.attention)
     names = ("precision", "model.attention")
     settled = settled.having(
-        dict(zip(names, (chosen[0].precision, chosen[0].attention), strict=True)),
-        {name: chosen[0].why for name, before in zip(names, was, strict=True) if before == "auto"},
+        dict(zip(names, (fastest.precision, fastest.attention), strict=True)),
+        {name: fastest.why for name, before in zip(names, was, strict=True) if before == "auto"},
     )
     task.backbone.config = settled.options.model  # what its description says
-    return settled, chosen[0].seconds
+    return settled, fastest.seconds
 
 
 def optimization_for(config: PretrainConfig, task: Pretraining, steps: int) -> Optimization:

@@ -1,7 +1,6 @@
 """How long a run will take, said before it begins; and how often it may be measured on held-out images."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
 from common.processes import collectives
-from common.processes.stopping import Stopped, at_once
-from common.training.tracking import clock, patient
-from pretrain.assemble import UNWRITTEN, Parts
+from common.training.tracking import clock
+from pretrain.assemble import Parts, first_finds
 from pretrain.automatic import replaced
 from pretrain.monitoring import monitors
 
@@ -82,23 +79,8 @@ def settle(parts: Parts, heed: Callable[[], None]) -> None:
         return _set(parts, {"monitor.every": every}, {"monitor.every": reason})
     if parts.pace is not None and parts.pace > DEAR:  # trying it would keep one waiting
         return _choose(parts, step * parts.steps, Cost(0.0, TIMES_AS_LONG * parts.pace, parts.pace))
-    found: list[Cost | int | None] = [None]
-    if parts.process.is_main_process:
-        try:
-            say = functools.partial(print, flush=True)
-            with (
-                patient("measuring  what a look at held-out images costs", say, first=2.0),
-                at_once(lost=UNWRITTEN),
-            ):
-                found = [_costs(parts, heed)]
-        except Stopped as stopped:
-            found = [stopped.number]
-    if parts.process.num_processes > 1:
-        broadcast_object_list(found)
-    if isinstance(found[0], int):
-        raise Stopped(found[0])
-    assert found[0] is not None
-    _choose(parts, step * parts.steps, found[0])
+    line = "measuring  what a look at held-out images costs"
+    _choose(parts, step * parts.steps, first_finds(parts.process, line, 2.0, lambda: _costs(parts, heed)))
 
 
 @dataclasses.dataclass
