@@ -25,8 +25,7 @@ from ..checkpoints.storage import sweep, write_atomically
 from ..errors import Refusal
 from ..printable import printable_lines
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tb"
-
+METRICS, TENSORBOARD, PICTURES = "metrics.jsonl", "tb", "pictures"
 
 QUIET = 10.0  # seconds after which a part of a step is told
 
@@ -54,6 +53,8 @@ class Tracker:
             return
         again = (run / METRICS).exists()  # resumed, be it from the beginning: a run may end before its first checkpoint
         cut(run / METRICS, start)
+        for left in (run / PICTURES).glob(".*"):  # by a process that was killed while it wrote one
+            left.unlink(missing_ok=True)
         self.file = open_for_good(run / METRICS, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -91,7 +92,7 @@ class Tracker:
         """An RGB picture, uint8 (H, W, 3): run/pictures/<name>-<step>.png and TensorBoard."""
         if not self.active:
             return
-        folder = self.run / "pictures"
+        folder = self.run / PICTURES
         folder.mkdir(exist_ok=True)
         write_atomically(
             folder / f"{name}-{step:08d}.png", lambda aside: Image.fromarray(image).save(aside, format="PNG")

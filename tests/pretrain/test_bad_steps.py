@@ -200,7 +200,7 @@ def test_two_processes_keep_together_and_repeat_together(train: Train, tiny: lis
     assert re.search(rf"torchrun --nproc-per-node 2 \S*pretrain/run\.py {words}", ended.stdout)
     again = train(*words.split(), processes=2)
     assert again.status != 0, "status 1 of both"
-    assert "step 2 was not taken: " in again.stdout and "in process 1" in again.stdout
+    assert "step 2 was not taken: " in again.stdout and "in process 0" in again.stdout
     assert "first output that is not finite: " in again.stdout
 
 

@@ -107,6 +107,9 @@ def test_pictures_are_files_too(tmp_path):
     tracker.picture("board", 7, pixels)
     tracker.close()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / "board-00000007.png")), pixels)
+    (tmp_path / "pictures" / ".board-00000008.png.123").write_bytes(b"half")  # of a process that was killed
+    Tracker(tmp_path, 7, tensorboard=False).close()
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["board-00000007.png"]
 
 
 def test_other_processes_write_nothing(tmp_path):
