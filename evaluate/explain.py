@@ -37,9 +37,7 @@ from common.data import Images, labelled_splits
 from common.errors import Refusal
 from common.features.neighbors import CENTRED, TREATMENTS
 from evaluate.explaining import attribution
-from evaluate.explaining.attribution import (
-    SHARES,
-)
+from evaluate.explaining.attribution import SHARES
 from evaluate.explaining.observation import DRAWS, NEIGHBORS, fidelity, observe
 from evaluate.explaining.sheets import DPI, draw_sheets
 from evaluate.job.arguments import parser

@@ -40,17 +40,7 @@ from evaluate.finetuning.training import at_size, bits, finetune
 from evaluate.job import frozen, recipes
 from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
-from evaluate.job.report import (
-    Outcomes,
-    accuracies,
-    interval,
-    kind_name,
-    ordered,
-    percent,
-    table,
-    tell,
-    write,
-)
+from evaluate.job.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from evaluate.probing.probe import probe
 
 NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}

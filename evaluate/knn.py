@@ -26,17 +26,7 @@ from common.features.neighbors import CENTRED, FIELD, TREATMENTS, knn_many
 from evaluate.job.arguments import LABELS, parser
 from evaluate.job.evaluation import begin, first_process, join_processes
 from evaluate.job.frozen import splits
-from evaluate.job.report import (
-    Outcomes,
-    accuracies,
-    interval,
-    kind_name,
-    ordered,
-    percent,
-    table,
-    tell,
-    write,
-)
+from evaluate.job.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 
 KS = (10, 20, 100, 200)  # DINO's
 HEADLINE = 20

@@ -34,18 +34,7 @@ from common.training.tracking import clock
 from evaluate.job.arguments import LABELS, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process, join_processes
 from evaluate.job.frozen import Split, splits
-from evaluate.job.report import (
-    CHOSEN,
-    Outcomes,
-    accuracies,
-    interval,
-    kind_name,
-    ordered,
-    percent,
-    table,
-    tell,
-    write,
-)
+from evaluate.job.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from evaluate.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Labelled, Probe, better, hold_out, probes, steps_of
 from evaluate.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
 from evaluate.probing.regression import solved

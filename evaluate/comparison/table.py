@@ -259,7 +259,7 @@ def notes(comparison: Comparison) -> list[str]:
         "are no outcomes of single images the report's own. It covers neither seeds, nor training, nor which images a "
         "low-shot evaluation has drawn"
         if comparison.columns
-        else "there is no number for the table: what the evaluations found is in compare.csv and on the page",
+        else "there is no number for the table: what the evaluations found is in compare.csv and on the page"
     ]
     if any(len(row.runs) > 1 for row in comparison.rows if row.kind == "subject"):
         lines.append(

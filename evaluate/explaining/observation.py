@@ -13,14 +13,7 @@ from common.features.neighbors import centre_of, unit_vectors
 from common.features.ridge import scores
 from common.models import Backbone
 from evaluate.explaining import attribution
-from evaluate.explaining.attribution import (
-    Score,
-    attend,
-    attributions,
-    deletion,
-    random_orders,
-    to_patches,
-)
+from evaluate.explaining.attribution import Score, attend, attributions, deletion, random_orders, to_patches
 from evaluate.job import frozen
 from evaluate.job.evaluation import Evaluation
 

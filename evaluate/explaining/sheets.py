@@ -16,10 +16,7 @@ from torch.nn import functional as F
 
 from common.batches.unreadable import NO_LIMIT
 from common.features.extraction import shown
-from evaluate.explaining.attribution import (
-    SHARES,
-    components,
-)
+from evaluate.explaining.attribution import SHARES, components
 from evaluate.explaining.curves import BLUE, GREY, INK, ORANGE
 from evaluate.explaining.observation import NEIGHBORS, Observation
 from evaluate.job.evaluation import Evaluation

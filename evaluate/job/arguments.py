@@ -57,12 +57,7 @@ def add_data(parser: argparse.ArgumentParser, about: str) -> None:
     add("--data", type=expanded, metavar="SPEC", help=about)
     add("--data-root", type=expanded, metavar="DIR", help="where a named data set is looked for, and fetched to")
     add("--data-train", type=expanded, metavar="NAME", help="sub-folder or split to train on (default: by its name)")
-    add(
-        "--data-validation",
-        type=expanded,
-        metavar="NAME",
-        help="sub-folder or split to judge on",
-    )
+    add("--data-validation", type=expanded, metavar="NAME", help="sub-folder or split to judge on")
     add("--data-image", metavar="COLUMN", help="of the images in hf: (default: the only one)")
     add("--data-label", metavar="COLUMN", help="of their labels in hf: (default: the only one)")
     add("--data-range", metavar="LOW:HIGH", help="values of black and white in pictures of more than 8 bits")

@@ -94,12 +94,7 @@ def interval(
 
 
 def difference(
-    a: np.ndarray,
-    b: np.ndarray,
-    metric: Metric | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-    level: float = LEVEL,
+    a: np.ndarray, b: np.ndarray, metric: Metric | None = None, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float, float]:
     """Difference (a minus b, low, high), paired by image: both are of the same images in the same order.
 

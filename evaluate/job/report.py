@@ -108,11 +108,7 @@ def _data(job: Evaluation, judged: int) -> dict[str, Any]:
         "note": job.note,
         "classes": list(job.classes),
         "train": {"images": len(job.train), "fingerprint": job.train.fingerprint()},
-        "looked_at": {
-            "images": job.look.looked,
-            "unreadable": len(job.look.bad),
-            "max_bad": str(job.limit.max_bad),
-        },
+        "looked_at": {"images": job.look.looked, "unreadable": len(job.look.bad), "max_bad": str(job.limit.max_bad)},
         "not_read": list(dict.fromkeys(images.left_out for images in (job.train, job.test) if images.left_out)),
         "test": {"images": len(job.test), "fingerprint": job.test.fingerprint(), "judged": judged},
     }
