@@ -94,40 +94,29 @@ def open_idx(folder: Path, split: str, where: str, classes: tuple[str, ...] | No
 
 
 def open_fashion(split: str, root: str | None, download: bool) -> Images:
-    places = [*root_folder(root), DEBIAN, cache_folder()]
-    for place in places:
-        images = open_idx(place, split, "fashion-mnist", FASHION_CLASSES)
-        if images is not None:
-            return images
-    if download:
-        with fetching("fashion-mnist", places) as cache:
-            from torchvision.datasets import FashionMNIST
+    def read(place: Path) -> Images | None:
+        return open_idx(place, split, "fashion-mnist", FASHION_CLASSES)
 
-            FashionMNIST(str(cache), download=True)
-        images = open_idx(cache_folder(), split, "fashion-mnist", FASHION_CLASSES)
-        if images is not None:
-            return images
-    raise Refusal(not_found("fashion-mnist", places, f"{IDX_FILES[split][0]}-idx3-ubyte.gz and the like"))
+    def fetch(cache: str) -> None:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(cache, download=True)
+
+    places, files = [*root_folder(root), DEBIAN, cache_folder()], f"{IDX_FILES[split][0]}-idx3-ubyte.gz and the like"
+    return found_or_fetched("fashion-mnist", places, files, read, fetch if download else None)
 
 
 def open_cifar(name: str, split: str, root: str | None, download: bool) -> Images:
     import torchvision.datasets
 
     reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    places = [*root_folder(root), cache_folder()]
-    read: Callable[[Path], Any] = lambda place: reader(str(place), train=split == "train")  # noqa: E731
-    for place in places:
-        with contextlib.suppress(RuntimeError):  # what it says when the files are absent or their checksum is wrong
-            return from_cifar(read(place), name)
-    if download:
-        with fetching(name, places) as cache:
-            reader(str(cache), download=True)
-            return from_cifar(read(cache), name)
-    raise Refusal(not_found(name, places, reader.base_folder))
 
+    def read(place: Path) -> Images:
+        data: Any = reader(str(place), train=split == "train")
+        return Images(Arrays(np.asarray(data.data), name), name, np.asarray(data.targets), data.classes)
 
-def from_cifar(data: Any, name: str) -> Images:
-    return Images(Arrays(np.asarray(data.data), name), name, np.asarray(data.targets), data.classes)
+    fetch = (lambda cache: reader(cache, download=True)) if download else None
+    return found_or_fetched(name, [*root_folder(root), cache_folder()], reader.base_folder, read, fetch)
 
 
 STL_SHAPE = (3, 96, 96)
@@ -135,20 +124,14 @@ STL_SHAPE = (3, 96, 96)
 
 def open_stl(split: str, root: str | None, download: bool) -> Images:
     """Open STL-10; its training split is the 5,000 labelled images, then the 100,000 unlabelled ones (label -1)."""
-    places = [*root_folder(root), cache_folder()]
-    for place in places:
-        images = read_stl(place, split)
-        if images is not None:
-            return images
-    if download:
-        with fetching("stl10", places) as cache:
-            from torchvision.datasets import STL10
 
-            STL10(str(cache), split="test", download=True)
-        images = read_stl(cache_folder(), split)
-        if images is not None:
-            return images
-    raise Refusal(not_found("stl10", places, "stl10_binary/train_X.bin and the like"))
+    def fetch(cache: str) -> None:
+        from torchvision.datasets import STL10
+
+        STL10(cache, split="test", download=True)
+
+    places, files = [*root_folder(root), cache_folder()], "stl10_binary/train_X.bin and the like"
+    return found_or_fetched("stl10", places, files, lambda place: read_stl(place, split), fetch if download else None)
 
 
 class Planes:
@@ -220,22 +203,33 @@ def root_folder(root: str | None) -> list[Path]:
     return [folder]
 
 
-@contextlib.contextmanager
-def fetching(name: str, places: list[Path]):
-    """Yield the cache folder, with one process downloading at a time; a failure becomes one line."""
+def found_or_fetched(
+    name: str,
+    places: list[Path],
+    files: str,
+    read: Callable[[Path], Images | None],
+    fetch: Callable[[str], object] | None,
+) -> Images:
+    """Read a data set in the first of `places` that has its `files`; without one, `fetch` it into the cache folder, one
+    process at a time. Raises Refusal, a failure in one line."""
     from filelock import FileLock  # torch depends on it
 
-    cache = cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(cache / f".{name}.lock")), contextlib.redirect_stdout(io.StringIO()):
-            print(f"fetching {name} into {cache}", file=sys.stderr)
-            yield cache
-    except (urllib.error.URLError, OSError, RuntimeError) as error:  # the first is an OSError; named for the reader
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{not_found(name, places, 'its files')} (fetching it failed: {reason})") from error
-
-
-def not_found(name: str, places: list[Path], files: str) -> str:
-    looked = ", ".join(map(str, places))
-    return f"{name} is not here: looked in {looked} for {files}; give its folder, or fetch it with a network connection"
+    for place in places:
+        with contextlib.suppress(RuntimeError):  # torchvision's, where files are absent or their checksum is wrong
+            if (images := read(place)) is not None:
+                return images
+    absent = f"{name} is not here: looked in {', '.join(map(str, places))} for "
+    advice = "; give its folder, or fetch it with a network connection"
+    if fetch is not None:
+        cache = cache_folder()
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(str(cache / f".{name}.lock")), contextlib.redirect_stdout(io.StringIO()):
+                print(f"fetching {name} into {cache}", file=sys.stderr)
+                fetch(str(cache))
+                if (images := read(cache)) is not None:
+                    return images
+        except (urllib.error.URLError, OSError, RuntimeError) as error:  # the first is an OSError; named for the reader
+            reason = " ".join(str(error).split())[:200]
+            raise Refusal(f"{absent}its files{advice} (fetching it failed: {reason})") from error
+    raise Refusal(f"{absent}{files}{advice}")

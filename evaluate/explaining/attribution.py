@@ -152,7 +152,11 @@ def rollout(probabilities: Sequence[Tensor]) -> Tensor:
 
 def generic(probabilities: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Gradient times attention (arXiv 2103.15679): (B, T, T). R = identity, then of each block, the shallowest first,
-    R <- R + mean over heads of (gradient * attention)^+ times R."""
+    R <- R + mean over heads of (gradient * attention)^+ times R.
+
+    Of relevances in place of probabilities it is transformer attribution (arXiv 2012.09838, section 3.3), in float64 as
+    they are: where relevance is spread over all tokens it is small beside the identity.
+    """
     result = _identity(probabilities[0])
     for heads, slope in zip(probabilities, gradients, strict=True):
         result = result + (slope * heads).clamp(min=0).mean(1) @ result
@@ -171,7 +175,7 @@ def attributions(attended: Attended, pooling: str) -> dict[str, Tensor]:
     if attended.gradients:
         maps["gradient x attention"] = generic(attended.probabilities, attended.gradients)
     if attended.relevances:
-        maps["transformer attribution"] = lrp.attribution(attended.gradients, attended.relevances)
+        maps["transformer attribution"] = generic(attended.relevances, attended.gradients)
     return {name: to_patches(relevance, P, pooling) for name, relevance in maps.items()}
 
 

@@ -178,17 +178,3 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
     """Queries or keys under timm's norm of them, which has the model's type."""
     weight = getattr(norm, "weight", None)
     return norm(x if weight is None else x.to(weight.dtype)).to(x.dtype)
-
-
-# -------------------------------------------------------------------------------------------------------------- the map
-
-
-def attribution(gradients: Sequence[Tensor], relevances: Sequence[Tensor]) -> Tensor:
-    """Attribution (B, T, T), from the gradients and the relevances (B, H, T, T) of each block, the shallowest first:
-    the product of identity + mean over heads of (gradient * relevance)^+, the deepest first (section 3.3 of the paper).
-    In float64: where relevance is spread over all tokens it is small beside the identity."""
-    result = torch.eye(gradients[0].shape[-1], dtype=torch.float64, device=gradients[0].device)
-    result = result.expand(len(gradients[0]), -1, -1)
-    for slope, relevance in zip(gradients, relevances, strict=True):
-        result = result + (slope.double() * relevance).clamp(min=0).mean(1) @ result
-    return result

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common.batches.sampler import StepPart, StepSampler, generator, order
 from common.batches.samples import FIRST_VIEW, Batch, Samples
@@ -111,22 +112,12 @@ class StrongSamples(Samples):
             if self.spec is not None:
                 operation = _made(self.spec, tuple(crop.shape[1:]), self.mean)
                 with seeded(generator(self.seed, epoch, index, "rand_augment")):
-                    crop.copy_(_array(operation(_picture(crop))))
+                    crop.copy_(pil_to_tensor(operation(to_pil_image(crop))))
             erase(crop, generator(self.seed, epoch, index, "erasing"), self.erasing, self.mean, self.std)
         return batch
 
 
 _made = functools.lru_cache(maxsize=4)(rand_augment)  # once in every worker: it cannot be pickled on every platform
-
-
-def _picture(image: Tensor) -> Image.Image:
-    pixels = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels if image.shape[0] == 3 else pixels[..., 0])
-
-
-def _array(picture: Image.Image) -> Tensor:
-    pixels = np.array(picture)
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 class RepeatedSampler(StepSampler):

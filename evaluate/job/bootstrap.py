@@ -46,22 +46,12 @@ def metric_of(outcomes: np.ndarray) -> Metric:
     return mean if np.ndim(outcomes) <= 2 else miou
 
 
-def estimate(outcomes: np.ndarray, metric: Metric | None = None) -> float:
-    """The metric of all images, averaged over seeds."""
-    by_seed = _by_seed(outcomes)
-    total = by_seed.sum(1, dtype=np.float64)
-    return float((metric or metric_of(outcomes))(total, by_seed.shape[1]).mean())
-
-
-def distribution(
-    several: Sequence[np.ndarray], metric: Metric | None = None, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:
+def distribution(several: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """The metric of each of `several` outcomes of the same K images, in each of `draws` draws of images:
     (len(several), draws), float64.
 
-    They see the same draws, so that differences between them are paired. `metric`: mean or miou, by the outcomes'
-    shape, unless given. The same seed gives the same draws, however many outcomes there are. Raises ValueError if the
-    numbers of images differ, or are 0.
+    They see the same draws, so that differences between them are paired. The same seed gives the same draws, however
+    many outcomes there are. Raises ValueError if the numbers of images differ, or are 0.
     """
     by_seed = [_by_seed(outcomes) for outcomes in several]
     counts = {outcomes.shape[1] for outcomes in by_seed}
@@ -81,31 +71,19 @@ def distribution(
             S, _, *rest = outcomes.shape
             width = S * int(np.prod(rest))
             of_seeds = sums[:, at : at + width].reshape(len(part), S, *rest)
-            results[number, part.start : part.stop] = (metric or metric_of(outcomes))(of_seeds, images).mean(1)
+            results[number, part.start : part.stop] = metric_of(outcomes)(of_seeds, images).mean(1)
             at += width
     return results
 
 
-def interval(
-    outcomes: np.ndarray, metric: Metric | None = None, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
-) -> tuple[float, float]:
+def interval(outcomes: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """Interval (low, high) of the metric of `outcomes`, for other test images of the same kind."""
-    return quantiles(distribution([outcomes], metric, draws, seed)[0], level)
+    return quantiles(distribution([outcomes], draws, seed)[0])
 
 
-def difference(
-    a: np.ndarray, b: np.ndarray, metric: Metric | None = None, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
-) -> tuple[float, float, float]:
-    """Difference (a minus b, low, high), paired by image: both are of the same images in the same order.
-
-    The seeds need not be equally many."""
-    of_a, of_b = distribution([a, b], metric, draws, seed)
-    return estimate(a, metric) - estimate(b, metric), *quantiles(of_a - of_b, level)
-
-
-def quantiles(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Quantiles (low, high) that enclose the middle share `level` of the draws; NaN where a draw is."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def quantiles(values: np.ndarray) -> tuple[float, float]:
+    """Quantiles (low, high) that enclose the middle share LEVEL of the draws; NaN where a draw is."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

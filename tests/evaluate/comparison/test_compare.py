@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from by_hand.intervals import difference, estimate
 from by_hand.reports import K, comparer, maker, right, rows_of, standard, write
 
 from common.data import labelled_splits
@@ -50,7 +51,7 @@ def test_seeds_are_one_line_and_differences_are_paired(make, compare, capsys):
     assert b["protocol"] == "knn/centred" and b["setting"] == "k=20"
 
     gaps = {row["row"]: row for row in rows_of(files["differences.csv"])}
-    expected = bootstrap.difference(right(0.80, 2), both)
+    expected = difference(right(0.80, 2), both)
     found = tuple(float(gaps["b"][name]) for name in ("difference", "low", "high"))
     assert found == pytest.approx(expected) and gaps["b"]["excludes_0"] == str(expected[1] > 0 or expected[2] < 0)
     wide = bootstrap.interval(right(0.80, 2))
@@ -89,7 +90,7 @@ def test_segmentation_counts_become_intervals_of_miou(make, compare):
         write(run, "segmentation", {"subject": {"linear": counts}}, protocol={"id": "seg", "metric": "mIoU"})
         path = run / "evaluate" / "segmentation.json"
         content = json.loads(path.read_text())
-        value = bootstrap.estimate(counts)
+        value = estimate(counts)
         content["values"]["subject"]["linear"] |= {"accuracy": value, "pixel_accuracy": share}
         path.write_text(json.dumps(content))
         runs.append(run)

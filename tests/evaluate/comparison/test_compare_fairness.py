@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from by_hand.intervals import estimate
 from by_hand.reports import comparer, maker, right, rows_of, standard, write
 from PIL import Image
 
 from common.data import Location
 from common.errors import Refusal
 from evaluate.comparison.reports import Report, location_of_report, open_runs, settings, unlike
-from evaluate.job import bootstrap
 
 ROOT = Path(__file__).resolve().parents[3]
 SHOWN = {"name": "evaluation", "size": [16, 16], "crop": 1.0}
@@ -255,7 +255,7 @@ def test_weights_that_share_a_folder_and_links(make, compare, tmp_path):
         compare(link)
     standard(link, 0.8, 0)
     found = heads(compare(link))["link"]
-    assert float(found["value"]) == pytest.approx(bootstrap.estimate(right(0.8, 0)))
+    assert float(found["value"]) == pytest.approx(estimate(right(0.8, 0)))
     assert "3,200" in (tmp_path / "out" / "compare.md").read_text()  # costs from where it was trained
 
 

@@ -9,7 +9,7 @@ from by_hand import vit as by_hand
 from common.models import ModelConfig, create
 from common.models.plan import TokenPlan
 from evaluate.explaining import lrp
-from evaluate.explaining.attribution import attend, attributions, to_patches, unsupported
+from evaluate.explaining.attribution import attend, attributions, generic, to_patches, unsupported
 
 RULED = ["vit", "vit, no class token", "vit, registers", "vit, qk norm", "deit, distilled", "lv-vit"]
 
@@ -221,7 +221,7 @@ def test_batches_do_not_mix_and_nothing_is_left_behind(name):
         for one, all_ in zip(alone.relevances, together.relevances, strict=True):
             assert one.shape[1:] == (2, P + 9, P + 9) and one.dtype == torch.float64 and one.isfinite().all()
             torch.testing.assert_close(one[0], all_[b], rtol=1e-6, atol=1e-9)
-    maps = lrp.attribution(together.gradients, together.relevances)
+    maps = generic(together.relevances, together.gradients)
     assert to_patches(maps, P, "class").std(1).min() > 0
     assert hooks == [len(module._forward_hooks) for module in backbone.modules()]
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
