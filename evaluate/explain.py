@@ -42,7 +42,7 @@ from evaluate.explaining.observation import DRAWS, NEIGHBORS, fidelity, observe
 from evaluate.explaining.sheets import DPI, draw_sheets
 from evaluate.job.arguments import parser
 from evaluate.job.evaluation import Evaluation, any_splits, begin, only_first
-from evaluate.job.report import table, write
+from evaluate.job.report import show_in_tensorboard, table, write
 
 IMAGES, JUDGED, REFERENCES = 8, 200, 2000  # drawn; whose patches are deleted; among which neighbours are looked for
 TARGETS = ("neighbors", "class")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     for name, figure in sheets.items():
         save = partial(figure.savefig, format="png", dpi=DPI)
         write_atomically(folder / f"{name}.png", save)
-    in_tensorboard = tensorboard(job, sheets)
+    in_tensorboard = show_in_tensorboard(job, ((f"explain/{name}", pixels_of(each)) for name, each in sheets.items()))
     protocol = {
         "id": "explain/deletion",
         "target": arguments.target,
@@ -104,21 +104,11 @@ def some(images: Images, most: int, seed: int) -> Images:
     return images if len(images) <= most else images.subset(order(seed, 0, len(images))[:most])
 
 
-def tensorboard(job: Evaluation, sheets: Mapping[str, Figure]) -> bool:
-    """Add the sheets to the run's TensorBoard log, if it has one; returns whether it has."""
-    folder = job.subject.folder.parent / "tb"
-    if job.subject.state is None or job.arguments.out is not None or not folder.is_dir():
-        return False
-    from torch.utils.tensorboard import SummaryWriter  # seconds
-
-    with SummaryWriter(str(folder), filename_suffix=".explain") as writer:
-        for name, figure in sheets.items():
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-            step = job.subject.description.get("training", {}).get("step", 0)
-            writer.add_image(f"explain/{name}", pixels, step, dataformats="HWC")
-    return True
+def pixels_of(figure: Figure) -> np.ndarray:
+    """Draw a figure: uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def tell(

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     join_processes("low-shot evaluation")
     headline = HEADLINE if HEADLINE in draws else list(draws)[-1]
     shares: Found = {}
-    outcomes, index = Outcomes(), None
+    outcomes = Outcomes()
     for split in splits(job):
         job.say(f"{', '.join(draws)}, {arguments.draws} draws each, of {LABELS[split.row]}")
         for seed in job.seeds if split.seed is None else [split.seed]:
@@ -66,11 +66,10 @@ def main(argv: list[str]) -> int:
                         by_name.setdefault(classifier, []).append(right.double().mean().item())
                         if (name, classifier) == (headline, "ridge"):
                             outcomes.add(split.row, kind, right)
-        index = split.test_index
+        outcomes.index = split.test_index
     if not first_process():
         return 0
-    assert index is not None
-    judged = len(index)
+    judged = len(outcomes.index)
     values = {
         row: {kind: entry_of(by_name, headline, judged) for kind, by_name in kinds.items()}
         for row, kinds in shares.items()
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> int:
         "std": "over draws and seeds",
         "notes": skipped,
     }
-    write(job, protocol, values, judged, outcomes=outcomes.arrays(), index=index)
+    write(job, protocol, values, judged, outcomes)
     tell(job, "low-shot accuracy (%)", "\n".join([shown(values, list(draws), job.size), *skipped]))
     return 0
 

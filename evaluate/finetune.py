@@ -126,9 +126,9 @@ def report(
 ) -> None:
     """Write and print the report of the histories: {row: [history of each seed]}."""
     values: dict[str, dict[str, Any]] = {}
-    outcomes, count = Outcomes(), len(job.test)
+    count = len(job.test)
     read = bits(next(iter(histories_of_rows.values()))[0][-1]["images"]["read"], count)
-    judged = int(read.sum())
+    judged, outcomes = int(read.sum()), Outcomes(np.flatnonzero(read))
     for row, histories in histories_of_rows.items():
         for history in histories:
             outcomes.add(row, pooling, bits(history[-1].pop("images")["raw"], count)[read])
@@ -150,7 +150,7 @@ def report(
             outcomes.add("pixels", "pixels", result.predictions == raw.test_labels.cpu())
         values["pixels"] = {"pixels": accuracies([result.accuracy for result in probed], judged)}
     settings = protocol(job, recipe, config, pooling) | {"notes": notes}
-    write(job, settings, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read))
+    write(job, settings, values, judged, outcomes)
     rows = []
     for row, kind, entry in ordered(values):
         best = entry.get("best_on_test")

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     join_processes("k-NN")
     shares: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = {}  # row, kind, treatment, k: share by seed
     headline = HEADLINE if HEADLINE in ks else max(ks)
-    outcomes, index = Outcomes(), None
+    outcomes = Outcomes()
     for split in splits(job):
         for kind, features in split.train.items():
             by_treatment = shares.setdefault(split.row, {}).setdefault(kind, {})
@@ -57,19 +57,19 @@ def main(argv: list[str]) -> int:
                     by_k.setdefault(k, []).append(accuracy(guess, split.test_labels))
                 if treatment == CENTRED:
                     outcomes.add(split.row, kind, guesses[headline] == split.test_labels)
-        index = split.test_index
+        outcomes.index = split.test_index
     if not first_process():
         return 0
-    assert index is not None
+    judged = len(outcomes.index)
     values = {
-        row: {kind: entry_of(by_treatment, headline, len(index)) for kind, by_treatment in kinds.items()}
+        row: {kind: entry_of(by_treatment, headline, judged) for kind, by_treatment in kinds.items()}
         for row, kinds in shares.items()
     }
     protocol = {"id": f"knn/{CENTRED}", "k": ks, "headline": headline, "temperature": TEMPERATURE}
     protocol |= {"similarity": "cosine", "features": TREATMENTS[CENTRED]}
     protocol["beside"] = {"id": "knn/dino", "features": TREATMENTS[FIELD], "values": FIELD}
     protocol["selection"] = f"none: k = {headline} whatever comes out"
-    write(job, protocol, values, len(index), outcomes=outcomes.arrays(), index=index)
+    write(job, protocol, values, judged, outcomes)
     tell(job, "k-NN accuracy (%)", shown(values, ks, headline, job.size))
     return 0
 

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     protocol, modified = altered(protocol, changes, depth(job.subject.backbone()) if protocol.name == "mae" else 0)
     join_processes("the linear probe")
     found: dict[str, dict[str, list[Probe]]] = {}
-    outcomes, index = Outcomes(), None
+    outcomes = Outcomes()
     notes, fit = list(protocol.notes), 0
     for split in splits(job, protocol.blocks):
         parts = {name: part for name, part in split.train.items() if name != "both"}
@@ -72,10 +72,9 @@ def main(argv: list[str]) -> int:
                         "that of no head at all; lower --rates"
                     )
             fit = len(hold_out(split.train_labels, HELD_OUT, seed)[0])
-        index = split.test_index
+        outcomes.index = split.test_index
     if not first_process():
         return 0
-    assert index is not None
     if protocol.training and protocol.training.batch > fit and protocol.name != "sweep":
         modified.append(f"batch {fit:,}: all images there are")
     if protocol.training and not arguments.augment and protocol.name != "sweep":
@@ -83,9 +82,9 @@ def main(argv: list[str]) -> int:
     about = settings(job, protocol, modified, notes, fit)
     by = "" if about["id"] == "linear/sweep" else f" by {about['id']}"
     notes += [f"not as published: {', '.join(modified)}"] if modified and protocol.name != "sweep" else []
-    values = {row: entries(kinds, len(index)) for row, kinds in found.items()}
-    told = {row: {kind: kinds[kind] for kind in values[row]} for row, kinds in outcomes.arrays().items()}
-    write(job, about, values, len(index), outcomes=told, index=index)
+    judged = len(outcomes.index)
+    values = {row: entries(kinds, judged) for row, kinds in found.items()}
+    write(job, about, values, judged, outcomes)
     tell(job, f"linear probe accuracy (%){by}", shown(values, job.size, protocol, notes))
     return 0
 

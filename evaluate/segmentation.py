@@ -45,7 +45,7 @@ from evaluate.finetuning.training import at_size
 from evaluate.job import recipes
 from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
-from evaluate.job.report import Outcomes, interval, percent, table, tell, write
+from evaluate.job.report import Outcomes, interval, percent, show_in_tensorboard, table, tell, write
 from evaluate.job.subjects import Subject
 from evaluate.segmenting import heads
 from evaluate.segmenting.data import CANVAS, Scenes, open_scenes
@@ -191,7 +191,8 @@ def report(
     """Write and print the report of the answers: {row: [answer of each seed]}."""
     assert isinstance(job.train, Scenes) and isinstance(job.test, Scenes)
     values: dict[str, dict[str, Any]] = {}
-    outcomes, read = Outcomes(), next(iter(answers_of_rows.values()))[0].read
+    read = next(iter(answers_of_rows.values()))[0].read
+    outcomes = Outcomes(np.flatnonzero(read))
     for row, results in answers_of_rows.items():
         values[row] = {config.head: summary(np.stack([result.counts[SINGLE][read] for result in results]), job.classes)}
         for result in results:
@@ -205,7 +206,7 @@ def report(
     values["majority"] = {"majority": summary(answers, job.classes) | {"class": job.classes[chosen]}}
     settings = protocol(job, recipe, config) | {"notes": notes, "picture": str(picture)}
     judged = int(read.sum())
-    write(job, settings, values, judged, outcomes=outcomes.arrays(), index=np.flatnonzero(read), interval=WHAT)
+    write(job, settings, values, judged, outcomes, interval=WHAT)
     multi = any("multi_scale" in kinds.get(config.head, {}) for kinds in values.values())
     lines = []
     for row, kinds in values.items():
@@ -266,13 +267,7 @@ def draw(job: Evaluation, answers: dict[str, list[Found]]) -> Path:
     assert isinstance(job.test, Scenes)
     drawn = sheet(first.model, job.test, first.view, len(job.subject.description["mean"]), job.device)
     write_atomically(path, lambda aside: Image.fromarray(drawn).save(aside, format="PNG"))
-    folder = job.subject.folder.parent / "tb"
-    if job.subject.state is not None and job.arguments.out is None and folder.is_dir():
-        from torch.utils.tensorboard import SummaryWriter  # seconds
-
-        step = job.subject.description.get("training", {}).get("step", 0)
-        with SummaryWriter(str(folder), filename_suffix=".segmentation") as writer:
-            writer.add_image(job.out.stem, drawn, step, dataformats="HWC")
+    show_in_tensorboard(job, [(job.out.stem, drawn)])
     return path
 
 

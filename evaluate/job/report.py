@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,7 @@ def write(
     protocol: Mapping[str, Any],
     values: Mapping[str, Any],
     judged: int,
-    *,
-    outcomes: Mapping[str, Mapping[str, Any]] | None = None,
-    index: Tensor | np.ndarray | None = None,
+    outcomes: "Outcomes | None" = None,
     interval: str | None = WILSON,
 ) -> None:
     """Write the report of `job` to its `out`, in one piece; `judged` test images were classified.
@@ -48,10 +46,8 @@ def write(
     protocol: at least its "id", and by what its heads were chosen, "selection".
     values: {row: {kind: entry}}, each entry with at least what `accuracies` returns; rows are subject, random, pixels,
     patches.
-    outcomes: {row: {kind: (S, K, ...)}}, of S seeds and K test images, which ones says `index` (K,): for an accuracy
-    whether each was right, bool; for an mIoU (S, K, C, 3) counts of pixels: intersection, predicted, labelled. They go
-    into NAME.outcomes.npz beside the report, so that runs can be compared image by image. `interval`: what those in
-    `values` are.
+    outcomes: of every number in `values`; NAME.outcomes.npz beside the report has them, so that runs can be compared
+    image by image. `interval`: what those in `values` are.
     """
     assert {"id", "selection"} <= protocol.keys()
     description, training = job.subject.description, job.subject.description.get("training", {})
@@ -75,7 +71,7 @@ def write(
         "values": values,
         "interval": interval,
         "warnings": job.warnings,
-        "outcomes": _write_outcomes(job.out, outcomes, index) if outcomes else None,
+        "outcomes": _write_outcomes(job.out, outcomes, values) if outcomes is not None else None,
         "command": configuration.command_line(),
         "hardware": hardware(job.device, job.threads),
         "versions": versions(),
@@ -114,11 +110,14 @@ def _data(job: Evaluation, judged: int) -> dict[str, Any]:
     }
 
 
-def _write_outcomes(out: Path, outcomes: Mapping[str, Mapping[str, Any]], index: Any) -> dict[str, str]:
+def _write_outcomes(out: Path, outcomes: "Outcomes", values: Mapping[str, Any]) -> dict[str, str]:
     arrays = {
-        f"{row}/{kind}": np.asarray(outcome) for row, kinds in outcomes.items() for kind, outcome in kinds.items()
+        f"{row}/{kind}": np.stack(by_seed)
+        for row, kinds in outcomes.by_row.items()
+        for kind, by_seed in kinds.items()
+        if kind in values[row]
     }
-    arrays["index"] = np.asarray(index, dtype=np.int64)
+    arrays["index"] = np.asarray(outcomes.index, dtype=np.int64)
     for name, array in arrays.items():
         assert name == "index" or array.shape[1] == len(arrays["index"]), (name, array.shape)
     file = out.with_suffix(".outcomes.npz")
@@ -167,19 +166,31 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 class Outcomes:
-    """Collector of the outcome of each test image, row by row and seed by seed, for `write`."""
+    """Collector of the outcome of each test image, row by row and seed by seed, for `write`: for an accuracy whether
+    each was right, bool; for an mIoU (C, 3) counts of pixels: intersection, predicted, labelled."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, list[np.ndarray]]] = {}
+    def __init__(self, index: Any = ()) -> None:
+        self.index = index  # (K,) which test images
+        self.by_row: dict[str, dict[str, list[np.ndarray]]] = {}
 
     def add(self, row: str, kind: str, outcomes: Tensor | np.ndarray) -> None:
         """Add outcomes (K, ...) of the next seed."""
         array = outcomes.cpu().numpy() if isinstance(outcomes, Tensor) else outcomes
-        self.found.setdefault(row, {}).setdefault(kind, []).append(array)
+        self.by_row.setdefault(row, {}).setdefault(kind, []).append(array)
 
-    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
-        """Stack the outcomes: {row: {kind: (S, K, ...)}}."""
-        return {row: {kind: np.stack(all_) for kind, all_ in kinds.items()} for row, kinds in self.found.items()}
+
+def show_in_tensorboard(job: Evaluation, pictures: Iterable[tuple[str, np.ndarray]]) -> bool:
+    """Add (name, picture (H, W, 3)) to the run's TensorBoard log, if it has one; returns whether it has."""
+    folder = job.subject.folder.parent / "tb"
+    if job.subject.state is None or job.arguments.out is not None or not folder.is_dir():
+        return False
+    from torch.utils.tensorboard import SummaryWriter  # seconds
+
+    step = job.subject.description.get("training", {}).get("step", 0)
+    with SummaryWriter(str(folder), filename_suffix=f".{job.name}") as writer:
+        for name, picture in pictures:
+            writer.add_image(name, picture, step, dataformats="HWC")
+    return True
 
 
 def leak_note(description: Mapping[str, Any]) -> str:
