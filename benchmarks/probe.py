@@ -27,6 +27,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import Tensor
 from common.data import open_data
 from common.features.extraction import extract
 from common.models import Backbone, ModelConfig, create
-from evaluate.probing.probe import MOMENTUM, RATES, TRUST, Heads, Parts, drawn
+from evaluate.probing.probe import MOMENTUM, TRUST, Heads, HeadTraining, Parts, drawn
 from evaluate.probing.protocols import PROTOCOLS, sets
 from evaluate.probing.views import batches, view
 
@@ -51,16 +52,12 @@ def made(every: bool, width: int, device: torch.device) -> list[Heads]:
     assert protocol.training is not None
     wanted, _ = sets(protocol, {"class", "mean", "class4", "mean4"}, width)
     sizes = {"class": width, "mean": width, "class4": BLOCKS * width}
+    one = replace(protocol.training, rates=protocol.training.rates[-1:])
+    chosen = [(parts, protocol.training) for parts in wanted.values()] if every else [(wanted["last"], one)]
     return [
-        Heads(
-            parts, sum(sizes[part] for part in parts), CLASSES, rates, torch.Generator().manual_seed(0), device=device
-        )
-        for parts, rates in (
-            [(parts, protocol.training.rates) for parts in wanted.values()]
-            if every
-            else [(wanted["last"], protocol.training.rates[-1:])]
-        )
-    ]  # fmt: skip
+        Heads(parts, sum(sizes[part] for part in parts), CLASSES, training, torch.Generator().manual_seed(0), device)
+        for parts, training in chosen
+    ]
 
 
 def looped(backbone: Backbone, arguments: argparse.Namespace, every: bool) -> Callable[[], None]:
@@ -170,9 +167,9 @@ def optimizers(rounds: int, device: torch.device) -> dict[str, float]:
         parts = {"all": torch.randn(batch, width, generator=rng).to(device)}
         labels = torch.randint(classes, (batch,), generator=rng).to(device)
         for name in ("sgd", "adamw", "lars"):
+            training = HeadTraining(optimizer=name, normalise="batch" if name == "lars" else "none")
             made = [
-                kind(["all"], width, classes, RATES, torch.Generator().manual_seed(0), optimizer=name,
-                     batch_norm=name == "lars", device=device)
+                kind(["all"], width, classes, training, torch.Generator().manual_seed(0), device)
                 for kind in (Heads, ByLibrary)
             ]  # fmt: skip
 

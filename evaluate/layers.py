@@ -125,7 +125,7 @@ def measure(job: Evaluation) -> tuple[Values, int]:
                 for images, layer in ((job.train, train), (job.test, test)):  # a mean has every token in it
                     means = {"mean": layer.mean, "index": layer.index}
                     what = f"{job.subject.name if row == 'subject' else LABELS[row]}, layer {number + 1}"
-                    job.refuse_not_finite(means, images, what, backbone, subject.plan)
+                    job.refuse_not_finite(means, images, what, (backbone, subject.plan), cached=False)
                 # the subject has no seed: only the start and the order of its probes do
                 seeds = job.seeds if row == "subject" else [seed]
                 result = judge_layer(job, train, test, seeds)

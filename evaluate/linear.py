@@ -128,7 +128,7 @@ def answers(
     if protocol.training is None:
         return {
             kind: solved(
-                protocol.name, split.train[kind], split.train_labels, split.test[kind], split.test_labels,
+                protocol.name, (split.train[kind], split.train_labels, split.test[kind], split.test_labels),
                 len(job.classes), protocol.strengths, seed=seed, after=after,
             )
             for kind in wanted

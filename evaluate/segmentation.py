@@ -90,7 +90,9 @@ def main(argv: list[str]) -> int:
     job.device = accelerator.device
     config, changed = fit_batch(config, len(job.train), accelerator.num_processes)
     refuse_single(config, accelerator.num_processes)
-    try_out(config, subject, len(job.classes))
+    if config.head != "knn":  # built once before anything is written or deleted: it may be refused
+        how: dict[str, Any] = {"frozen": True, "blocks": config.blocks, "channels": config.channels}
+        heads.make(config.head, subject.untrained().backbone(), len(job.classes), **how)
     notes = [line for line in (note, changed, rate_of(config)[1]) if line]
     lock = recipes.prepare(job, recipe, config, accelerator)
     identity = recipes.identity(job, config.batch)
@@ -111,13 +113,6 @@ def main(argv: list[str]) -> int:
         picture = draw(job, answers)
         report(job, recipe, config, answers, notes, picture)
     return 0
-
-
-def try_out(config: SegmentationConfig, subject: Subject, num_classes: int) -> None:
-    """Build the head once, before anything is written or deleted. Raises Refusal if it cannot be built."""
-    if config.head != "knn":
-        backbone = subject.untrained().backbone()
-        heads.make(config.head, backbone, num_classes, frozen=True, blocks=config.blocks, channels=config.channels)
 
 
 def rows(config: SegmentationConfig, subject: Subject, baselines: bool) -> list[tuple[str, Subject]]:

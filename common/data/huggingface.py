@@ -22,18 +22,8 @@ from .listing import is_hidden, stamps
 from .location import Location
 from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of, roles_of
 
-LABEL_NAMES = (
-    "label",
-    "labels",
-    "target",
-    "targets",
-    "class",
-    "classes",
-    "category",
-    "cls",
-    "fine_label",
-    "coarse_label",
-)
+LABEL_NAMES = ("label", "labels", "target", "targets", "class", "classes", "category", "cls", "fine_label",
+               "coarse_label")  # fmt: skip
 CANONICAL = {("coarse_label", "fine_label"): "fine_label"}  # CIFAR-100's own choice
 
 IDENTITY_SAMPLES = 256  # images whose bytes enter the fingerprint

@@ -5,22 +5,15 @@ Letters: K images, D feature width.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import Images
 from ..errors import Refusal
-from ..models import Backbone
-from ..models.plan import TokenPlan
-from .extraction import extract
 
 CHUNK = 16_384  # images that are looked at at a time: features may be mapped from a file
 SAME = 1e-6  # of the largest number: features that vary by less are one vector and its rounding
 FAINT = 1e-12  # a norm by which nothing is divided any more, as in torch's normalize
-NAMED = 3  # images that a refusal names
 IN_FP32 = "use --precision fp32, or, if it was, weights of an earlier checkpoint"
 OTHER_WEIGHTS = "the file is damaged or its training diverged: use an earlier checkpoint, or fetch it again"
 
@@ -68,45 +61,3 @@ def refuse_spoiled(state: Mapping[str, Tensor] | None, name: str) -> None:
     """Raises Refusal if weights are not finite that a training would begin from; None are not loaded from anywhere."""
     if words := spoiled(state or {}):
         raise Refusal(f"{name}: the weights are not finite in {words}; {OTHER_WEIGHTS}")
-
-
-def refuse_not_finite(
-    features: Mapping[str, Tensor],
-    index: Tensor,
-    images: Images,
-    name: str,
-    *,
-    backbone: Backbone | None = None,
-    plan: TokenPlan | None = None,
-    precision: str = "fp32",
-    cache: Path | None = None,
-) -> None:
-    """Raises Refusal if `features` {kind: (K, ...)} of `images`, which ones says `index` (K,), are not all finite.
-
-    It says of which model (`name`), of how many images, and why, for which the first of these images is run through the
-    `backbone` once more; `cache`: the folder from which the features may have come.
-    """
-    bad = not_finite(features)
-    if not bad.any():
-        return
-    rows = index[bad.to(index.device)].tolist()
-    named = ", ".join(images.name(i) for i in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
-    why = OTHER_WEIGHTS
-    if backbone is not None:
-        why = _cause(backbone, plan, images.subset(rows[:1]), precision, cache)
-    raise Refusal(
-        f"{name}: the features of {len(rows):,} of {len(index):,} images in {images.where} are not finite, or too "
-        f"large to be compared ({named}): {why}"
-    )
-
-
-def _cause(backbone: Backbone, plan: TokenPlan | None, image: Images, precision: str, cache: Path | None) -> str:
-    """Reason why the features of `image` are not finite, and what to do."""
-    if words := spoiled(backbone.model.state_dict()):
-        return f"the weights are not finite in {words}; {OTHER_WEIGHTS}"
-    how: dict[str, Any] = {"device": backbone.mean.device, "warn": lambda line: None}
-    if cache is not None and not not_finite(extract(backbone, plan, image, precision=precision, **how)).any():
-        return f"computed again they are, so what was kept of them is damaged: delete {cache} and evaluate again"
-    if precision != "fp32" and not not_finite(extract(backbone, plan, image, **how)).any():
-        return f"numbers overflow in {precision}, in fp32 they are finite: use --precision fp32"
-    return f"every weight is finite, but numbers overflow on the way through the network; {OTHER_WEIGHTS}"

@@ -9,6 +9,7 @@ Letters: M bank images, Q queries, D feature width, k neighbours, C classes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,22 +42,9 @@ def unit_vectors(features: Tensor, centre: Tensor) -> Tensor:
     return F.normalize(features.float() - centre, dim=-1)
 
 
-def knn(
-    bank: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    k: int = 20,
-    *,
-    num_classes: int | None = None,
-    temperature: float = 0.07,
-    chunk: int = 1024,
-    treatment: str = CENTRED,
-) -> Tensor:
-    """Predicted class of every query, (Q,), from the k bank images most alike; see `knn_many`."""
-    return knn_many(
-        bank, labels, queries, [k],
-        num_classes=num_classes, temperature=temperature, chunk=chunk, treatment=treatment,
-    )[k]  # fmt: skip
+def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, **options: Any) -> Tensor:
+    """Predicted class of every query, (Q,), from the k bank images most alike; `options` as of `knn_many`."""
+    return knn_many(bank, labels, queries, [k], **options)[k]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from common.checkpoints.public import build
 from common.errors import Refusal
 from common.models.plan import PlanSpec
 from common.training.tracking import METRICS
-from evaluate.job.objectives import facts_of
+from evaluate.job.subjects import facts_of
 
 BACKWARD = 2  # times the forward pass: the gradients of activations, and of weights
 NOT_COUNTED = (

@@ -126,17 +126,14 @@ def curves(comparison: Comparison) -> list[Plot]:
     for name in names:
         lines = []
         for at, run in runs:
-            points = [(step, record[name]) for step, record in logged[run.name] if is_number(record.get(name))]
+            points = [
+                (step, record[name]) for step, record in logged[run.name] if type(record.get(name)) in (int, float)
+            ]
             lines.append(Curve(run.name, [step for step, _ in points], [value for _, value in points], at))
         if lines not in before:  # the loss of a single objective is the loss
             drawn.append(plots.curves(name, lines, "step", percent=bool(SHARES.search(name))))
         before.append(lines)
     return [plot for plot in [*drawn, *layered(runs)] if plot is not None]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a record's value can be drawn: null is what was not finite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def layered(runs: list[tuple[int, Run]]) -> Iterator[Plot | None]:

@@ -14,16 +14,8 @@ from matplotlib.figure import Figure
 
 from common.printable import printable
 
-PALETTE = (
-    "#0b62a4",
-    "#c2500a",
-    "#15795a",
-    "#9a3f86",
-    "#6e6a00",
-    "#2b7f9e",
-    "#8a5a44",
-    "#5c5f66",
-)  # the page's --c0 to --c7
+# the page's --c0 to --c7
+PALETTE = ("#0b62a4", "#c2500a", "#15795a", "#9a3f86", "#6e6a00", "#2b7f9e", "#8a5a44", "#5c5f66")
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1.3, 2)), (0, (5, 2, 1.3, 2)))
 INK, SOFT, LINE = "#22252a", "#5d636d", "#dcdfe3"
 VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {colour: f"--c{at}" for at, colour in enumerate(PALETTE)}

@@ -49,7 +49,9 @@ def observe(job: Evaluation, backbone: Backbone) -> Observation:
     with torch.no_grad():
         plain = [backbone(batch.to(job.device), plan).pooled(kind) for batch in images.split(BATCH)]
     pooled = torch.cat(plain)
-    job.refuse_not_finite({"pooled": pooled, "index": index}, job.test, job.subject.name, backbone, plan)
+    job.refuse_not_finite(
+        {"pooled": pooled, "index": index}, job.test, job.subject.name, (backbone, plan), cached=False
+    )
     centre = centre_of(references["pooled"])
     near = (unit_vectors(pooled, centre) @ unit_vectors(references["pooled"], centre).T).topk(NEIGHBORS, 1).indices
     target, target_in_words = targets(job, references, pooled, near, index)
@@ -74,7 +76,7 @@ def references_of(job: Evaluation, backbone: Backbone, kind: str) -> dict[str, T
     by_network = network(backbone, plan, device=job.device, precision=job.precision)
     eye, what = frozen.eye_of(job, backbone), "training images, to find neighbours among"
     features = frozen.from_cache(job, key, job.train, eye, by_network, what)
-    job.refuse_not_finite(features, job.train, job.subject.name, backbone, plan, cached=True)
+    job.refuse_not_finite(features, job.train, job.subject.name, (backbone, plan), cached=True)
     return {"pooled": features[kind].to(job.device), "index": features["index"]}
 
 

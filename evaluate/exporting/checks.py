@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from common.batches.crops import evaluation
 from common.checkpoints import public, storage
@@ -144,11 +146,11 @@ def compare_transforms(model: Any, config: dict[str, Any], source: Source, sampl
     about, size = source.about, tuple(source.about["size"])
     if tuple(config["input_size"]) != (len(about["mean"]), *size):
         raise RuntimeError(f"timm reads an input size of {config['input_size']} in {timm_files.FILES[1]}")
-    std = torch.tensor(about["std"]).view(-1, 1, 1)
+    std, transform = torch.tensor(about["std"]).view(-1, 1, 1), create_transform(**config, is_training=False)
     levels = most = tokens = 0.0
     for picture in readable(sample.pictures, len(about["mean"])):
         picture = timm_files.shaped(picture, size, about.get("crop", 0.875))
-        theirs = timm_files.through_timm([picture], config)
+        theirs = transform(to_pil_image(picture))[None]
         ours = evaluation(picture, size, about.get("crop", 0.875))[None]
         away = (theirs - timm_files.normalised(ours, about)).abs() * std * 255
         levels, most = max(levels, away.mean().item()), max(most, away.max().item())

@@ -14,12 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import to_pil_image
 
 from common.batches.crops import evaluation
 from common.checkpoints import public
@@ -212,13 +211,6 @@ def normalised(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Normalise uint8 (B, C, H, W) by the mean and std of timm's `config`."""
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255 - mean) / std
-
-
-def through_timm(pictures: list[Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Put whole pictures, uint8 (C, h, w) of any size, through timm's evaluation transform of `config`: (B, C, H,
-    W)."""
-    transform: Any = create_transform(**config, is_training=False)
-    return torch.stack([transform(to_pil_image(picture)) for picture in pictures])
 
 
 def shaped(picture: Tensor, size: tuple[int, int], crop: float) -> Tensor:

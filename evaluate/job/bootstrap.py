@@ -12,11 +12,9 @@ It covers neither seeds nor training: another seed may move a number further tha
 are the same the interval has no width: there `metrics.wilson` knows more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-Metric = Callable[[np.ndarray, int], np.ndarray]  # (sums over images (..., [C, 3]), K) -> (...)
 
 DRAWS, LEVEL = 1000, 0.95
 AT_ONCE = 1 << 22  # counts in memory, 8 bytes each: 83 draws at a time of 50,000 images
@@ -39,11 +37,6 @@ def miou(sums: np.ndarray, images: int) -> np.ndarray:
     shares = np.divide(intersection, union, out=np.zeros(union.shape), where=occurs)
     count = occurs.sum(-1)
     return np.divide(shares.sum(-1), count, out=np.full(count.shape, np.nan), where=count > 0)
-
-
-def metric_of(outcomes: np.ndarray) -> Metric:
-    """Metric that suits the shape of the outcomes: mean or miou."""
-    return mean if np.ndim(outcomes) <= 2 else miou
 
 
 def distribution(several: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -69,9 +62,9 @@ def distribution(several: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 
         sums, at = times.astype(np.float64) @ flat, 0
         for number, outcomes in enumerate(by_seed):
             S, _, *rest = outcomes.shape
-            width = S * int(np.prod(rest))
+            width, metric = S * int(np.prod(rest)), miou if rest else mean
             of_seeds = sums[:, at : at + width].reshape(len(part), S, *rest)
-            results[number, part.start : part.stop] = metric_of(outcomes)(of_seeds, images).mean(1)
+            results[number, part.start : part.stop] = metric(of_seeds, images).mean(1)
             at += width
     return results
 

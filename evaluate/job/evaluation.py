@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from common.checkpoints.run_folder import refuse_links
 from common.data import Images, Location, labelled_splits
 from common.data.location import changed_location
 from common.errors import Refusal
-from common.features.extraction import RAW, Eye
-from common.features.finite import refuse_not_finite
+from common.features.extraction import RAW, Eye, extract
+from common.features.finite import OTHER_WEIGHTS, not_finite, spoiled
 from common.models import Backbone
 from common.models.plan import TokenPlan
 from common.printable import printable_lines
@@ -31,6 +32,8 @@ from common.training.precision import DTYPES, refuse_impossible
 from evaluate.job import subjects
 from evaluate.job.arguments import LABELS, chosen_device, data_options
 from evaluate.job.subjects import Subject
+
+NAMED = 3  # images that a refusal names
 
 
 def first_process() -> bool:
@@ -156,18 +159,36 @@ class Evaluation:
         features: Mapping[str, Tensor],
         images: Images,
         name: str,
-        backbone: Backbone,
-        plan: TokenPlan | None,
-        cached: bool = False,
+        network: tuple[Backbone, TokenPlan],
+        cached: bool,
     ) -> None:
-        """Raises Refusal, with the cause, unless all `features` of `images`, {kind: (K, ...)} and "index", are finite.
+        """Raises Refusal unless all `features` of `images`, {kind: (K, ...)} and "index", are finite.
 
-        cached: whether an earlier evaluation may have extracted them.
+        It says of which model (`name`), of how many images, and why, for which the first of these images is run through
+        the `network` once more; `cached`: whether an earlier evaluation may have extracted them.
         """
-        refuse_not_finite(
-            features, features["index"], images, name,
-            backbone=backbone, plan=plan, precision=self.precision, cache=self.out.parent / "cache" if cached else None,
-        )  # fmt: skip
+        bad, index = not_finite(features), features["index"]
+        if not bad.any():
+            return
+        rows = index[bad.to(index.device)].tolist()
+        named = ", ".join(images.name(i) for i in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
+        why = _cause(*network, images.subset(rows[:1]), self.precision, self.out.parent / "cache" if cached else None)
+        raise Refusal(
+            f"{name}: the features of {len(rows):,} of {len(index):,} images in {images.where} are not finite, or too "
+            f"large to be compared ({named}): {why}"
+        )
+
+
+def _cause(backbone: Backbone, plan: TokenPlan | None, image: Images, precision: str, cache: Path | None) -> str:
+    """Reason why the features of `image` are not finite, and what to do."""
+    if words := spoiled(backbone.model.state_dict()):
+        return f"the weights are not finite in {words}; {OTHER_WEIGHTS}"
+    how: dict[str, Any] = {"device": backbone.mean.device, "warn": lambda line: None}
+    if cache is not None and not not_finite(extract(backbone, plan, image, precision=precision, **how)).any():
+        return f"computed again they are, so what was kept of them is damaged: delete {cache} and evaluate again"
+    if precision != "fp32" and not not_finite(extract(backbone, plan, image, **how)).any():
+        return f"numbers overflow in {precision}, in fp32 they are finite: use --precision fp32"
+    return f"every weight is finite, but numbers overflow on the way through the network; {OTHER_WEIGHTS}"
 
 
 def begin(

@@ -106,7 +106,7 @@ def _of_network(job: Evaluation, row: str, seed: int | None, blocks: int) -> Fea
         larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
         kinds = from_cache(job, key, images, eye, by_network, f"images from {name}", larger)
         kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
-        job.refuse_not_finite(kinds, images, name, backbone, subject.plan, cached=True)
+        job.refuse_not_finite(kinds, images, name, (backbone, subject.plan), cached=True)
         features.append(kinds)
     _refuse_lost(job, features)
     flat = [kind for kind in features[0] if kind != "index" and is_constant(features[0][kind])]

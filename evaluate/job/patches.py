@@ -66,15 +66,10 @@ def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if pixels.shape[-2:] == size else F.adaptive_avg_pool2d(pixels, size)
 
 
-def working_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Size after averaging: a side longer than 32 pixels becomes 32, as for raw pixels."""
-    return min(size[0], PIXELS), min(size[1], PIXELS)
-
-
 @torch.no_grad()
 def learned(images: Images, eye: Eye, seed: int) -> Filters:
     """Learn filters from training `images` as they are shown to `eye`; `seed` decides what is drawn."""
-    small = working_size(eye.size)
+    small = (min(eye.size[0], PIXELS), min(eye.size[1], PIXELS))  # as of raw pixels
     side, other = min(SIDE, small[0]), min(SIDE, small[1])
     chosen_images = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
     per_image = -(-DRAWN // len(chosen_images))

@@ -1,10 +1,12 @@
 """The subject of an evaluation: a checkpoint, weights that timm publishes, an untrained backbone, or raw pixels."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -21,9 +23,10 @@ from common.models.create import no_architecture
 from common.models.plan import TokenPlan
 from common.models.swin import form
 from common.paths import expanded
-from evaluate.job.objectives import facts_of
+from common.processes.launch import ROOT
 
 RANDOM = "random"  # --ckpt: an untrained backbone
+DEFAULTS: dict[str, Any] = {"position": "full", "pools": "mean", "crops": "all", "teacher": False, "local": False}
 
 
 @dataclass
@@ -174,3 +177,11 @@ def _published(name: str, weights: str | None) -> Subject:
     description = describe(backbone, "full", "class" if backbone.num_prefix_tokens else "mean", {})
     description |= {"loaded": notes + left_out, "weights_sha256": storage.sha256(file)}
     return Subject(f"timm:{name}", description, state, Path("runs", f"timm-{name}", "evaluate"))
+
+
+@functools.cache
+def facts_of(name: str) -> dict[str, Any]:
+    """position, pools, crops, teacher and local of an objective of pretraining, as configs/objectives.yaml says or else
+    by default: evaluations know nothing else of objectives."""
+    facts = yaml.safe_load((ROOT / "configs" / "objectives.yaml").read_text(encoding="utf-8"))
+    return DEFAULTS | facts.get(name, {})

@@ -104,20 +104,18 @@ class Heads:
         parts: Sequence[str],
         width: int,
         num_classes: int,
-        rates: Sequence[float],
+        training: HeadTraining,
         generator: torch.Generator,
-        *,
-        optimizer: str = "sgd",
-        batch_norm: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.parts, self.optimizer, self.batch_norm, self.steps = tuple(parts), optimizer, batch_norm, 0
+        self.parts, self.optimizer, self.steps = tuple(parts), training.optimizer, 0
+        self.given, self.batch_norm = training.rates, training.normalise == "batch"
         start = 0.01 * torch.randn(num_classes, 1, width, generator=generator)
-        self.weights = start.to(device).repeat(1, len(rates), 1)
-        self.biases = self.weights.new_zeros(num_classes, len(rates))
-        self.given, self.rates = tuple(rates), self.weights.new_tensor(rates)  # (L,)
+        self.weights = start.to(device).repeat(1, len(self.given), 1)
+        self.biases = self.weights.new_zeros(num_classes, len(self.given))
+        self.rates = self.weights.new_tensor(self.given)  # (L,)
         self.speeds = [torch.zeros_like(self.weights), torch.zeros_like(self.biases)]  # AdamW: first moments
-        self.squares = [torch.zeros_like(each) for each in self.speeds] if optimizer == "adamw" else []
+        self.squares = [torch.zeros_like(each) for each in self.speeds] if self.optimizer == "adamw" else []
         self.mean, self.variance = self.weights.new_zeros(width), self.weights.new_ones(width)
 
     def columns(self, parts: Parts) -> Tensor:
@@ -149,16 +147,12 @@ class Heads:
         if self.optimizer == "adamw":
             return self._adam(gradients, rate)
         if self.optimizer == "lars":
-            gradients[0] *= self._trust(gradients[0])[:, None]
+            weight, slope = self.weights.norm(dim=(0, 2)), gradients[0].norm(dim=(0, 2))  # (L,)
+            gradients[0] *= torch.where((weight > 0) & (slope > 0), TRUST * weight / slope, 1)[:, None]
         for speed, gradient in zip(self.speeds, gradients, strict=True):
             speed.mul_(MOMENTUM).add_(gradient)
         self.weights -= rate[:, None] * self.speeds[0]
         self.biases -= rate * self.speeds[1]
-
-    def _trust(self, gradient: Tensor) -> Tensor:
-        """LARS: (L,) what each head's gradient is multiplied by, so that a step is in proportion to the weights."""
-        of_weights, of_gradient = self.weights.norm(dim=(0, 2)), gradient.norm(dim=(0, 2))
-        return torch.where((of_weights > 0) & (of_gradient > 0), TRUST * of_weights / of_gradient, 1)
 
     def _adam(self, gradients: Sequence[Tensor], rate: Tensor) -> None:
         first, second = BETAS
@@ -272,9 +266,8 @@ def probes(
     scaled = _scaling(fitted.parts) if training.normalise == "standard" else dict
     heads = {
         name: Heads(
-            parts, sum(fitted.parts[part].shape[1] for part in parts), num_classes, training.rates,
-            generator or torch.Generator().manual_seed(seed), optimizer=training.optimizer,
-            batch_norm=training.normalise == "batch", device=train.labels.device,
+            parts, sum(fitted.parts[part].shape[1] for part in parts), num_classes, training,
+            generator or torch.Generator().manual_seed(seed), train.labels.device,
         )
         for name, parts in sets.items()
     }  # fmt: skip

@@ -80,21 +80,20 @@ def predicted(weights: Tensor, biases: Tensor, features: Tensor, chunk: int = 81
 
 def solved(
     how: str,
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    sides: tuple[Tensor, Tensor, Tensor, Tensor],
     num_classes: int,
     strengths: Sequence[float],
     *,
     seed: int = 0,
     after: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Probe:
-    """The classifier `how`, "logreg" (features L2-normalised) or "ridge" (standardised), on features (N, D).
+    """The classifier `how`, "logreg" (features L2-normalised) or "ridge" (standardised), on the `sides`: features
+    (N, D) and labels (N,) to train on, and the same to judge on.
 
     Of several `strengths`, C or l2, the one that does best on 10 % of the training images when fitted to the others;
     then it is fitted to all of them, as DINOv2 does. `after(done, in all)` after each.
     """
+    train, train_labels, test, test_labels = sides
     if how == "logreg":
         train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
 

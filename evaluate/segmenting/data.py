@@ -99,7 +99,7 @@ def open_scenes(location: Location | str, reduce_zero: ReduceZero = "auto") -> t
     is_ade = [part.name.lower() for part in (split[1].parent, split[1])] == ["annotations", "training"]
     if is_ade and held is None:
         held = split[0].parent / "validation", split[1].parent / "validation"
-    if held is not None and _pictures(held[0]) == 0:
+    if held is not None and not (held[0].is_dir() and scan(str(held[0]))[0]):
         raise Refusal(f"no test images in {held[0]}: add some, with their masks in {held[1]}")
     if is_ade and held is not None:
         return _in_range(*_open_ade(folder, split, held, divided, reduce_zero), location)
@@ -159,10 +159,6 @@ def _scenes(surveyed: Survey, labels: Labels, names: Sequence[str] | None) -> Sc
     scenes = Scenes(surveyed.images, printable(surveyed.images.root), classes, masks, pixels)
     scenes.left_out = surveyed.left_out
     return scenes
-
-
-def _pictures(folder: Path) -> int:
-    return len(scan(str(folder))[0]) if folder.is_dir() else 0
 
 
 def _find_splits(location: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] | None, str]:

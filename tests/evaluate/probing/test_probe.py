@@ -42,9 +42,7 @@ def trained(sets, training: HeadTraining, seed: int = 3) -> dict[str, Heads]:
     parts, labels = features()
     heads = {
         name: Heads(
-            each, sum(parts[part].shape[1] for part in each), CLASSES, training.rates,
-            torch.Generator().manual_seed(seed), optimizer=training.optimizer,
-            batch_norm=training.normalise == "batch",
+            each, sum(parts[part].shape[1] for part in each), CLASSES, training, torch.Generator().manual_seed(seed)
         )
         for name, each in sets.items()
     }  # fmt: skip

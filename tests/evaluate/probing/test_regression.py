@@ -57,11 +57,11 @@ def test_the_strength_is_chosen_on_held_out_images_and_then_all_are_used() -> No
     train, labels = data(200, 3, signal=2.0)
     test, truth = data(100, 3, seed=1, signal=2.0)
     strengths = (1e-6, 0.1, 10.0)
-    found = solved("logreg", train, labels, test, truth, 3, strengths)
-    wrong = solved("logreg", train, labels, test, (truth + 1) % 3, 3, strengths)
+    found = solved("logreg", (train, labels, test, truth), 3, strengths)
+    wrong = solved("logreg", (train, labels, test, (truth + 1) % 3), 3, strengths)
     assert (wrong.rate, wrong.held_out) == (found.rate, found.held_out) and found.rate != 1e-6
     assert torch.equal(wrong.predictions, found.predictions) and found.difference >= 0 and wrong.difference >= 0
     weights, biases = Logistic(F.normalize(train, dim=1), labels, 3).fit(found.rate)
     assert torch.equal(found.predictions, predicted(weights, biases, F.normalize(test, dim=1)))
-    one = solved("ridge", train, labels, test, truth, 3, [10.0])
+    one = solved("ridge", (train, labels, test, truth), 3, [10.0])
     assert one.held_out is None and one.best_on_test == one.accuracy > 0.5 and one.difference == 0

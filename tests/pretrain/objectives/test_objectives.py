@@ -13,7 +13,7 @@ from common import positions
 from common.batches.views import View
 from common.errors import Refusal
 from common.models import ModelConfig, create
-from evaluate.job.objectives import facts_of
+from evaluate.job.subjects import facts_of
 from pretrain import objectives
 from pretrain.leaks.controls import rearrange
 from pretrain.task import build
