@@ -1,5 +1,6 @@
 """Pictures for tests: a smooth one, folders of noisy colours that features tell apart, and files made by hand."""
 
+import gzip
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +18,13 @@ def write_images(folder, per_class, seed=0, names=COLOURS):
         for i in range(per_class):
             pixels = np.clip(np.array(COLOURS.get(name, (0, 0, 0))) + rng.normal(0, 25, (8, 8, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{seed}-{i}.png")
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an array in the format of MNIST, compressed if the path ends in .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", n) for n in array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def photo(height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:

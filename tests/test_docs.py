@@ -2,82 +2,21 @@
 whatever they name exists."""
 
 import argparse
-import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from documented.commands import FENCE, PAGES, README, ROOT, SCRIPTED, SHELL, call, module_of, split
 
 from common.errors import Refusal
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STARTS = r"(?:[A-Z_]+=\S+ )?(?:accelerate launch|torchrun|python|poslabel|pip install|make|tensorboard|source) "
-INLINE = re.compile(rf"(?<!`)`({STARTS}[^`\n]+)`")
 MADE = ("accelerate launch evaluate/", "python benchmarks/")  # how a command begins that makes figures
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """Contents of the code blocks of a page that are marked as `language`."""
-    return [content for marked, content in FENCE.findall(path.read_text()) if marked == language]
-
-
-def commands_of(path: Path) -> list[str]:
-    """Commands of a page: the lines of its bash blocks without comments, and code in its text that begins as one."""
-    lines = [line for block in blocks(path, "bash") for line in block.splitlines()]
-    typed = [shlex.join(shlex.split(line, comments=True)) for line in lines if line.strip()]
-    return typed + [shlex.join(shlex.split(code)) for code in INLINE.findall(FENCE.sub("", path.read_text()))]
-
-
-COMMANDS = sorted({command for path in PAGES for command in commands_of(path)} - {"poslabel knn", "poslabel NAME"})
 
 
 class Understood(Exception):
     """Raised in place of doing what a parsed command line asks for."""
-
-
-def split(command: str) -> tuple[str, list[str]]:
-    """(script relative to the repository, its words) of a Python command; its launcher's own words are parsed too."""
-    from common.processes.launch import scripts
-
-    words = shlex.split(command)
-    words = words[1:] if "=" in words[0] else words
-    if words[0] == "accelerate":
-        from accelerate.commands.launch import launch_command_parser
-
-        launched = launch_command_parser().parse_args(words[2:])
-        return launched.training_script, launched.training_script_args
-    if words[0] == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        launched = get_args_parser().parse_args(words[1:])
-        return launched.training_script, launched.training_script_args
-    if words[0] == "poslabel":
-        return scripts()[words[1]].relative_to(ROOT).as_posix(), words[2:]
-    assert words[0] == "python", f"no test knows how to run: {command}"
-    return words[1], words[2:]
-
-
-def module_of(script: str) -> ModuleType:
-    """An entry script as a module."""
-    spec = importlib.util.spec_from_file_location(f"documented.{Path(script).stem}", ROOT / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`main` of an entry script in this process, whether it takes its words or reads them from sys.argv."""
-    main = module_of(script).main
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    return (main(words) if main.__code__.co_argcount else main()) or 0
 
 
 # ----------------------------------------------------------------------------------------------- quick: understood
@@ -106,7 +45,7 @@ def extra_exists(words: list[str]) -> bool:
     return all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) for extra in extras)
 
 
-SHELL = {
+RIGHT = {
     "make": target_exists,
     "pip": extra_exists,
     "source": lambda words: words[1:] == [".venv/bin/activate"],
@@ -114,13 +53,10 @@ SHELL = {
 }  # commands that are no script of ours
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[0] in SHELL])
+@pytest.mark.parametrize("command", SHELL)
 def test_a_command_of_the_shell_is_right(command: str) -> None:
     words = shlex.split(command)
-    assert SHELL[words[0]](words)
-
-
-SCRIPTED = [command for command in COMMANDS if command.split()[0] not in SHELL]
+    assert RIGHT[words[0]](words)
 
 
 @pytest.mark.parametrize("command", [command for command in SCRIPTED if "pretrain/run.py" in command])
@@ -144,7 +80,7 @@ def test_a_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     script, words = split(command)
     only_parse(monkeypatch)
     with pytest.raises(Understood):
-        call(script, words, monkeypatch)
+        call(module_of(script), words, monkeypatch)
 
 
 # --------------------------------------------------------------------------------------------- quick: what is said

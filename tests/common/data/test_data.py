@@ -1,16 +1,14 @@
 """Folders of every shape, the built-in extract, and what is said when nothing can be read."""
 
-import gzip
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from pictures import photo, save
+from pictures import photo, save, write_idx
 
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.arrays import EXTRACT, EXTRACT_SPLITS
@@ -178,12 +176,6 @@ def test_extract_is_balanced_and_small():
         assert images.read(0).shape == (3, 28, 28) and images.read(0, 1).float().std() > 10
     assert open_data("builtin").fingerprint() == open_data("builtin").fingerprint()
     assert open_data("builtin").name(7) == "builtin[7]"
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", n) for n in array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def write_mnist(folder: Path, gz: str = ".gz", count: int = 6) -> None:

@@ -1,0 +1,109 @@
+"""Every benchmark that README.md and docs/ show is made with few rounds of small models, and prints its table."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from documented.commands import ROOT, call, module_of, part, split
+from runs.children import training_here
+
+from common.errors import Refusal
+
+FEW = {
+    "positions": ["--model", "vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "1",
+                  "--threads", "1", "--precision", "fp32", "--variant", "absolute (linear)"],
+    "backbones": ["--pair", "sp-vit", "--size", "64", "--batch", "1", "--rounds", "1", "--precision", "fp32"],
+    "loader": ["--images", "8", "--rounds", "1"],
+    "launch": ["--steps", "12", "--rounds", "1"],
+    "probe": ["--images", "64", "--batch", "32", "--rounds", "1"],
+}  # fmt: skip  # words that shorten a benchmark
+ROWS = {
+    "python benchmarks/positions.py": [
+        r"absolute \(linear\) +\d+\.\d +\d\.\d+ +\d\.\d+ +1\.05",
+        r"absolute \(linear\) +[\d,]+ +\d\.\d+ +[\d,]+ +\d\.\d+",
+        " +16 +256 +49 +[0-9]+ +1 +[0-9.]+$",
+    ],
+    "python benchmarks/positions.py pairs": [" +16 +256 +49 +[0-9]+ +1 +[0-9.]+$"],
+    "python benchmarks/backbones.py": [
+        r"\| SP-ViT-S \| \d+\.\d \| \d\.\d+ \|",
+        r"\| SP-ViT-S \| [\d.]+ \| [\d.]+ \|.* 1\.15 \|",
+        r"\| SP-ViT-S \| [\d,]+ \| \d\.\d+ \| [\d,]+ \| \d\.\d+ \| 1\.1 \|",
+    ],
+    "python benchmarks/loader.py": [
+        r"crop to 224, batches of \d+ +images/s",
+        r"28x28 arrays",
+        "  ours.* (?:holds|MISSED)",
+    ],
+    "python benchmarks/loader.py --decoders": [
+        "decoding, files as they are, 3 channels",
+        "decoding, 32x32, 1 channel ",
+    ],
+    "python benchmarks/launch.py": [r"start-up to the first step +\d+\.\d s", r"two processes.* \d+ img/s +\d\.\d\dx"],
+    "python benchmarks/probe.py --threads 1 --images 640 --rounds 3": [r'\{"heads": \d+\.\d+, "cache_52": '],
+}  # lines that are printed
+LIGHTLY = [command for command in part("benchmarks/") if "dino_step" in command]
+RESULTS = [command for command in part("benchmarks/results.py") if "--table" not in command]
+
+
+def test_every_benchmark_is_run() -> None:
+    table = ["python benchmarks/results.py --table"]
+    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *table]) == part("benchmarks/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ROWS)
+def test_a_benchmark_prints_its_table(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, words = split(command)
+    module = module_of(script)
+    if "positions" in script:
+        monkeypatch.setattr(module, "SIDES", (4,))  # its grids of 14, 20 and 28 take a minute
+    with training_here():
+        assert call(module, [*words, *FEW[Path(script).stem]], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert [row for row in ROWS[command] if not re.search(f"^{row}", out, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("command", LIGHTLY)
+def test_a_benchmark_names_the_package_that_it_asks_for(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing installs it: where it is, this benchmark of minutes is not run here."""
+    if importlib.util.find_spec("lightly") is not None:
+        pytest.skip("lightly is installed")
+    script, words = split(command)
+    with pytest.raises(Refusal, match=r"the package lightly is not installed: pip install .*lightly"):
+        call(module_of(script), words, monkeypatch)
+
+
+def test_the_table_of_results_is_that_of_readme(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(module_of("benchmarks/results.py"), ["--table"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") > 3 and out in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RESULTS)
+def test_a_row_is_written(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two steps of each seed, judged on few images; its scripts run in this process."""
+    script, words = split(command)
+    module = module_of(script)
+    monkeypatch.setattr(module, "ROOT", home)
+    monkeypatch.setattr(module, "RESULTS", home / "RESULTS.md")
+
+    def run(script: str, *words: str) -> None:
+        more = ["steps=2", "epochs=null", "threads=1", "log_every=1", "monitor.most=8", "monitor.bank=8"]
+        with training_here(), monkeypatch.context() as patch:
+            more = more if script == "pretrain/run.py" else []
+            assert call(module_of(script), [*words, *more], patch) == 0
+
+    monkeypatch.setattr(module, "run", run)
+    words = [word.replace("=PATH", f"={home}/fashion") for word in words]
+    assert call(module, [*words, "--judge", str(home / "labelled"), "--linear", "--epochs", "1"], monkeypatch) == 0
+    header, _, row = (home / "RESULTS.md").read_text().splitlines()[-3:]
+    names, cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in (header, row))
+    by_name = dict(zip(names, cells, strict=True))
+    assert by_name["seeds"] == "0, 1, 2" and by_name["images seen"] == "64"
+    assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", cell) for name, cell in by_name.items() if ": " in name)
