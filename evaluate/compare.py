@@ -24,6 +24,7 @@ import io
 import os
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from common import data
 from common.checkpoints.pretrained import TIMM
@@ -93,39 +94,21 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-
-
 def options() -> argparse.ArgumentParser:
     """The command line."""
     options = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
-    add(
-        "words",
-        nargs="+",
-        type=expanded,
-        metavar="RUN|random|pixels|patches",
-        help="run folders or weights files, and baselines",
-    )
-    add(
-        "--against",
-        type=expanded,
-        metavar="RUN|random|pixels|patches",
-        help="what differences are to (default: the first run)",
-    )
+    row: dict[str, Any] = {"type": expanded, "metavar": "RUN|random|pixels|patches"}
+    add("words", nargs="+", **row, help="run folders or weights files, and baselines")
+    add("--against", **row, help="what differences are to (default: the first run)")
     usual = f"{' '.join(USUAL)}, where there are labels; {' and '.join(APART)} where they are out of date"
     add("--make", nargs="+", metavar="NAME", help=f"what is made where it is missing, of {', '.join(POSSIBLE)} "
         f"(default: {usual})")  # fmt: skip
     add("--no-run", action="store_true", help="read what is there, and say what is missing")
     add("--features", metavar="KIND", help="class, mean or both (default: chosen by the probe, or as trained)")
     add_data(options, "evaluate on this; reports of other data are made again")
-    add(
-        "--out",
-        type=expanded,
-        metavar="FOLDER",
-        default="compare",
-        help="of the tables and the page (default: compare)",
-    )
+    usual = "of the tables and the page (default: compare)"
+    add("--out", type=expanded, metavar="FOLDER", default="compare", help=usual)
     add("--device", help="of the evaluations that are made")
     add("--workers", type=int, metavar="N", help="of the evaluations that are made")
     add("--threads", type=int, metavar="N", help="of the evaluations that are made")
@@ -178,9 +161,6 @@ def folder(word: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise Refusal(f"--out {word} cannot be written: {parent} is read-only or no folder; choose another")
     return Path(word)
-
-
-# ------------------------------------------------------------------------------------------------- what is missing
 
 
 def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequence[str]) -> list[str]:

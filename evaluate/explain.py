@@ -81,17 +81,9 @@ def main(argv: list[str]) -> int:
         save = partial(figure.savefig, format="png", dpi=DPI)
         write_atomically(folder / f"{name}.png", save)
     in_tensorboard = show_in_tensorboard(job, ((f"explain/{name}", pixels_of(each)) for name, each in sheets.items()))
-    protocol = {
-        "id": "explain/deletion",
-        "target": arguments.target,
-        "neighbors": NEIGHBORS,
-        "features": TREATMENTS[CENTRED],
-        "deleted": list(SHARES),
-        "replaced_by": "mean colour of the image",
-        "random_draws": DRAWS,
-        "selection": "none",
-        "left_out": left_out,
-    }
+    protocol = {"id": "explain/deletion", "target": arguments.target, "neighbors": NEIGHBORS, "deleted": list(SHARES)}
+    protocol |= {"features": TREATMENTS[CENTRED], "replaced_by": "mean colour of the image", "random_draws": DRAWS}
+    protocol |= {"selection": "none", "left_out": left_out}
     row = "random" if job.subject.state is None else "subject"
     gap = "95 %, normal, of the gap to random deletion, paired over images"
     write(job, protocol, {row: {"deletion": areas}}, len(observation.images), interval=gap)

@@ -93,9 +93,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------ options
-
-
 def options() -> Parser:
     """Parser of the options of every evaluation, and of those of a recipe."""
     options = parser(__doc__ or "", precision=None)
@@ -111,9 +108,6 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, str | None, FinetuneC
     arguments, recipe, config = recipes.read(options(), FinetuneConfig, argv)
     check(config)
     return arguments, recipe, config
-
-
-# ------------------------------------------------------------------------------------------------------- report
 
 
 def report(

@@ -208,34 +208,19 @@ def entries(kinds: Mapping[str, list[Probe]], judged: int) -> dict[str, Any]:
 
 def entry_of(probes: list[Probe], judged: int) -> dict[str, Any]:
     """What the report says of one kind of features of one row: one probe for each seed."""
-    return accuracies([probe.accuracy for probe in probes], judged) | {
-        "rate": [probe.rate for probe in probes],
-        "features": [probe.features for probe in probes],
-        "epoch": [probe.epoch for probe in probes],
-        "held_out": [probe.held_out for probe in probes],
-        "best_on_test": accuracies([probe.best_on_test for probe in probes], judged),
-        "best_rate": [probe.best_rate for probe in probes],
-        "best_features": [probe.best_features for probe in probes],
-        "best_epoch": [probe.best_epoch for probe in probes],
-        "difference": [probe.difference for probe in probes],
-        "diverged": [list(probe.diverged) for probe in probes],
-    }
+    names = ("rate", "features", "epoch", "held_out", "best_rate", "best_features", "best_epoch", "difference")
+    by_seed = {name: [getattr(probe, name) for probe in probes] for name in names}
+    by_seed["diverged"] = [list(probe.diverged) for probe in probes]
+    best = accuracies([probe.best_on_test for probe in probes], judged)
+    return accuracies([probe.accuracy for probe in probes], judged) | {"best_on_test": best} | by_seed
 
 
 def shown(values: Mapping[str, Any], size: Sequence[int], protocol: Protocol, notes: Sequence[str]) -> str:
     """The table, with what it should not be mistaken for."""
     rate = {"logreg": "C", "ridge": "l2"}.get(protocol.name, "lr")
     epochs = protocol.training is not None and protocol.training.every_epoch
-    header = [
-        "features of",
-        "",
-        "accuracy",
-        "95 %",
-        rate,
-        *(["epoch"] if epochs else []),
-        "best on test*",
-        "difference",
-    ]
+    header = ["features of", "", "accuracy", "95 %", rate, *(["epoch"] if epochs else [])]
+    header += ["best on test*", "difference"]
     rows, edges = [], []
     for row, kind, found in ordered(values):
         names = "/".join(dict.fromkeys(found["features"])) if kind == CHOSEN else kind_name(row, kind, size)

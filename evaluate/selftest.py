@@ -80,13 +80,8 @@ def main(argv: list[str]) -> int:
     add("--weights", type=expanded, metavar="FILE", help="of DINO's ViT-S/16")
     add("--data", type=expanded, metavar="SPEC", help="ImageNet-1k: a folder with train/ and val/, or hf:NAME")
     add("--only", choices=list(CHECKS), help="one of the checks")
-    add(
-        "--out",
-        type=expanded,
-        metavar="DIR",
-        default="runs/selftest",
-        help="where the reports go (default: runs/selftest)",
-    )
+    usual = "where the reports go (default: runs/selftest)"
+    add("--out", type=expanded, metavar="DIR", default="runs/selftest", help=usual)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
     arguments = options.parse_args(argv)

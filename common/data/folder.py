@@ -132,8 +132,7 @@ def classes_of(
 
 
 def load(root: str, known: frozenset[str] = frozenset()) -> Images:
-    """Open all images under `root`, with their first folders as classes, or the one folder that is a `known` class.
-    Raises Refusal when there are no images."""
+    """Open all images under `root`; first folders are classes, also one alone if `known`. Raises Refusal if none."""
     names, left = scan(root)
     if not names:
         raise Refusal(no_images(printable(root), left))

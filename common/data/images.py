@@ -130,8 +130,7 @@ class Images:
         return self._source.name(self._locate(i))
 
     def set_range(self, span: Range | None) -> None:
-        """Take `span` as the values of black and white in pictures deeper than 8 bits; None leaves it to the rules of
-        `depth`. Raises Refusal where there are none."""
+        """Set the values of black and white in deep pictures; None: by rules. Raises Refusal where none are deep."""
         if not hasattr(self._source, "span"):
             raise Refusal(f"data_range goes with files of pictures, and {self.where} holds values of 8 bits")
         self._source.span = span
@@ -168,8 +167,7 @@ class Images:
         return f"{KIND}{self._digest(first=False)}"
 
     def has_fingerprint(self, known: str) -> bool:
-        """Return whether `known` is the fingerprint of these images, or one of the first kind: of names and sizes
-        alone."""
+        """Return whether `known` is the fingerprint of these images, or one of the first kind: of names and sizes."""
         if known.startswith(KIND):
             return known == self.fingerprint()
         bare = copy.copy(self)

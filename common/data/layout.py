@@ -38,8 +38,7 @@ class Layout:
 
 
 def layout_of(where: Location, endings: frozenset[str]) -> Layout:
-    """Find out how the folder at `where` is laid out; images are files with one of the `endings`. Raises Refusal where
-    names leave open what is trained on."""
+    """Find out how the folder at `where` is laid out. Raises Refusal where names leave open what is trained on."""
     top = where.path
     if where.train is None and where.validation is None and not folders(top):
         return Layout(top, None, [])

@@ -101,8 +101,7 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def divide(names: Sequence[str], train: str | None, validation: str | None, where: str) -> Division:
-    """Decide which of the parts `names` of `where` serve as what; `train` and `validation` choose some by name. Raises
-    Refusal where that is open."""
+    """Decide which parts `names` of `where` serve as what; `train` and `validation` name some. Raises Refusal."""
     by_role: dict[str, list[str]] = {}
     for name, role in roles_of(names).items():
         by_role.setdefault(role, []).append(name)

@@ -218,8 +218,7 @@ def raw_pixels(batch: Tensor) -> dict[str, Tensor]:
 
 
 def pooled_blocks(backbone: Backbone, plan: TokenPlan | None, images: Tensor, blocks: int) -> dict[str, Tensor]:
-    """{"mean", "class", and with several `blocks` "mean4", "class4"}: (B, D) or (B, 4 D), float32, as `network` tells
-    of them, on the device of the images."""
+    """The features of a `network` on the device of the images, float32: {"mean": (B, D), "mean4": (B, 4 D), ...}."""
     layers = [layer.float() for layer in backbone.layers(images, min(blocks, depth(backbone)), plan)]
     features: dict[str, Tensor] = {}
     for suffix, several in [("", layers[-1:])] + ([(str(blocks), layers)] if blocks > 1 else []):

@@ -37,8 +37,7 @@ def length(features: Tensor) -> Tensor:
 
 
 def is_constant(features: Tensor) -> bool:
-    """Whether all images have the same features (K, D), but for rounding, or none to speak of: nothing can be told from
-    them."""
+    """Whether all images have the same features (K, D), but for rounding, or none to speak of."""
     low, high = features[0].float(), features[0].float()
     for some in features.split(CHUNK):
         low, high = torch.minimum(low, some.amin(0)), torch.maximum(high, some.amax(0))

@@ -53,9 +53,6 @@ class Gap(Estimate):
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ the cells
-
-
 def headline(one: Report, row: str, pooling: str, wanted: str | None = None) -> str:
     """Which features stand for a row: `wanted`, and nothing else, where features can be chosen; without it those chosen
     on held-out images, else what the training pooled. Empty if they are not there.
@@ -116,9 +113,6 @@ def method(one: Report) -> str:
     headline = one.content["protocol"].get("headline")
     choice = f"k={headline}" if one.content["evaluation"] == "knn" else headline
     return one.protocol if headline is None else f"{one.protocol}, {choice}"
-
-
-# ------------------------------------------------------------------------------------------------------ the differences
 
 
 def judge(cells: Sequence[Cell], reference: int | None) -> list[Gap]:

@@ -99,8 +99,7 @@ def hours(path: Path, last: int, batch: float) -> float | None:
 
 
 def records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(step, record) of metrics.jsonl in the order of steps, the later one of two of the same step; lines that were
-    half-written or mean nothing are left out."""
+    """(step, record) of metrics.jsonl by step, the later of two of one step, without lines that were half-written."""
     by_step: dict[int, dict[str, Any]] = {}
     try:
         lines = path.read_text(errors="replace", encoding="utf-8").splitlines()

@@ -19,13 +19,8 @@ PALETTE = ("#0b62a4", "#c2500a", "#15795a", "#9a3f86", "#6e6a00", "#2b7f9e", "#8
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1.3, 2)), (0, (5, 2, 1.3, 2)))
 INK, SOFT, LINE = "#22252a", "#5d636d", "#dcdfe3"
 VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {colour: f"--c{at}" for at, colour in enumerate(PALETTE)}
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "poslabel",
-    "font.size": 8,
-    "font.family": "sans-serif",
-    "text.parse_math": False,
-}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "poslabel", "text.parse_math": False}
+STYLE |= {"font.size": 8, "font.family": "sans-serif"}
 OF_A_FILE = (  # what an SVG that is a file of its own needs, and one of several on a page must not have, or not twice
     *(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<clipPath.*?</clipPath>", r' clip-path="[^"]*"'),
     *(r' (?:xmlns(?::xlink)?|version)="[^"]*"', r' id="[^"]*[_.][^"]*"', r" font-family: [^;]*;", r"(?<=\n)\s+"),
@@ -121,13 +116,8 @@ def number(value: float) -> str:
 
 def _look(at: int) -> dict[str, Any]:
     dashes = DASHES[(at // len(PALETTE) + at) % len(DASHES)]
-    return {
-        "color": PALETTE[at % len(PALETTE)],
-        "linestyle": dashes,
-        "linewidth": 1.5,
-        "markersize": 5,
-        "clip_on": False,
-    }
+    look = {"color": PALETTE[at % len(PALETTE)], "linestyle": dashes}
+    return look | {"linewidth": 1.5, "markersize": 5, "clip_on": False}
 
 
 def _finite(x: Sequence[float], y: Sequence[float], scale: float) -> tuple[list[float], list[float]]:

@@ -33,9 +33,6 @@ class Row:
         return [run.training.get("seed") for run in self.runs] if self.kind == "subject" else []
 
 
-# ------------------------------------------------------------------------------------------------------------- the rows
-
-
 def rows(runs: Sequence[Run], baselines: Sequence[str] = ()) -> list[Row]:
     """The lines of a table: runs of one recipe together, in the order given, then the baselines asked for.
 

@@ -60,8 +60,7 @@ class Comparison:
 def compared(
     runs: Sequence[Run], baselines: Sequence[str] = (), against: str | None = None, features: str | None = None
 ) -> Comparison:
-    """Compare runs whose reports were read. `against`: one of the runs or baselines, the first run if None. Raises
-    Refusal if it is none of them."""
+    """Compare runs whose reports were read, to one of them or a baseline, the first if None. Raises Refusal."""
     lines = rows(runs, baselines)
     reference = 0 if against is None else place_of(against, lines)
     usable = {

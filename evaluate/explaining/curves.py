@@ -19,8 +19,7 @@ CURVES = {"subject": (BLUE, "o", "-"), "random": (ORANGE, "s", "--")}  # told ap
 
 
 def draw_layers(values: Values, title_and_subtitle: tuple[str, str], notes: Sequence[str], k: int | None) -> Figure:
-    """Draw position by layer; with labels (`k` neighbours), meaning by layer; on one grid, the two against each
-    other."""
+    """Draw position by layer; with labels (`k` neighbours) meaning too; on one grid, the two against each other."""
     rows = [row for row in CURVES if row in values]
     one_grid = len({tuple(entry["grid"]) for entry in values[rows[0]].values()}) == 1
     panels = 1 if k is None else 3 if one_grid else 2

@@ -18,12 +18,9 @@ from torch import Tensor
 
 EPSILON = 1e-9  # keeps a denominator away from 0
 
-# ----------------------------------------------------------------------------------------------------------- the rules
-
 
 def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide numerator by denominator, whose magnitude grows by 1e-9 first; 0 where it is 0: nothing contributed
-    there."""
+    """Divide by a denominator whose magnitude grows by 1e-9 first; 0 where it is 0: nothing contributed there."""
     return numerator / (denominator + EPSILON * denominator.sign()).where(denominator != 0, torch.inf)
 
 
@@ -40,8 +37,7 @@ def linear(relevance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevances of a (..., I, J) and b (..., J, K) from that (..., I, K) of a @ b: a half each, in proportion to the
-    terms a_ij b_jk of any sign."""
+    """Relevances of a (..., I, J) and b (..., J, K) from that of a @ b: a half each, in proportion to the terms."""
     share = divided(relevance, a @ b)
     return a * (share @ b.mT) / 2, b * (a.mT @ share) / 2
 
@@ -78,9 +74,6 @@ def start(tokens: Tensor, slope: Tensor) -> Tensor:
     """
     positive = (tokens * slope).clamp(min=0)
     return divided(positive, positive.sum((1, 2), keepdim=True))
-
-
-# ---------------------------------------------------------------------------------------------------------- the blocks
 
 
 def unsupported(model: Any) -> str | None:

@@ -42,8 +42,7 @@ class Pixels(nn.Module):
         self.backbone, self.plan, self.pooling, self.head = backbone, plan, pooling, head
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Convert (B, C, H, W) uint8 to (B, N, D), (B, P, D) if there are prefix tokens, and (B, K) if there is a
-        head."""
+        """Convert (B, C, H, W) uint8 to (B, N, D), (B, P, D) if there is a prefix, and (B, K) if there is a head."""
         backbone = self.backbone
         features = backbone((images.float() / 255 - backbone.mean) / backbone.std, self.plan)
         prefix = (features.prefix,) if features.prefix.shape[1] else ()

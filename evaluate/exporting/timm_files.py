@@ -30,6 +30,7 @@ from common.models.irpe import PUBLISHED
 FILES = ("model.safetensors", "config.json")
 SWIN_AS_IN_TIMM = {"swin_conv": False, "swin_bias": True, "swin_merge_last": True}
 GLOBAL_POOL = {"class": "token", "mean": "avg"}  # by our names for it
+NO_SUCH_POOLING = (AssertionError, AttributeError, RuntimeError, TypeError, ValueError)  # in timm's words
 SAME = 1e-4  # between pooled features and logits, of the largest: timm pools as the training did
 INTERPOLATION, CROP_MODE = "bicubic", "center"  # of the one evaluation transform
 
@@ -117,13 +118,7 @@ def write(
             if _pools(model, backbone, about, head):
                 chosen = Recipe(made.name, kwargs, True, head, list(names) if head is not None else [])
                 break
-        except (
-            AssertionError,
-            AttributeError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):  # timm's words for "no such pooling"
+        except NO_SUCH_POOLING:
             continue
     else:
         if head is not None:
@@ -146,8 +141,7 @@ def _poolings(made: Recipe, about: Mapping[str, Any], num_classes: int) -> list[
 
 
 def _built(made: Recipe, about: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None) -> Any:
-    """Build timm's model with these weights, in eval mode; what it says of itself is true of them, not of published
-    ones."""
+    """Build timm's model with these weights, in eval mode; what it says of itself is true of them."""
     known = timm.get_pretrained_cfg(made.name)
     config = data_config(about) | {"architecture": made.name, "num_classes": made.kwargs.get("num_classes", 0)}
     for name in ("first_conv", "classifier", "fixed_input_size"):

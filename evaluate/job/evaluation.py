@@ -224,21 +224,8 @@ def begin(
         refuse_gaps(train, test, location.spec)
     usual = training.get("max_bad") if arguments.data is None else None
     limit = Limit(arguments.max_bad or usual or "auto", len(train) + len(test), "--max-bad ").check()
-    job = Evaluation(
-        name,
-        arguments,
-        subject,
-        train,
-        test,
-        location,
-        note,
-        device,
-        precision,
-        out,
-        threads,
-        limit,
-        quiet=quiet or not first_process(),
-    )
+    job = Evaluation(name, arguments, subject, train, test, location, note, device, precision, out, threads, limit)
+    job.quiet = quiet or not first_process()
     for folder, left_out in dict.fromkeys((images.where, images.left_out) for images in (train, test)):
         if left_out:
             job.say(f"not read in {folder}: {left_out}")

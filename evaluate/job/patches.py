@@ -34,8 +34,7 @@ class Filters:
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
-        """Answer uint8 (B, C, H, W) with (B, 2 * F * 4): how much of each filter, and of its negative, is in each
-        quarter."""
+        """Answer uint8 (B, C, H, W) with (B, 2 * F * 4): how much of each filter, or its negative, each quarter has."""
         return torch.cat([self._answers(some) for some in images.split(AT_ONCE)])
 
     def _answers(self, images: Tensor) -> Tensor:

@@ -201,8 +201,7 @@ def leak_note(description: Mapping[str, Any]) -> str:
 
 
 def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
-    """Print a table below what it is about, and where its report is. `frozen`: whether the backbone is as it was
-    trained, also without position embedding."""
+    """Print a table, what it is about, and where its report is. `frozen`: whether the backbone is as it was trained."""
     description = job.subject.description
     position = "" if description["position"] == "full" or not frozen else ", without position embedding"
     size = "x".join(map(str, description["size"]))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,23 +43,17 @@ SOLID = 24  # grey levels above which a pixel belongs to an item; fainter ones a
 PLACES = 10  # tried for an item; the one that covers the least of others is taken
 
 
-class Masks(Protocol):
-    """Source of masks. It must survive pickling, because spawned workers get a copy."""
-
-    def read(self, i: int) -> np.ndarray:
-        """Read classes, or IGNORED: int16 (H, W)."""
-        ...
-
-    def identity(self) -> bytes:
-        """Bytes that change with the content and not with the place it is kept in."""
-        ...
-
-
 class Scenes(Images):
     """Images with a mask each. `pixels` (n, C) int64: how many pixels of each class every image has."""
 
     def __init__(
-        self, source: Any, where: str, classes: Sequence[str], masks: Masks, pixels: np.ndarray, indices: Any = None
+        self,
+        source: Any,
+        where: str,
+        classes: Sequence[str],
+        masks: FileMasks | ArrayMasks,
+        pixels: np.ndarray,
+        indices: Any = None,
     ) -> None:
         super().__init__(source, where, None, classes, indices)
         self._masks, self.pixels = masks, pixels
@@ -162,8 +156,7 @@ def _scenes(surveyed: Survey, labels: Labels, names: Sequence[str] | None) -> Sc
 
 
 def _find_splits(location: Location) -> tuple[tuple[Path, Path], tuple[Path, Path] | None, str]:
-    """Find (images, masks) of the training split, and of the split to judge on if there is one; which they are. Raises
-    Refusal."""
+    """Find (images, masks) to train on, and to judge on if there are any; which they are. Raises Refusal."""
     folder = location.path
     images, masks = _kind(folder, IMAGES, "images"), _kind(folder, MASKS, "masks")
     if images.is_dir():

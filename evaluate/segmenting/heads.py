@@ -28,12 +28,8 @@ TOP = 2048  # channels of the last side layer
 APART = 3  # blocks of LV-ViT: the last one, and three times the third below
 
 
-# --------------------------------------------------------------------------------------------------- the decoders
-
-
 class Linear(nn.Module):
-    """DINOv3's linear probe (arXiv 2508.10104): dropout of channels, batch norm, 1x1 convolution, on the final-norm
-    tokens of the last block."""
+    """DINOv3's linear probe (arXiv 2508.10104) of final-norm tokens: channel dropout, batch norm, 1x1 convolution."""
 
     normed = True  # which tokens it wants of a block
 
@@ -56,14 +52,11 @@ class UperNet(nn.Module):
 
     def __init__(self, width: int, num_classes: int, channels: int = CHANNELS, dropout: float = 0.1) -> None:
         super().__init__()
-        self.side = nn.ModuleList(
-            [
-                nn.Sequential(*_unit(nn.ConvTranspose2d(width, width, 4, 4, bias=False)), *_point(width, width)),
-                nn.Sequential(*_unit(nn.ConvTranspose2d(width, width, 2, 2, bias=False)), *_point(width, width)),
-                nn.Sequential(*_point(width, width)),
-                nn.Sequential(*_point(width, TOP)),
-            ]
-        )
+        raised = [
+            nn.Sequential(*_unit(nn.ConvTranspose2d(width, width, by, by, bias=False)), *_point(width, width))
+            for by in (4, 2)
+        ]
+        self.side = nn.ModuleList([*raised, nn.Sequential(*_point(width, width)), nn.Sequential(*_point(width, TOP))])
         self.fpn = _pyramid(width, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = _classifier(channels, num_classes)
@@ -128,9 +121,6 @@ def _together(module: nn.Module) -> bool:
     """Whether batch norms also see the images of other processes: then they are of other classes."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) is not nn.BatchNorm2d
                for part in module.modules())  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------- with a backbone
 
 
 class Segmenter(nn.Module):

@@ -49,18 +49,10 @@ class View:
 
 def view_of(config: SegmentationConfig, backbone: Any) -> View:
     """View in which `config` tests, with the mean and the patches of `backbone`."""
-    window = tuple(backbone.size)
-    return View(
-        window,
-        stride_of(config, window),
-        config.mode == "whole",
-        config.short,
-        config.long,
-        tuple(config.ratios) if config.multi_scale else (),
-        tuple(fill_of(backbone.config.mean)),
-        (window[0] // backbone.grid[0], window[1] // backbone.grid[1]),
-        config.head == "knn",
-    )
+    window, whole, votes = tuple(backbone.size), config.mode == "whole", config.head == "knn"
+    ratios, fill = tuple(config.ratios) if config.multi_scale else (), tuple(fill_of(backbone.config.mean))
+    step = (window[0] // backbone.grid[0], window[1] // backbone.grid[1])
+    return View(window, stride_of(config, window), whole, config.short, config.long, ratios, fill, step, votes)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
@@ -115,8 +107,7 @@ def _scores(model: Any, image: Tensor, view: View, ratio: float) -> Tensor:
 
 
 def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class of each pixel, int64 (H, W), of scores (K, h, w) that are resized to `size`, some classes at a time: of 150
-    classes a photograph would fill gigabytes."""
+    """Class of each pixel, int64 (H, W), of scores (K, h, w) resized to `size`, some classes at a time for memory."""
     best = torch.full(size, -torch.inf, device=scores.device)
     classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), CLASSES):
@@ -144,9 +135,6 @@ def segment(model: Any, image: Tensor, view: View) -> dict[str, Tensor]:
             scores = (scores if view.votes else scores.softmax(0)).flip(-1 if mirrored else ())
             total = scores if total is None else total.add_(scores)
     return results if total is None else results | {MULTI: total.argmax(0)}
-
-
-# ------------------------------------------------------------------------------------------------ all test images
 
 
 class _Pairs(Dataset):

@@ -51,8 +51,7 @@ class RawPatches(nn.Module):
 
 
 def histograms(mask: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
-    """Share of each class among the labelled pixels of each patch, (N, C) float32, of a mask (H, W); all 0 where none
-    is labelled."""
+    """Share of each class among the labelled pixels of each patch, (N, C) float32, of a mask (H, W); 0 without any."""
     H, W = mask.shape
     rows = torch.arange(H).mul(grid[0]).div(H, rounding_mode="floor")
     columns = torch.arange(W).mul(grid[1]).div(W, rounding_mode="floor")

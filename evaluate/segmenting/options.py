@@ -152,8 +152,7 @@ def refuse_single(config: SegmentationConfig, processes: int) -> None:
 
 
 def stride_of(config: SegmentationConfig, window: tuple[int, int]) -> tuple[int, int]:
-    """Pixels between windows, down and across: two thirds of the window unless said otherwise (512: 341). Raises
-    Refusal for more than the window."""
+    """Pixels between windows, down and across: usually two thirds of one. Raises Refusal for more than a window."""
     if config.stride is None:
         return max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3)
     stride = height_width(config.stride)

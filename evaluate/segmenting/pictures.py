@@ -44,8 +44,7 @@ def coloured(classes: Tensor, count: int) -> np.ndarray:
 def sheet(
     model: nn.Module, scenes: Scenes, view: View, channels: int, device: torch.device, shown: int = SHOWN
 ) -> np.ndarray:
-    """Draw a sheet, uint8 (H, W, 3): so many of the images, evenly chosen, with their masks and the classes that
-    `model` gives."""
+    """Draw so many of the images, evenly chosen, with masks and what `model` gives: uint8 (H, W, 3)."""
     rows = np.unique(np.linspace(0, len(scenes) - 1, min(shown, len(scenes))).round().astype(int)).tolist()
     model.eval()
     examples = []

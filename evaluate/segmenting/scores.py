@@ -18,8 +18,7 @@ INTERSECTION, PREDICTED, LABELLED = range(3)
 
 
 def counts(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count pixels of one image, int64 (C, 3): predicted classes (H, W) and true ones (H, W), IGNORED where there is
-    none."""
+    """Count pixels of one image, int64 (C, 3), from predicted and true classes (H, W), IGNORED where there is none."""
     known = mask != IGNORED
     predicted, labelled = prediction[known].long(), mask[known].long()
     columns = (predicted[predicted == labelled], predicted, labelled)
@@ -32,8 +31,7 @@ def majority(pixels: np.ndarray) -> int:
 
 
 def constant(pixels: np.ndarray, chosen: int) -> np.ndarray:
-    """Counts, int64 (K, C, 3), of answering class `chosen` everywhere, where images have `pixels` (K, C) of each
-    class."""
+    """Counts, int64 (K, C, 3), of answering `chosen` everywhere, for images with `pixels` (K, C) of each class."""
     counts = np.zeros((*pixels.shape, 3), np.int64)
     counts[:, chosen, INTERSECTION] = pixels[:, chosen]
     counts[:, chosen, PREDICTED] = pixels.sum(1)

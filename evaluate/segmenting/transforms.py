@@ -42,8 +42,7 @@ def rescaled(image: Tensor, size: tuple[int, int], mask: Tensor | None = None) -
 
 
 def padded_image(image: Tensor, size: tuple[int, int], fill: Sequence[int]) -> Tensor:
-    """An image that is at least `size`: to the right and below it is continued in the colour `fill`, uint8 one a
-    channel."""
+    """An image of at least `size`, continued to the right and below in the colour `fill`, uint8 one a channel."""
     border = _border(image, size)
     return image if border is None else tv.pad(tv_tensors.Image(image), border, fill=list(fill)).as_subclass(Tensor)
 
@@ -68,8 +67,7 @@ def fill_of(mean: Sequence[float]) -> list[int]:
 
 
 def random_crop(mask: Tensor, size: tuple[int, int], most_of_one: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw (top, left) of a random crop, in which no class has more than `most_of_one` of the labelled pixels and there
-    are two or more, if one of ten is such."""
+    """Draw (top, left) of a crop; of ten the first with two classes, none above a share of `most_of_one`, if any."""
     room = [max(0, have - side) for have, side in zip(mask.shape, size, strict=True)]
     draws = rng.random((TRIES + 1, 2))
     top = left = 0
@@ -120,8 +118,7 @@ def augmented(
     fill: Sequence[int],
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Make (image, mask) of a training crop of `size`: scaled, cropped, mirrored, distorted, and padded where too
-    small."""
+    """Make (image, mask) of a training crop: scaled, cropped, mirrored, distorted, and padded where too small."""
     scale, flip = rng.uniform(config.scale[0], config.scale[1]), rng.random() < config.flip
     H, W = image.shape[-2:]
     image, scaled = rescaled(image, scaled_size(H, W, config.short, config.long, scale), mask)
@@ -137,8 +134,7 @@ def augmented(
 
 
 class Crops(Samples):
-    """Data set that turns (epoch, index) pairs into a `Batch` with crops as its first view and their masks, int16 (B,
-    h, w), as MASK."""
+    """Data set of (epoch, index) -> `Batch` whose first view are crops; their masks, int16 (B, h, w), are MASK."""
 
     def prepare(self, size: tuple[int, int], config: SegmentationConfig, mean: Sequence[float]) -> "Crops":
         """Set the `size` of crops and the `mean` of the channels, in [0, 1]; returns itself."""
