@@ -323,7 +323,7 @@ def _type_name(hint: Any) -> str:
 def _docstrings(schema: Any) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {name: text for base in schema.__bases__ if base is not object for name, text in _docstrings(base).items()}
+    texts = {name: text for base in schema.__bases__ if base is not object for name, text in _docstrings(base).items()}
     for statement, below in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(statement, ast.AnnAssign)
@@ -332,8 +332,8 @@ def _docstrings(schema: Any) -> dict[str, str]:
             and isinstance(below.value, ast.Constant)
             and isinstance(below.value.value, str)
         ):
-            found[statement.target.id] = " ".join(below.value.value.split())
-    return found
+            texts[statement.target.id] = " ".join(below.value.value.split())
+    return texts
 
 
 def describe(schema: Any, prefix: str = "") -> str:
@@ -357,10 +357,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as {dotted key: value}."""
     if not isinstance(config, dict) or not config:
         return {prefix.rstrip("."): config}
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.")
-    return found
+    return {name: value for key, inner in config.items() for name, value in flat(inner, f"{prefix}{key}.").items()}
 
 
 def command_line() -> str:

@@ -102,8 +102,8 @@ class Where:
     """(B, S) which of the tokens, prefix tokens included, are keys and values. None: all."""
     off: bool = False
     """No relative encoding at all."""
-    found: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
-    """Of each model that has asked: its ids."""
+    ids_of: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    """The ids of each model that has asked."""
 
 
 class BucketIds(nn.Module):
@@ -150,15 +150,15 @@ class BucketIds(nn.Module):
         whole = self._of(grid, x.device)
         if where is None or (kept is None and where.keys is None):
             return whole, whole
-        if self not in where.found:
+        if self not in where.ids_of:
             B = x.shape[0]
             prefix, whole_row = (torch.arange(count, device=x.device).expand(B, count) for count in (P, T))
             tokens = whole_row if kept is None else torch.cat([prefix, kept + P], 1)
             keys = tokens if where.keys is None else tokens.gather(1, where.keys)
             ids = whole[:, 0][:, tokens[:, :, None], keys[:, None]]
             mirrored = ids if where.keys is None else whole[:, 0][:, keys[:, :, None], tokens[:, None]]
-            where.found[self] = ids, mirrored
-        return where.found[self]
+            where.ids_of[self] = ids, mirrored
+        return where.ids_of[self]
 
     def _of(self, grid: Grid, device: torch.device) -> Tensor:
         if grid == self.grid:

@@ -300,10 +300,10 @@ class SpVit(LvVit):
             if stop_early and i == deepest:
                 break
         if output_dict:
-            told: dict[str, Any] = {"image_intermediates": maps}
+            named: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens:
-                told["image_intermediates_prefix"] = prefixes
-            return told if intermediates_only else {**told, "image_features": self.norm(tokens)}
+                named["image_intermediates_prefix"] = prefixes
+            return named if intermediates_only else {**named, "image_features": self.norm(tokens)}
         outputs = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
         return outputs if intermediates_only else (self.norm(tokens), outputs)
 

@@ -51,15 +51,15 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
     if not process.is_main_process:
         return [probing]
     samples, batch = parts.held_out_samples(looked_at), min(256, max(1, config.batch // config.accumulate))
-    own: list[Report] = []
+    by_first: list[Report] = []
     if len(samples) >= max(objective.least_images for objective in task.objectives.values()):
-        own.append((every, validation(task, samples, batch, process.device, tracker)))
+        by_first.append((every, validation(task, samples, batch, process.device, tracker)))
     places = _seen(task, samples)
     if of_places := [name for name, objective in task.positional.items() if not objective.of_pairs]:
-        own.append((every, boards(task, of_places[0], places, process.device, tracker)))
+        by_first.append((every, boards(task, of_places[0], places, process.device, tracker)))
     if task.positional:
-        own.append((config.monitor.control_every or every, control(task, places, process.device, say)))
-    return [probing, *((often, _alone(monitor)) for often, monitor in own)]
+        by_first.append((config.monitor.control_every or every, control(task, places, process.device, say)))
+    return [probing, *((often, _alone(monitor)) for often, monitor in by_first)]
 
 
 def _some(images: Images, most: int | None) -> Images:
@@ -79,14 +79,11 @@ def _alone(monitor: Monitor) -> Monitor:
     return measure
 
 
-def _looked_at(task: Pretraining) -> set[str]:
-    """The views that positional objectives look at: crops of the size of the grid, the first of each image."""
-    return {want.view for objective in task.positional.values() for want in objective.passes.values()}
-
-
 def _seen(task: Pretraining, samples: Samples) -> Samples:
-    """The same images in those views alone: what DINO asks for beside them need not be cropped."""
-    views = {name: view for name, view in samples.views.items() if name in _looked_at(task)}
+    """The same images in the views that positional objectives look at, crops of the size of the grid; what DINO asks
+    for beside them need not be cropped."""
+    looked_at = {want.view for objective in task.positional.values() for want in objective.passes.values()}
+    views = {name: view for name, view in samples.views.items() if name in looked_at}
     return Samples(samples.images, views, samples.seed, samples.channels, samples.draws)
 
 
@@ -188,10 +185,10 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
         keys = [(HELD_OUT_EPOCH, i) for i in range(min(CONTROLLED, len(samples)))]
         real = samples.__getitems__(keys).to(device)
         order = controls.orders(len(keys), h * w, rng).to(device)
-        seen = {name: view[: len(keys)] for name, view in real.views.items() if name in _looked_at(task)}
+        seen = {name: view[: len(keys)] for name, view in real.views.items()}  # the first crop of each
         shuffled = {name: controls.rearrange(view, order, (h, w)) for name, view in seen.items()}
         noisy = {name: controls.noise(view, rng) for name, view in seen.items()}
-        found: dict[str, float | str] = {}
+        rates: dict[str, float | str] = {}
         for kind, views, origins in (
             ("real", seen, {"": None}),
             ("noise", noisy, {"": None}),
@@ -202,17 +199,17 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
             for name, objective in task.positional.items():
                 for word, origin in origins.items():
                     answers = objective.answers(*task.inputs(name, batch, features), origin)
-                    found[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
+                    rates[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
         for name, objective in task.positional.items():
-            told = float(found[f"control/{name}/noise"])  # type: ignore[arg-type]
+            on_noise = float(rates[f"control/{name}/noise"])  # type: ignore[arg-type]
             apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
-            chance = found[f"control/{name}/chance"] = float(apart)
-            if told > controls.limit(chance):
+            chance = rates[f"control/{name}/chance"] = float(apart)
+            if on_noise > controls.limit(chance):
                 say(
-                    f"warning: at step {step}, {name} is right on {told:.1%} of pure noise (chance {chance:.1%}): "
+                    f"warning: at step {step}, {name} is right on {on_noise:.1%} of pure noise (chance {chance:.1%}): "
                     "it reads positions from something other than the image"
                 )
-        return found
+        return rates
 
     return measure
 
@@ -241,12 +238,12 @@ def frozen(
         task.eval()
         known = _extracted(task, train, voters, device) if len(voters) and judged.any() else {}
         new = _extracted(task, held_out, asked, device)
-        found: dict[str, float | str] = {}
+        worth: dict[str, float | str] = {}
         if collectives.rank():
-            return found
+            return worth
         for who, (features, index) in new.items():
             if len(index):
-                found[f"rankme/{who}"] = rankme(features)
+                worth[f"rankme/{who}"] = rankme(features)
             judged_by = {"held-out": features} | ({"training": known[who][0]} if who in known else {})
             bad = {name: int(not_finite({name: each}).sum()) for name, each in judged_by.items()}
             if any(bad.values()):  # NaN loses every comparison, so that an accuracy would come out
@@ -255,7 +252,7 @@ def frozen(
                     f"warning: at step {step}, the {who}'s features of {counted} images are not finite, so they are "
                     "not judged; lower the learning rate, or use precision=fp32"
                 )
-                found |= {f"{what}/{who}": math.nan for what in ("knn", "ridge") if who in known}
+                worth |= {f"{what}/{who}": math.nan for what in ("knn", "ridge") if who in known}
                 continue
             where = torch.from_numpy(judged)[index]
             if who not in known or not where.any():
@@ -264,11 +261,11 @@ def frozen(
             bank, of_bank = known[who]
             if len(of_bank) >= NEIGHBORS:
                 guesses = knn(bank, labels[of_bank], features[where], k=NEIGHBORS, treatment=FIELD)
-                found[f"knn/{who}"] = accuracy(guesses, right)
+                worth[f"knn/{who}"] = accuracy(guesses, right)
             few = torch.isin(of_bank, shots)
             if few.any():
-                found[f"ridge/{who}"] = accuracy(ridge(bank[few], labels[of_bank[few]], features[where]), right)
-        return found
+                worth[f"ridge/{who}"] = accuracy(ridge(bank[few], labels[of_bank[few]], features[where]), right)
+        return worth
 
     return measure
 
@@ -304,5 +301,5 @@ def _extracted(
             features = backbone(batch.to(device), TokenPlan(task.position))
             rows[who][place] = features.pooled(task.pooling).float()
     index = collectives.gathered(index).cpu()
-    there = index >= 0
-    return {who: (collectives.gathered(values).cpu()[there], index[there]) for who, values in rows.items()}
+    has_image = index >= 0
+    return {who: (collectives.gathered(values).cpu()[has_image], index[has_image]) for who, values in rows.items()}

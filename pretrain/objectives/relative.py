@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from common import positions
 from common.errors import Refusal
-from common.limits import NotNegative, PatchShare
+from common.limits import NotNegative, PatchShare, Range
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
 from pretrain.heads import PairHead, pair_outputs, wide
@@ -161,10 +161,15 @@ class Relative(Positional):
 
     def _ask_about(self, pairs: Any, diagonal: bool) -> None:
         self.diagonal = diagonal
-        self.num_pairs = positions.num_pairs(self.num_kept, diagonal)
-        some = _num_drawn(pairs, self.num_kept, diagonal)
-        own = functools.partial(draw_pairs, count=self.num_kept, some=some, diagonal=diagonal)
-        self.draw = own if some < self.num_pairs else None
+        every = self.num_pairs = positions.num_pairs(self.num_kept, diagonal)
+        some = every if pairs == "all" else pairs
+        if some not in Range(at_least=1, at_most=every, whole=True):
+            raise Refusal(
+                f"objectives.relative.pairs={pairs!r}: expected auto, all, or a number from 1 to {every} "
+                f"({self.num_kept} patches have that many ordered pairs{'' if diagonal else ' with diagonal=false'})"
+            )
+        draw = functools.partial(draw_pairs, count=self.num_kept, some=some, diagonal=diagonal)
+        self.draw = draw if some < every else None
         self.same = 1 / self.num_kept if diagonal else 0.0  # share of the pairs of a patch with itself
         self.same_label = positions.num_offsets(self.grid) // 2
         self.reading = READINGS[self.options.head](self.grid, self.same)
@@ -183,8 +188,8 @@ class Relative(Positional):
         parts = self.head.parts(features["tokens"].tokens)
         codes_BK = self._codes(features["tokens"])
 
-        def measure(piece: Piece, *own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            outputs, labels = self._ask(piece, own, codes_BK, draws)
+        def measure(piece: Piece, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            outputs, labels = self._ask(piece, parts, codes_BK, draws)
             loss = self.reading.loss(outputs, labels)
             with torch.no_grad():
                 guesses, distances = self._judge(outputs, labels)
@@ -290,10 +295,10 @@ class _SumOfPieces(torch.autograd.Function):
         measured = []
         for piece in pieces:
             with torch.enable_grad():
-                own = [part[piece[0]].detach().requires_grad_() for part in parts[:2]] + last
-                sums = measure(piece, *own)
-                found = torch.autograd.grad(sums[0], own)
-            for gradient, share in zip(_share(gradients, piece), found, strict=True):
+                leaves = [part[piece[0]].detach().requires_grad_() for part in parts[:2]] + last
+                sums = measure(piece, *leaves)
+                shares = torch.autograd.grad(sums[0], leaves)
+            for gradient, share in zip(_share(gradients, piece), shares, strict=True):
                 gradient += share
             measured.append([total.detach() for total in sums])
         ctx.save_for_backward(*gradients)
@@ -305,16 +310,3 @@ class _SumOfPieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return None, None, *(scale * gradient for gradient in ctx.saved_tensors)
-
-
-def _num_drawn(wished: Any, count: int, diagonal: bool) -> int:
-    """Pairs per image for the option `pairs`. Raises Refusal."""
-    every = positions.num_pairs(count, diagonal)
-    if wished == "all":
-        return every
-    if not isinstance(wished, int) or isinstance(wished, bool) or not 1 <= wished <= every:
-        raise Refusal(
-            f"objectives.relative.pairs={wished!r}: expected auto, all, or a number from 1 to {every} "
-            f"({count} patches have that many ordered pairs{'' if diagonal else ' with diagonal=false'})"
-        )
-    return wished
