@@ -182,24 +182,10 @@ class PretrainConfig:
 
 # What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
 MAY_CHANGE = (
-    "loader.",
-    "log_every",
-    "max_bad",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep",
-    "milestone_every",
-    "monitor.every",
-    "monitor.images",
-    "monitor.control_every",
-    "optimizer.most_skipped",
-    "tensorboard",
-    "export",
-    "allow_leak",
-    "diagnose",
-    *OPTIONS.values(),
-    "run",
-)
+    "loader.", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
+    "monitor.every", "monitor.images", "monitor.control_every", "optimizer.most_skipped", "tensorboard", "export",
+    "allow_leak", "diagnose", *OPTIONS.values(), "run",
+)  # fmt: skip
 MAY_GROW = ("steps", "epochs")
 
 

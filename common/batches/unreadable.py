@@ -207,13 +207,7 @@ def read_list(path: Path) -> set[str]:
 
 
 def watch(
-    batches: Loader,
-    folder: Path,
-    images: Images,
-    together: int,
-    say: Callable[[str], None],
-    limit: Limit,
-    look: Look,
+    batches: Loader, folder: Path, images: Images, together: int, say: Callable[[str], None], limit: Limit, look: Look
 ) -> Generator[Batch, None, None]:
     """Yield the same batches. Each unreadable file among them, and among those of `look`, is written to
     folder/unreadable.txt, and named on the screen once.

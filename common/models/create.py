@@ -39,15 +39,8 @@ def create(config: ModelConfig, size: Any) -> Backbone:
     check(config, "model.")
     _refuse_impossible(config)
     kwargs = timm_arguments(config, (h, w))
-    swin = {key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
-            model = timm.create_model(config.name, **kwargs)
-        if swin:
-            alter(model, **swin)
-        if config.irpe is not None:
-            add_irpe(model, **config.irpe)
+        model = _network(config, kwargs)
         if config.position_embedding == "sincos":
             _fix_sincos(model, config.name)
         resize_without_antialiasing(model)
@@ -71,6 +64,16 @@ def create(config: ModelConfig, size: Any) -> Backbone:
         ) from error
     set_attention(backbone, config.attention)
     return backbone
+
+
+def _network(config: ModelConfig, kwargs: dict[str, Any]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
+        model = timm.create_model(config.name, **kwargs)
+    alter(model, **{key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs})
+    if config.irpe is not None:
+        add_irpe(model, **config.irpe)
+    return model
 
 
 def _refuse_impossible(config: ModelConfig) -> None:
@@ -145,15 +148,10 @@ def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[str, torch.Tensor
         raise Refusal(f"model.name={config.name!r}: {reason}")
     kwargs = timm_arguments(config, size)
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            model = timm.create_model(config.name, **kwargs)
-            alter(model, **{key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs})
-            if config.irpe is not None:
-                add_irpe(model, **config.irpe)
+        with torch.device("meta"):
+            return _network(config, kwargs).state_dict()
     except Exception:  # `create` says what is wrong, if anything is
         return None
-    return model.state_dict()
 
 
 def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]:

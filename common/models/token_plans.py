@@ -72,11 +72,12 @@ def embed(
         where_BN, token = masked
         tokens = torch.where(where_BN[..., None], token.to(tokens.dtype), tokens)
     # .shape[0], here and elsewhere: torch.export makes a constant of len()
-    prefix = [getattr(model, name).expand(tokens.shape[0], -1, -1) for name in PREFIX if _has(model, name)]
+    tokens_before = (getattr(model, name, None) for name in PREFIX)
+    prefix = [token.expand(tokens.shape[0], -1, -1) for token in tokens_before if token is not None]
     if plan.kept is not None:
         tokens = gather(
             tokens, plan.kept
-        )  # here, not after the blocks: a quarter of the patches is a quarter of the work
+        )  # here, not after the blocks: a quarter of the patches, a quarter of the work
     if plan.position != "none" and model.pos_embed is not None:
         of_prefix, of_patches = _embeddings(model, grid)
         if plan.kept is not None:
@@ -88,10 +89,6 @@ def embed(
         if of_prefix.shape[1]:
             prefix = [torch.cat(prefix, 1) + of_prefix]
     return torch.cat([*prefix, tokens], 1), grid
-
-
-def _has(model: Any, name: str) -> bool:
-    return getattr(model, name, None) is not None
 
 
 def _embeddings(model: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -124,11 +124,7 @@ class Centre(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(
-    logits_NK: Tensor,
-    temperature: float,
-    iterations: int = 3,
-    groups: Tensor | None = None,
-    num_groups: int = 1,
+    logits_NK: Tensor, temperature: float, iterations: int = 3, groups: Tensor | None = None, num_groups: int = 1
 ) -> Tensor:
     """Probabilities (N, K) of exp(logits / temperature) after `iterations` times making all prototypes equally likely
     over the rows of all processes, then all rows sum to 1 (SwAV, arXiv 2006.09882; DINOv2).

@@ -59,7 +59,8 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
         by_first.append((every, boards(task, of_places[0], places, process.device, tracker)))
     if task.positional:
         by_first.append((config.monitor.control_every or every, control(task, places, process.device, say)))
-    return [probing, *((often, _alone(monitor)) for often, monitor in by_first)]
+    alone = collectives.single_process()  # while the others do not run: no objective waits for them
+    return [probing, *((often, alone(monitor)) for often, monitor in by_first)]
 
 
 def _some(images: Images, most: int | None) -> Images:
@@ -67,16 +68,6 @@ def _some(images: Images, most: int | None) -> Images:
     if most is None or most >= len(images):
         return images
     return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:most]))
-
-
-def _alone(monitor: Monitor) -> Monitor:
-    """The same, run by one process while the others do not: no objective waits for them."""
-
-    def measure(step: int) -> dict[str, float | str]:
-        with collectives.single_process():
-            return monitor(step)
-
-    return measure
 
 
 def _seen(task: Pretraining, samples: Samples) -> Samples:

@@ -4,9 +4,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.processes import collectives
@@ -149,8 +149,9 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
     started = time.perf_counter()
     with torch.random.fork_rng(), collectives.single_process():
         for size in (SMALL, SMALL, LARGE):  # the first warms up
-            few = _with(parts, min(size, len(parts.held_out)))
-            times, nowhere = list[float](), _Nowhere()
+            changed = {"monitor.images": min(size, len(parts.held_out)), "monitor.every": 1}
+            few = dataclasses.replace(parts, config=replaced(parts.config, changed))
+            times, nowhere = list[float](), SimpleNamespace(picture=lambda *_: None)
             for _, measure in monitors.reports(few, task, nowhere, lambda line: None):  # type: ignore[arg-type]
                 begun = time.perf_counter()
                 measure(0)
@@ -169,15 +170,3 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
         slope = max(0.0, (other - seconds[1][3]) / (images - seconds[1][0]))
         fixed = max(0.0, other - slope * images)
     return Cost(fixed, slope + feature, feature)
-
-
-def _with(parts: Parts, images: int) -> Parts:
-    """The same, measured on so many held-out images."""
-    return dataclasses.replace(parts, config=replaced(parts.config, {"monitor.images": images, "monitor.every": 1}))
-
-
-class _Nowhere:
-    """A tracker that keeps no picture."""
-
-    def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """Nothing."""

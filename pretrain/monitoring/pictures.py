@@ -28,11 +28,7 @@ NUMBERED = 7  # cells in a row or column of a map up to which numbers are writte
 
 
 def board(
-    images: Tensor,
-    guesses: Tensor,
-    grid: tuple[int, int],
-    kept: Tensor | None = None,
-    asked: Tensor | None = None,
+    images: Tensor, guesses: Tensor, grid: tuple[int, int], kept: Tensor | None = None, asked: Tensor | None = None
 ) -> np.ndarray:
     """Draw images as the encoder saw them, and below each the same patches where the model believes they belong.
 
