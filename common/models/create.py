@@ -22,7 +22,7 @@ from .swin import alter
 
 CHANNELS = (1, 3)  # of an image: grey, RGB
 SWIN = ("swin_conv", "swin_bias", "swin_merge_last")  # keywords of `alter`
-NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, vit_small_patch16_224.dino
+NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)  # vit_small_patch16_224, swin_s3_tiny_224.ms_in1k
 OF_THE_FACTORY = {  # what timm.create_model takes for itself: files, the network, and how a model is compiled or placed
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
     "scriptable", "exportable", "no_jit", "features_only", "device", "dtype",
@@ -104,7 +104,7 @@ def _refuse_impossible(config: ModelConfig) -> None:
 def no_architecture(name: Any) -> str | None:
     """Reason why `name` is no architecture, with or without a tag; None if it is one."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        return "expected a plain name, such as vit_small_patch16_224.dino: neither hf-hub: nor local-dir: nor a path"
+        return "expected a plain name, such as swin_s3_tiny_224.ms_in1k: neither hf-hub: nor local-dir: nor a path"
     if not timm.is_model(name):
         return f"no architecture of timm {timm.__version__}{nearest(name, timm.list_models())}"
     return None
