@@ -24,8 +24,8 @@ TORCH_ONLY = (
 NAMELESS = {"utils", "helpers", "misc", "base"}  # where unnamed ideas hide
 LINES, FILES, PARAMETERS, BODY = 500, 12, 10, 60  # of a file, a folder, a function, a function's lines
 BY_PATH = {"common.data.make_extract"}  # run by path, imported by nobody
-# Strings of a file, or parts of them where there is a space, that name a paper, a preset, a protocol or published weights
-# and no objective of that name.
+# Strings of a file, or parts of them where there is a space, that name a paper, a preset, a protocol or published
+# weights, and no objective of that name.
 PAPERS = {
     "common/batches/views.py": {"dino"},
     "evaluate/comparison/reports.py": {"knn/dino"},
