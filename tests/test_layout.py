@@ -35,7 +35,11 @@ PAPERS = {
     "evaluate/selftest.py": {"dino", "knn/dino", "linear/dino+augment", "timm:vit_small_patch16_224.dino"},
     "pretrain/distillation/collapse.py": {"add koleo"},  # advice
 }
-DESCRIBED = {"read", "name", "identity", "forward", "error"}  # by Source, Objective, nn.Module, ArgumentParser
+# By Source, Objective, Positional, nn.Module, ArgumentParser.
+DESCRIBED = {
+    "read", "name", "identity", "forward", "error", "begin_step", "before_update", "after_step", "teachers", "verdict",
+    "connect", "changed", "views_of", "answers",
+}  # fmt: skip
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
 PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel",
           "http://ns.adobe.com/xap", "https://git-lfs")  # fmt: skip  # the last two: an XMP segment, a pointer

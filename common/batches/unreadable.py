@@ -236,7 +236,10 @@ def watch(
                 unsaid = [name for name in names if name not in listed]
                 listed.update(unsaid)
                 if process.is_main_process:
-                    _tell(unsaid, path, f"{len(known)} of {total}", say)
+                    write_list(path, unsaid)
+                    for message in unsaid:
+                        count = f"{len(known)} of {total} so far"
+                        say(f"warning: unreadable image, another takes its place ({count}): {message}")
                 if len(known) > limit.allowed(total):
                     limit.refuse(len(known), total, total, images.where, [f"they are listed in {path}"])
                 if any(despair for _, despair in reports):
@@ -246,10 +249,3 @@ def watch(
                     )
                 fresh = []
             yield batch
-
-
-def _tell(messages: list[str], path: Path, count: str, say: Callable[[str], None]) -> None:
-    """Add `messages` to the list of unreadable files, and to the screen."""
-    write_list(path, messages)
-    for message in messages:
-        say(f"warning: unreadable image, another takes its place ({count} so far): {message}")

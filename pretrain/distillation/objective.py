@@ -86,7 +86,6 @@ class Distillation(Objective):
         self.centre = Centre(num_prototypes, self.options.centre_momentum) if centred else None
 
     def begin_step(self, progress: float, measured: bool) -> None:
-        """See Objective."""
         super().begin_step(progress, measured)
         if self.centre is not None:
             self.centre.forget()
@@ -98,7 +97,6 @@ class Distillation(Objective):
                 parameter.grad = None
 
     def after_step(self, momentum: float) -> None:
-        """See Objective."""
         if self.centre is not None:
             self.centre.commit()
 

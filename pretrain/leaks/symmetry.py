@@ -41,6 +41,8 @@ PLACELESS = re.compile(
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
+Move = Callable[[Tensor], Tensor]
+
 # ------------------------------------------------------------------------------------------------------ what is run
 
 
@@ -260,65 +262,61 @@ class _Suspects:
             result = module(tensor.clone(), *args[1:], **kwargs)  # a copy: some modules work in place
             return result[0] if isinstance(result, (tuple, list)) else result
 
-        usual = outcome(args[0])
-        asked = False
-        for move in self._moves(args[0]):
-            asked, moved = True, outcome(move(args[0]))
-            for expected in self._expected(usual, move, args[0]):
-                if expected.shape == moved.shape and torch.allclose(
-                    moved, expected, rtol=0, atol=TOLERANCE * float(usual.abs().max())
-                ):
-                    return True
-        return not asked
+        def follows(move: Move) -> bool:
+            moved = outcome(move(args[0]))
+            return any(
+                expected.shape == moved.shape and torch.allclose(moved, expected, rtol=0, atol=tolerance)
+                for expected in self._expected(usual, move, args[0])
+            )
 
-    def _moves(self, tensor: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        usual, moves = outcome(args[0]), self._moves(args[0])
+        tolerance = TOLERANCE * float(usual.abs().max())
+        return not moves or any(map(follows, moves))
+
+    def _moves(self, tensor: Tensor) -> list[Move]:
         """Ways to permute what may be patches in a module's input."""
-        h, w = self.grid
         if tensor.ndim == 4:
-            maps = [
-                (axis, axis + 1) for axis in (2, 1) if not tensor.shape[axis] % h and not tensor.shape[axis + 1] % w
-            ]
             across = torch.randperm(tensor.shape[2])  # windows as (B, windows, patches, D)
-            return [*(self._in_map(channels_last=axes == (1, 2)) for axes in maps), lambda rows: rows[:, :, across]]
+            return [*self._in_maps(tensor), lambda rows: rows[:, :, across]]
         if tensor.ndim != 3:
             return []
         first = self.prefix if tensor.shape[1] == self.prefix + self.num_tokens else 0
         order = torch.cat([torch.arange(first), first + torch.randperm(tensor.shape[1] - first)])
-        moves: list[Callable[[Tensor], Tensor]] = [lambda rows: rows[:, order]]
+        moves: list[Move] = [lambda rows: rows[:, order]]
         if self._side(tensor.shape[1]) > 1:
             moves.append(self._in_rows)
         return moves
 
-    def _expected(self, usual: Tensor, move: Callable[[Tensor], Tensor], tensor: Tensor) -> Iterable[Tensor]:
+    def _expected(self, usual: Tensor, move: Move, tensor: Tensor) -> Iterable[Tensor]:
         """Outputs that may be expected when the input was moved."""
         if usual.shape[:-1] == tensor.shape[:-1]:
             yield move(usual)
         elif usual.ndim == 3 and self._side(usual.shape[1]):
             yield self._in_rows(usual)
         if usual.ndim == 4:
-            h, w = self.grid
-            for last in (False, True):
-                axis = 1 if last else 2
-                if not usual.shape[axis] % h and not usual.shape[axis + 1] % w:
-                    yield self._in_map(last)(usual)
+            yield from (in_map(usual) for in_map in self._in_maps(usual))
 
     def _side(self, rows: int) -> int:
         """Rows of a module as tokens of side r in each patch: r, or 0 where they are something else."""
         side = math.isqrt(rows // len(self.cells))
         return side if side * side * len(self.cells) == rows else 0
 
-    def _in_map(self, channels_last: bool) -> Callable[[Tensor], Tensor]:
-        def move(tensor: Tensor) -> Tensor:
-            if channels_last:
-                return self._in_map(False)(tensor.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return rearrange(tensor, self.cells.expand(len(tensor), -1), self.grid)
+    def _in_maps(self, tensor: Tensor) -> list[Move]:
+        """Ways to permute a map (B, D, H, W) or (B, H, W, D), where it has the patches' sides."""
+        h, w = self.grid
+        sides = ((self._in_first, tensor.shape[2:]), (self._in_last, tensor.shape[1:3]))
+        return [move for move, (height, width) in sides if not height % h and not width % w]
 
-        return move
+    def _in_first(self, tensor: Tensor) -> Tensor:
+        return rearrange(tensor, self.cells.expand(len(tensor), -1), self.grid)
+
+    def _in_last(self, tensor: Tensor) -> Tensor:
+        return self._in_first(tensor.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _in_rows(self, tensor: Tensor) -> Tensor:
         side = self._side(tensor.shape[1])
         h, w = self.grid
-        return self._in_map(True)(tensor.unflatten(1, (h * side, w * side))).flatten(1, 2)
+        return self._in_last(tensor.unflatten(1, (h * side, w * side))).flatten(1, 2)
 
     def _kind(self, name: str, module: nn.Module, others: tuple, kwargs: dict[str, Any]) -> str:
         """Describe a module in words."""

@@ -51,18 +51,16 @@ def advice(parts: Parts, seconds: float) -> list[str]:
     pieces = math.ceil(seconds / COMFORT)
     whole = config.batch // processes
     pieces = next((n for n in range(pieces, whole + 1) if whole % n == 0), whole)
-    lines = [
+    line = (
         f"a step of {config.batch} images takes {clock(seconds)} on this machine: batch={batch} makes it "
         f"{clock(an_image * batch)}"
-    ]
-    if pieces > config.accumulate and not any(objective.compares for objective in parts.task.objectives.values()):
-        lines[0] += f"; accumulate={pieces} keeps it, in parts of {clock(seconds / pieces)} that are told one by one"
-    elif pieces > config.accumulate:
-        lines[0] += (
-            f"; accumulate={pieces} has parts of {clock(seconds / pieces)} that are told one by one, each compared "
-            "within itself"
-        )
-    return [lines[0] + "; or train on a GPU, or a smaller model"]
+    )
+    if pieces > config.accumulate:
+        compares = any(objective.compares for objective in parts.task.objectives.values())
+        parts_of = "has parts of" if compares else "keeps it, in parts of"
+        line += f"; accumulate={pieces} {parts_of} {clock(seconds / pieces)} that are told one by one"
+        line += ", each compared within itself" * compares
+    return [line + "; or train on a GPU, or a smaller model"]
 
 
 # ------------------------------------------------------------------------------------------ monitors

@@ -56,11 +56,6 @@ class Tally:
         self.spread += torch.bincount(_whole(distances).clamp(max=L - 1).masked_fill(right, 0), minlength=L)
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers; nan before the first."""
-        return float(self.right.sum() / self.asked.sum())
-
-    @property
     def distance(self) -> float:
         """Mean distance between answer and truth in patches; nan before the first."""
         return float(self.far.sum() / self.asked.sum())

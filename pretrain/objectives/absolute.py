@@ -123,7 +123,6 @@ class Absolute(Positional):
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
     ) -> Answers:
-        """See Positional."""
         return self._judge(self.logits(features), features, origin)
 
     def _judge(self, logits_BKN: Tensor, features: Mapping[str, Features], origin: Tensor | None = None) -> Answers:
@@ -167,7 +166,6 @@ class Absolute(Positional):
         return collectives.total(total) / collectives.processes()
 
     def changed(self, processes: int) -> list[str]:
-        """See Objective."""
         shared = processes > 1 and self.options.attentive != "none"
         return ["attentive weights are summed over all processes"] if shared else []
 

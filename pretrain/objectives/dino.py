@@ -51,7 +51,6 @@ class Dino(Distillation):
 
     @classmethod
     def views_of(cls, options: DinoOptions) -> set[str]:
-        """See Objective."""
         return {options.view, options.local or "local"}
 
     def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
@@ -74,12 +73,10 @@ class Dino(Distillation):
             self.passes["local"] = Pass(local, crops=None)
 
     def begin_step(self, progress: float, measured: bool) -> None:
-        """See Objective."""
         super().begin_step(progress, measured)
         self.winners.clear()
 
     def after_step(self, momentum: float) -> None:
-        """See Objective."""
         super().after_step(momentum)
         before = torch.zeros_like(self.used) if self.measured else self.used
         self.used = self._marked(before)
