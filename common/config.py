@@ -107,7 +107,7 @@ def override(config: DictConfig, words: Sequence[str], schema: type) -> DictConf
 
 
 def _typed(word: str, schema: type) -> DictConfig:
-    """What the word key=value says: of a text option the text as it was typed, of another one YAML. Raises Refusal."""
+    """Read the word key=value: of a text option the text as it was typed, of another one YAML. Raises Refusal."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise Refusal(f"{word!r} is not understood: expected key=value, such as steps=100; --help lists the keys")

@@ -46,7 +46,7 @@ FREEZE_EPOCHS, FREEZE_MOST = 1, 0.1  # DINO's
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the labels of all images, those held out included."""
+    """Knowledge of the labels of all images, those held out included."""
 
     where: str  # the images, in words
     classes: int
@@ -56,7 +56,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules start from, beside the options."""
+    """Facts that the rules start from, beside the options."""
 
     images: int  # to train on
     grid: tuple[int, int]  # of the backbone's patches
@@ -254,7 +254,7 @@ def _time(value: Any, where: str, epochs: int, most: float, repaired: float, rul
 
 
 def _frozen(value: Any, where: str, rules: _Rules) -> float:
-    """How long prototypes stand still, as a share of the training."""
+    """The time for which prototypes stand still, as a share of the training."""
     return _time(value, where, FREEZE_EPOCHS, FREEZE_MOST, FREEZE_MOST, rules)
 
 

@@ -83,8 +83,8 @@ class LoaderConfig:
 
 @dataclass
 class MonitorConfig:
-    """What is measured on images held out of the training data. Monitors may read labels; of the losses only that of
-    the objective `classification` does."""
+    """Measurements on images held out of the training data. Monitors may use labels; only the objective
+    `classification` trains on them."""
 
     every: Count | None = None
     """Steps between measurements; null: ten times in a run, or fewer, so that they take a tenth of its time at most by

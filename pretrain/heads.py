@@ -113,7 +113,7 @@ class PairHead(nn.Module):
 
 
 def pair_outputs(parts: Sequence[Tensor], queries: Tensor, keys: Tensor) -> Tensor:
-    """What a `PairHead` says of the pairs whose ends are the tokens `queries` and `keys`, (B, Q) each: (B, Q, outputs).
+    """Answers (B, Q, outputs) of a `PairHead` to pairs whose ends are the tokens `queries` and `keys`, (B, Q) each;
     `parts` as `PairHead.parts` gives them."""
     query_part, key_part, matrix, bias = parts
     pairs = _pick(query_part, queries) + _pick(key_part, keys)

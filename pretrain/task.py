@@ -57,7 +57,7 @@ class Pretraining(Task):
 
     @property
     def draws(self) -> dict[str, Draw]:
-        """What has to be drawn beside each sample: the plan of every pass, and what objectives ask for."""
+        """Draws beside each sample: the plan of every pass, and what objectives ask for."""
         num_patches = math.prod(self.backbone.grid)
         plans = {want.purpose: want.plan for want in self.passes if not want.plan.whole}
         drawn: dict[str, Draw] = {
@@ -74,7 +74,7 @@ class Pretraining(Task):
 
     @property
     def collates(self) -> dict[str, Collate]:
-        """What objectives compute of their draws before a batch leaves the loader."""
+        """Computations of objectives on their draws before a batch leaves the loader."""
         return {name: objective.collate for name, objective in self.objectives.items() if objective.collate is not None}
 
     @property
@@ -84,7 +84,7 @@ class Pretraining(Task):
 
     @property
     def pooling(self) -> str:
-        """What stands for an image: the class token if an objective trains it, else the mean of the patches."""
+        """Vector that stands for an image: the class token if an objective trains it, else the mean of the patches."""
         trained = any(objective.pools == "class" for objective in self.objectives.values())
         return "class" if trained and self.backbone.num_prefix_tokens else "mean"
 
@@ -178,7 +178,7 @@ class Pretraining(Task):
         return {want: _rows(features, first[want.view], count) for want, count in counts.items()}
 
     def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
-        """What objective `name` is called with: its features and its draws."""
+        """Arguments of objective `name`: its features and its draws."""
         return {key: features[want] for key, want in self.objectives[name].passes.items()}, of_purpose(
             batch.draws, name
         )
@@ -189,7 +189,7 @@ class Pretraining(Task):
         return self.judge(batch, self.features(batch))
 
     def judge(self, batch: Batch, features: Mapping[Pass, Features]) -> dict[str, Tensor]:
-        """What `forward` returns, of features that are there already."""
+        """Do as `forward`, with features that are computed already."""
         report: dict[str, Tensor] = {}
         total: Any = 0.0
         if self.teacher is not None and self.measured:

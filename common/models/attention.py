@@ -27,7 +27,7 @@ CACHED = 2**18  # scores that stay in a core's second-level cache (one MiB of fl
 
 
 class Encoding(NamedTuple):
-    """Where the tokens are, as far as scores and values depend on it. Ids are int64, for all images or for each."""
+    """Places of the tokens, as far as scores and values depend on them. Ids are int64, for all images or for each."""
 
     prior: Tensor | None = None  # (H, T, S), multiplies the scaled products
     lookup: Tensor | None = None  # (B, H, T, n), read at `ids` (R, 1 or B, T, S)

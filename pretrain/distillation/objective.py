@@ -101,11 +101,10 @@ class Distillation(Objective):
             self.centre.commit()
 
     def teachers(self) -> Iterable[tuple[nn.Module, nn.Module]]:
-        """See Objective. A shared head is its owner's to move."""
+        """Pair the head with its average; a shared head is its owner's to move."""
         return ((self.teacher_head, self.head),) if self.owns_head else ()
 
     def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
-        """See Objective; `numbers` without the objective's name before them. None where nothing was measured."""
         return collapse.judge(numbers, self.images, self.progress)
 
     def targets(self, logits: Tensor, groups: Tensor | None = None, num_groups: int = 1) -> Tensor:

@@ -223,7 +223,7 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 class _Suspects:
-    """Asks every submodule, in the middle of a forward pass, whether its outputs follow its inputs alone."""
+    """Modules whose outputs do not follow their inputs alone: each is asked in the middle of a forward pass."""
 
     def __init__(self, backbone: Backbone, num_tokens: int) -> None:
         self.grid, self.prefix, self.num_tokens = backbone.grid, backbone.num_prefix_tokens, num_tokens

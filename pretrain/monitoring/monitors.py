@@ -213,7 +213,7 @@ def frozen(
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Monitor:
-    """What the features of held-out images are worth, `WHAT/student` and, where there is one, `WHAT/teacher`: their
+    """Worth of the features of held-out images, `WHAT/student` and, where there is one, `WHAT/teacher`: their
     effective rank (`rankme`) and, where there are labels, the accuracy of their 20 nearest training images (`knn`; as
     DINO's, not centred: a curve is held against other runs', and not against raw pixels) and of a ridge classifier
     learned from a few of each class (`ridge`).

@@ -41,7 +41,7 @@ def expected(parts: Parts) -> list[str]:
 
 
 def advice(parts: Parts, seconds: float) -> list[str]:
-    """What to set if a step of so many seconds is too long to wait for."""
+    """Advise what to set if a step of so many seconds is too long to wait for."""
     if seconds <= SLOW:
         return []
     config, processes = parts.config, parts.process.num_processes
@@ -139,7 +139,7 @@ def _short(seconds: float) -> str:
 
 
 def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
-    """What the monitors take, timed as they will run; where already two images take long, on those alone."""
+    """Time the monitors as they will run; where already two images take long, on those alone."""
     task, device, seconds = parts.task, parts.process.device, list[tuple[int, int, float, float]]()
     import matplotlib.figure  # noqa: F401  (else the first measurement would pay for it)
 

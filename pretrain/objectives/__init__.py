@@ -41,14 +41,14 @@ class Pass:
 
     @property
     def purpose(self) -> str:
-        """Under which its plan is drawn: the same for equal plans, whoever asks."""
+        """Name under which its plan is drawn: the same for equal plans, whoever asks."""
         plan = self.plan
         return f"plan {self.view} keep {plan.keep} {plan.position} {plan.position_keep} context {plan.context}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an objective is doing, in a word or two, and what to try if it is not well."""
+    """Health of an objective in a word or two, and what to try if it is not well."""
 
     name: str
     advice: str = ""  # empty: nothing to do
@@ -77,28 +77,28 @@ class Objective(nn.Module):
         return {options.view}
 
     def changed(self, processes: int) -> list[str]:
-        """What this version does otherwise, on so many processes, than the one that wrote the first run folders."""
+        """Differences of this version, on so many processes, from the one that wrote the first run folders."""
         return []
 
     def connect(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
-        """Called once, when every objective of the recipe is there: complete `passes`, share a pass or a head."""
+        """Complete `passes`, share a pass or a head: called once, when every objective of the recipe is made."""
 
     def begin_step(self, progress: float, measured: bool) -> None:
-        """Called before every step; what one that was not taken left behind is to be forgotten."""
+        """Forget what a step that was not taken left behind: called before every step."""
         self.progress, self.measured = progress, measured
 
     def before_update(self) -> None:
-        """Called between backward and clipping: gradients may be withheld."""
+        """Withhold gradients, if need be: called between backward and clipping."""
 
     def after_step(self, momentum: float) -> None:
-        """Called after a step that was taken, and only then: commit centres and counts."""
+        """Commit centres and counts: called after a step that was taken, and only then."""
 
     def teachers(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """(teacher, student) pairs of modules; after a step that was taken, the task moves the teacher."""
         return ()
 
     def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
-        """What its statistics, averaged over a logged step, say of its health."""
+        """Judge its health by its statistics, averaged over a logged step."""
         return None
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Objectives(nn.ModuleDict):
 
 @dataclass
 class Answers:
-    """What a positional objective answered. Q questions an image: patches, or pairs of them."""
+    """Answers of a positional objective to Q questions an image: patches, or pairs of them."""
 
     guesses: Tensor  # (B, Q) class it believes in
     labels: Tensor  # (B, Q) right class
@@ -160,8 +160,8 @@ class Positional(Objective):
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
     ) -> Answers:
-        """What it answers. `origin` (B, N): of images whose patches were shuffled, where the patch that lies at each
-        place came from; the labels are then those of its old place."""
+        """Answer. `origin` (B, N): of images whose patches were shuffled, where the patch that lies at each place came
+        from; the labels are then those of its old place."""
         raise NotImplementedError
 
 

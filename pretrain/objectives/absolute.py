@@ -113,7 +113,7 @@ class Absolute(Positional):
         self.chance = 1 / (N - visible) if self.only_hidden else positions.chance(self.grid)
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
-        """Where each kept patch believes it is, (B, K, N), float32."""
+        """Place that each kept patch believes to have, (B, K, N), float32."""
         tokens = features["tokens"].tokens
         if self.decoder is not None:
             P = features["tokens"].prefix.shape[1]
@@ -157,8 +157,8 @@ class Absolute(Positional):
         return asked.float() if weights is None else weights * asked
 
     def _total(self, weights: Tensor) -> Tensor:
-        """What the weights add up to, (): over all processes and divided by them, so that the mean of their losses is
-        the weighted mean of all. Where they are `attentive` they follow from the tokens, so that those of a later part
+        """Sum of the weights, (), over all processes and divided by them, so that the mean of their losses is the
+        weighted mean of all. Where they are `attentive` they follow from the tokens, so that those of a later part
         of the step are not known yet: each part is a weighted mean by itself (DropPos: of each process by itself)."""
         total = weights.sum()
         if self.options.attentive == "none":

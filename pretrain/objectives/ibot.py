@@ -72,7 +72,7 @@ class Ibot(Distillation):
             self.make_head(backbone)
 
     def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
-        """See Objective. Raises Refusal where a head is to be shared and is not there, or is another one."""
+        """Share a head, draw masks. Raises Refusal where a head is to be shared and is not there, or is another one."""
         if not self.owns_head:
             self._share(others.get("dino"))
         if self.options.view not in views:  # the task says so
@@ -110,12 +110,10 @@ class Ibot(Distillation):
         self.make_centre(dino.prototypes)
 
     def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
-        """See Objective; `numbers` without the objective's name before them. None where nothing was measured."""
+        """Judge the cross-entropy of the crops of which something is masked; the loss counts the others too."""
         if not numbers.get("masked"):  # not measured, or nothing was masked
             return None
-        # The loss counts crops of which nothing is masked; judged is the cross-entropy of the others.
-        judged = {**numbers, "loss": numbers["teacher_entropy"] + numbers["kl"]}
-        return super().verdict(judged)
+        return super().verdict({**numbers, "loss": numbers["teacher_entropy"] + numbers["kl"]})
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """loss (nats): mean over a crop's masked patches, then over all crops, of which a crop without any counts as 0
@@ -142,7 +140,7 @@ class Ibot(Distillation):
 
     @torch.no_grad()
     def _statistics(self, each_n: Tensor, targets_nK: Tensor, share_n: Tensor, num_patches: int) -> dict[str, Tensor]:
-        """See `forward`. A masked crop's shares sum to 1, so that the sum of all shares is the number of such crops."""
+        """Statistics that `forward` lists. A masked crop's shares sum to 1: the sum of all is the number of such crops."""
         entropy_n = prototypes.entropy(targets_nK)
         here = [(share_n * entropy_n).sum(), (share_n * (each_n - entropy_n)).sum(), share_n.sum()]
         counts = [share_n.new_tensor(float(len(each_n))), share_n.new_tensor(float(num_patches))]

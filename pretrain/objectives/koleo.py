@@ -53,7 +53,7 @@ class Koleo(Objective):
         self.crops = 1
 
     def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
-        """See Objective. Where `ibot` masks the same crops its pass serves both, as in DINOv2."""
+        """Share the pass of `ibot` where it masks the same crops, as in DINOv2."""
         if self.options.view in views:  # where it is not, the task says so
             self.crops = views[self.options.view].count
         ibot = others.get("ibot")

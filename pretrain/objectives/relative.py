@@ -210,7 +210,7 @@ class Relative(Positional):
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
     ) -> Answers:
-        """See Positional: a question is a pair, a class one of `positions.relative`."""
+        """Answer as Positional says: a question is a pair, a class one of `positions.relative`."""
         parts = self.head.parts(features["tokens"].tokens)
         codes_BK = self._codes(features["tokens"], origin)
         labels_BQ = codes_BK.new_empty(len(codes_BK), self._num_asked(draws))
@@ -232,7 +232,7 @@ class Relative(Positional):
     def _ask(
         self, piece: Piece, parts: tuple[Tensor, ...], codes_BK: Tensor, draws: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What the head says of a piece's pairs, (Q, outputs), and their classes, (Q,); Q of all images together."""
+        """Answers of the head to a piece's pairs, (Q, outputs), and their classes, (Q,); Q of all images together."""
         images, asked = piece
         codes = codes_BK[images]
         if "pairs" in draws:
