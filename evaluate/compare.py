@@ -142,8 +142,8 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         if name not in scripts():
             raise Refusal(f"--make {name}: this version has no evaluate/{name}.py")
     for name, least in (("workers", 0), ("threads", 1)):
-        if (given := getattr(arguments, name)) is not None and given < least:
-            raise Refusal(f"--{name} {given}: expected a number from {least}")
+        if (number := getattr(arguments, name)) is not None and number < least:
+            raise Refusal(f"--{name} {number}: expected a number from {least}")
     if not arguments.no_run:  # now, not when the first evaluation has run
         if arguments.device is not None:
             chosen_device(arguments.device)
@@ -207,9 +207,9 @@ def rows_of(one: Report | None, baselines: Sequence[str]) -> list[str]:
 
 def wanted(run: Run) -> list[str]:
     """What is made where nothing is said: the usual, and sheets and layers that are there, and out of date."""
-    there = [run.reports[name] for name in APART if name in run.reports]
+    reports = [run.reports[name] for name in APART if name in run.reports]
     old = [name for name in APART if name in run.damaged]
-    old += [one.path.stem for one in there if one.stale or one.superseded]
+    old += [one.path.stem for one in reports if one.stale or one.superseded]
     return [*USUAL, *old]
 
 

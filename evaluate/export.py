@@ -128,11 +128,11 @@ def refuse_existing(out: Path, kinds: list[str], with_head: bool, force: bool) -
 
 def real_images(subject: Subject, arguments: argparse.Namespace) -> Sample:
     """Read the first --images images. Raises Refusal if none can be read."""
-    about, training = subject.description, subject.description.get("training", {})
+    description, training = subject.description, subject.description.get("training", {})
     location = changed_location(training, data_options(arguments))
     images = data.open_data(location)
     first = images.subset(range(min(len(images), arguments.images)))
-    eye = Eye(tuple(about["size"]), about.get("crop", 0.875), len(about["mean"]), limit=NO_LIMIT)
+    eye = Eye(tuple(description["size"]), description.get("crop", 0.875), len(description["mean"]), limit=NO_LIMIT)
     pixels = [batch for batch, _ in shown(first, eye)]
     if not pixels:
         raise Refusal(

@@ -218,14 +218,14 @@ def entry_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def title(job: Evaluation) -> tuple[str, str]:
     """Title and subtitle: what was judged, and on what."""
-    about = job.subject.description
-    size = "x".join(map(str, about["size"]))
-    position = {"none": "without position embedding", "full": "with position embedding"}[about["position"]]
+    description = job.subject.description
+    size = "x".join(map(str, description["size"]))
+    position = {"none": "without position embedding", "full": "with position embedding"}[description["position"]]
     seeds = f"seed{'s' if len(job.seeds) > 1 else ''} {', '.join(map(str, job.seeds))}"
     return (
         f"Position against meaning: {job.subject.name}",
-        f"{about['name']}, {size} px, {position}; {job.spec}, {len(job.train):,} training and {len(job.test):,} test "
-        f"images; {seeds}; bands are 95 % intervals",
+        f"{description['name']}, {size} px, {position}; {job.spec}, {len(job.train):,} training and {len(job.test):,} "
+        f"test images; {seeds}; bands are 95 % intervals",
     )
 
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "rates", "optimizer")}
     protocol, modified = altered(protocol, changes, depth(job.subject.backbone()) if protocol.name == "mae" else 0)
     join_processes("the linear probe")
-    found: dict[str, dict[str, list[Probe]]] = {}
+    probes_of: dict[str, dict[str, list[Probe]]] = {}
     outcomes = Outcomes()
     notes, fit = list(protocol.notes), 0
     for split in splits(job, protocol.blocks):
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         # the subject's features and raw pixels have no seed: only their heads' start, order and held-out images do
         for seed in job.seeds if split.seed is None else [split.seed]:
             for kind, result in answers(job, protocol, split, wanted, seed).items():
-                found.setdefault(split.row, {}).setdefault(kind, []).append(result)
+                probes_of.setdefault(split.row, {}).setdefault(kind, []).append(result)
                 outcomes.add(split.row, kind, result.predictions == split.test_labels.cpu())
                 if result.rate in result.diverged:
                     job.warn(
@@ -79,12 +79,12 @@ def main(argv: list[str]) -> int:
         modified.append(f"batch {fit:,}: all images there are")
     if protocol.training and not arguments.augment and protocol.name != "sweep":
         notes.append("trained on features of the evaluation transform; --augment trains on random crops, as published")
-    about = settings(job, protocol, modified, notes, fit)
-    by = "" if about["id"] == "linear/sweep" else f" by {about['id']}"
+    facts = settings(job, protocol, modified, notes, fit)
+    by = "" if facts["id"] == "linear/sweep" else f" by {facts['id']}"
     notes += [f"not as published: {', '.join(modified)}"] if modified and protocol.name != "sweep" else []
     judged = len(outcomes.index)
-    values = {row: entries(kinds, judged) for row, kinds in found.items()}
-    write(job, about, values, judged, outcomes)
+    values = {row: entries(kinds, judged) for row, kinds in probes_of.items()}
+    write(job, facts, values, judged, outcomes)
     tell(job, f"linear probe accuracy (%){by}", shown(values, job.size, protocol, notes))
     return 0
 
@@ -166,13 +166,13 @@ def augmented(
 
 def progress(job: Evaluation, every: float = 15.0) -> Callable[[int, int], None]:
     """Tells how far it is and how long it will take, every so many seconds."""
-    began = told = time.perf_counter()
+    began = said = time.perf_counter()
 
     def after(step: int, steps: int) -> None:
-        nonlocal told
+        nonlocal said
         now = time.perf_counter()
-        if now - told > every and step < steps:
-            told = now
+        if now - said > every and step < steps:
+            said = now
             job.say(f"step {step:,}/{steps:,}, ETA {clock((now - began) / step * (steps - step))}")
 
     return after
@@ -182,7 +182,7 @@ def settings(
     job: Evaluation, protocol: Protocol, modified: Sequence[str], notes: Sequence[str], fit: int
 ) -> dict[str, Any]:
     """What the report says of the protocol; `fit` images train the heads."""
-    about: dict[str, Any] = {
+    words: dict[str, Any] = {
         "id": "linear/" + protocol.name + "+augment" * job.arguments.augment + "-modified" * bool(modified),
         **described(protocol),
         "modified": list(modified),
@@ -191,19 +191,19 @@ def settings(
     }
     if protocol.training is None:
         refit = "; then fitted to all training images"
-        about["selection"] = about["selection"] + refit if len(protocol.strengths) > 1 else "none"
-        return about
+        words["selection"] = words["selection"] + refit if len(protocol.strengths) > 1 else "none"
+        return words
     crops = f"random crops of scale 0.08 to 1 and flips, {protocol.interpolation}; raw pixels and patches as they are"
     off = "off: the features of the evaluation transform, extracted once"
-    return about | {"steps": steps_of(protocol.training, fit), "augment": crops if job.arguments.augment else off}
+    return words | {"steps": steps_of(protocol.training, fit), "augment": crops if job.arguments.augment else off}
 
 
 def entries(kinds: Mapping[str, list[Probe]], judged: int) -> dict[str, Any]:
     """What the report says of one row: where features compete, of the choice and, in it, of each of them."""
-    found = {kind: entry_of(probes, judged) for kind, probes in kinds.items()}
-    if CHOSEN not in found:
-        return found
-    return {CHOSEN: found.pop(CHOSEN) | {"by_features": found}}
+    by_kind = {kind: entry_of(probes, judged) for kind, probes in kinds.items()}
+    if CHOSEN not in by_kind:
+        return by_kind
+    return {CHOSEN: by_kind.pop(CHOSEN) | {"by_features": by_kind}}
 
 
 def entry_of(probes: list[Probe], judged: int) -> dict[str, Any]:
@@ -219,21 +219,22 @@ def shown(values: Mapping[str, Any], size: Sequence[int], protocol: Protocol, no
     """The table, with what it should not be mistaken for."""
     rate = {"logreg": "C", "ridge": "l2"}.get(protocol.name, "lr")
     epochs = protocol.training is not None and protocol.training.every_epoch
-    header = ["features of", "", "accuracy", "95 %", rate, *(["epoch"] if epochs else [])]
+    chosen = ["rate", "epoch"] if epochs else ["rate"]
+    header = ["features of", "", "accuracy", "95 %", rate, *chosen[1:]]
     header += ["best on test*", "difference"]
     rows, edges = [], []
-    for row, kind, found in ordered(values):
-        names = "/".join(dict.fromkeys(found["features"])) if kind == CHOSEN else kind_name(row, kind, size)
+    for row, kind, numbers in ordered(values):
+        names = "/".join(dict.fromkeys(numbers["features"])) if kind == CHOSEN else kind_name(row, kind, size)
         label = [LABELS[row], names]
-        tried = ["/".join(f"{each:g}" for each in sorted(set(found[name]))) for name in ("rate", "epoch")[: 1 + epochs]]
-        gap = f"{100 * sum(found['difference']) / len(found['difference']):+.1f}"
-        rows.append([*label, percent(found), interval(found), *tried, percent(found["best_on_test"]), gap])
-        if protocol.training and len(protocol.training.rates) > 1 and max(protocol.training.rates) in found["rate"]:
+        tried = ["/".join(f"{each:g}" for each in sorted(set(numbers[name]))) for name in chosen]
+        gap = f"{100 * sum(numbers['difference']) / len(numbers['difference']):+.1f}"
+        rows.append([*label, percent(numbers), interval(numbers), *tried, percent(numbers["best_on_test"]), gap])
+        if protocol.training and len(protocol.training.rates) > 1 and max(protocol.training.rates) in numbers["rate"]:
             edges.append(" ".join(label))
-    told = ["* the field's habit: the best head on the test images themselves; optimistic, to compare with papers"]
+    remarks = ["* the field's habit: the best head on the test images themselves; optimistic, to compare with papers"]
     if edges:
-        told.append(f"the largest learning rate was chosen for {', '.join(edges)}: larger --rates may do better")
-    return "\n".join([table(header, rows), *told, *notes])
+        remarks.append(f"the largest learning rate was chosen for {', '.join(edges)}: larger --rates may do better")
+    return "\n".join([table(header, rows), *remarks, *notes])
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def place_of(word: str, lines: Sequence[Row]) -> int:
         elif any(word in (run.word, run.name) or Path(word).resolve() in (run.weights.resolve(), run.weights.parent)
                  for run in row.runs):  # fmt: skip
             return number
-    given = [run.word for row in lines for run in row.runs if row.kind == "subject"]
-    raise Refusal(f"--against {word}: expected one of {', '.join(given)}, {', '.join(BASELINES)}{nearest(word, given)}")
+    words = [run.word for row in lines for run in row.runs if row.kind == "subject"]
+    raise Refusal(f"--against {word}: expected one of {', '.join(words)}, {', '.join(BASELINES)}{nearest(word, words)}")
 
 
 def mean_cost(row: Row) -> Cost:

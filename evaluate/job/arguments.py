@@ -51,10 +51,10 @@ def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw:
     return parser
 
 
-def add_data(parser: argparse.ArgumentParser, about: str) -> None:
-    """Add the options that say where images are; `about` is the help of --data."""
+def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add the options that say where images are; `purpose` is the help of --data."""
     add = parser.add_argument
-    add("--data", type=expanded, metavar="SPEC", help=about)
+    add("--data", type=expanded, metavar="SPEC", help=purpose)
     add("--data-root", type=expanded, metavar="DIR", help="where a named data set is looked for, and fetched to")
     add("--data-train", type=expanded, metavar="NAME", help="sub-folder or split to train on (default: by its name)")
     add("--data-validation", type=expanded, metavar="NAME", help="sub-folder or split to judge on")

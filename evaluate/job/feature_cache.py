@@ -133,10 +133,10 @@ def _is_whole(text: str, home: Path) -> bool:
 
 def _check(home: Path, text: str) -> None:
     """Raises one of BROKEN unless what is in `home` was made for the key `text`, and is all of it and unchanged."""
-    about = json.loads((home / COMPLETE).read_text(encoding="utf-8"))
-    if about["key"] != text:
+    complete = json.loads((home / COMPLETE).read_text(encoding="utf-8"))
+    if complete["key"] != text:
         raise ValueError("made from other weights, data or settings")
-    for name, expected in about["sha256"].items():
+    for name, expected in complete["sha256"].items():
         if sha256(home / f"{name}.npy") != expected:
             raise ValueError(f"the checksum of {name}.npy is wrong")
 
@@ -154,10 +154,10 @@ def _missing(home: Path, text: str, ranges: Sequence[range], say: Callable[[str]
         file = _file(home, rows)
         try:
             with safe_open(file, framework="pt") as part:  # a file shorter than its header says is an error here
-                about = part.metadata() or {}
-                if about.get("key") != text:
+                metadata = part.metadata() or {}
+                if metadata.get("key") != text:
                     raise ValueError("made from other weights, data or settings")
-                if about.get("digest") != digest({name: part.get_tensor(name) for name in part.keys()}):  # noqa: SIM118
+                if metadata.get("digest") != digest({name: part.get_tensor(name) for name in part.keys()}):  # noqa: SIM118
                     raise ValueError("its checksum is wrong")
         except FileNotFoundError:
             missing.append(rows)
@@ -195,8 +195,8 @@ def _extract(home: Path, text: str, missing: Sequence[range], extract: Extract, 
 
 def _write(path: Path, part: Part, text: str) -> None:
     contents = {name: tensor.contiguous() for name, tensor in part.features.items()}
-    about = {"key": text, "digest": digest(contents), "unreadable": json.dumps(part.unreadable)}
-    write_atomically(path, lambda aside: save_file(contents, aside, metadata=about))
+    metadata = {"key": text, "digest": digest(contents), "unreadable": json.dumps(part.unreadable)}
+    write_atomically(path, lambda aside: save_file(contents, aside, metadata=metadata))
 
 
 def _progress(images: int, processes: int, say: Callable[[str], None]) -> Callable[[int], None]:
@@ -252,8 +252,8 @@ def _merge(
 def _concatenate(files: Sequence[Path], name: str, shape: Sequence[int], aside: Path) -> None:
     kind = np.dtype("<i8" if name == "index" else "<f4")
     with aside.open("wb") as array:
-        about = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(array, about)
+        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(array, header)
         for file in files:
             with safe_open(file, framework="np") as part:
                 if name in part.keys():  # noqa: SIM118  (not of images none of which can be read)

@@ -82,20 +82,20 @@ def altered(protocol: Protocol, changes: Mapping[str, Any], depth: int) -> tuple
     `changes`: epochs, batch, rates, optimizer; None leaves a number as it is. `depth`: blocks of the backbone. Raises
     Refusal for a number that the protocol has not.
     """
-    given = {name: value for name, value in changes.items() if value is not None}
+    wanted = {name: value for name, value in changes.items() if value is not None}
     training = protocol.training
     if training is None:
-        if wrong := sorted(given.keys() - {"rates"}):
-            raise Refusal(f"--{wrong[0]} {given[wrong[0]]}: {protocol.name} is solved, not trained; leave it out")
-        strengths = tuple(given.get("rates", protocol.strengths))
+        if wrong := sorted(wanted.keys() - {"rates"}):
+            raise Refusal(f"--{wrong[0]} {wanted[wrong[0]]}: {protocol.name} is solved, not trained; leave it out")
+        strengths = tuple(wanted.get("rates", protocol.strengths))
         what = "C" if protocol.name == "logreg" else "l2"
         words = [f"{what} {_listed(strengths)}"] if strengths != protocol.strengths else []
         return replace(protocol, strengths=strengths), words
     if protocol.name == "mae" and depth >= DEEP:
         training = replace(training, epochs=50)
-    own: dict[str, Any] = {"rates": training.rates, "batch": training.batch, "optimizer": training.optimizer}
-    own["epochs"] = training.epochs if training.steps is None else None
-    changed = {name: value for name, value in given.items() if _plain(value) != _plain(own[name])}
+    published: dict[str, Any] = {"rates": training.rates, "batch": training.batch, "optimizer": training.optimizer}
+    published["epochs"] = training.epochs if training.steps is None else None
+    changed = {name: value for name, value in wanted.items() if _plain(value) != _plain(published[name])}
     if "rates" in changed:
         changed["rates"] = tuple(changed["rates"])
     allowed = {"optimizer"} if protocol.name == "dinov3" else set()  # which leaves the choice
@@ -127,8 +127,8 @@ def sets(protocol: Protocol, parts: Collection[str], width: int) -> tuple[dict[s
             return {kind: (kind,)}, ""
     if protocol.apart:
         kinds = {"class": ("class",), "mean": ("mean",), "both": ("class", "mean")}
-        found = {name: each for name, each in kinds.items() if set(each) <= set(parts)}
-        return found, NO_CLASS if protocol.notes == CLASS and "class" not in parts else ""
+        by_name = {name: each for name, each in kinds.items() if set(each) <= set(parts)}
+        return by_name, NO_CLASS if protocol.notes == CLASS and "class" not in parts else ""
     base = {"last + mean": ("class", "mean")}
     wanted: dict[str, tuple[str, ...]] = {
         "dino": base if width >= BASE else {"last 4": ("class4",)},
@@ -137,15 +137,15 @@ def sets(protocol: Protocol, parts: Collection[str], width: int) -> tuple[dict[s
     }[protocol.features]  # type: ignore[assignment]
     stand_in = {"class": "mean", "class4": "mean4"}
     missing = [name for name in stand_in if name not in parts and any(name in each for each in wanted.values())]
-    found = {}
+    by_name = {}
     for name, each in wanted.items():
-        own = tuple(dict.fromkeys(stand_in[part] if part in missing else part for part in each))
-        own = tuple(part for part in own if part != "mean" or "mean4" not in own)  # of which it is the last quarter
-        if own not in found.values():
-            found[name] = own
+        seen = tuple(dict.fromkeys(stand_in[part] if part in missing else part for part in each))
+        seen = tuple(part for part in seen if part != "mean" or "mean4" not in seen)  # of which it is the last quarter
+        if seen not in by_name.values():
+            by_name[name] = seen
     if not missing:
-        return found, ""
-    return found, NO_CLASS if "class" in missing else NO_CLASS.replace("no class token", "not four class tokens")
+        return by_name, ""
+    return by_name, NO_CLASS if "class" in missing else NO_CLASS.replace("no class token", "not four class tokens")
 
 
 def described(protocol: Protocol) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Logistic:
         self.spread, axes = torch.linalg.eigh(x_ND.T @ x_ND / N)
         self.axes = axes if basis is None else basis @ axes  # (D, min(N, D))
         self.x, self.targets = x_ND @ axes, F.one_hot(labels, num_classes).double()
-        self.found = self.targets.new_zeros(num_classes, len(self.spread) + 1)  # in the axes, biases last
+        self.weights = self.targets.new_zeros(num_classes, len(self.spread) + 1)  # in the axes, biases last
 
     @torch.no_grad()
     def fit(
@@ -51,25 +51,25 @@ class Logistic:
         # of two classes scikit-learn knows one vector, the difference of ours: half its square is ours twice
         penalty = (1 if C > 2 else 2) / (strength * N)
         stretch = torch.cat([self.spread.clamp_min(0) / C + penalty, self.spread.new_tensor([1 / C])]).rsqrt()
-        own = (self.found / stretch).requires_grad_()
+        point = (self.weights / stretch).requires_grad_()
         solver = torch.optim.LBFGS(
-            [own], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=tolerance, tolerance_change=tolerance,
+            [point], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=tolerance, tolerance_change=tolerance,
             line_search_fn="strong_wolfe",
         )  # fmt: skip
 
         def loss() -> float:
-            there = own.detach() * stretch
-            weights, biases = there[:, :-1], there[:, -1]
+            unscaled = point.detach() * stretch
+            weights, biases = unscaled[:, :-1], unscaled[:, -1]
             log_NC = (self.x @ weights.T + biases).log_softmax(1)
             error_CN = (log_NC.exp() - self.targets).T / N
             gradient = torch.cat([error_CN @ self.x + penalty * weights, error_CN.sum(1, keepdim=True)], 1)
-            own.grad = gradient * stretch
+            point.grad = gradient * stretch
             return (-(log_NC * self.targets).sum() / N + 0.5 * penalty * weights.square().sum()).item()
 
         solver.step(loss)
-        self.found = own.detach() * stretch
-        weights = self.found[:, :-1] @ self.axes.T
-        return weights, self.found[:, -1] - weights @ self.mean
+        self.weights = point.detach() * stretch
+        weights = self.weights[:, :-1] @ self.axes.T
+        return weights, self.weights[:, -1] - weights @ self.mean
 
 
 @torch.no_grad()
@@ -104,8 +104,8 @@ def solved(
             if solver is not None:
                 weights, biases = solver.fit(strength)
                 return [predicted(weights, biases, each) for each in queries]
-            classes, found = scores(x, y, torch.cat(queries), strength / x.shape[1])
-            return list(classes[found.argmax(1)].split([len(each) for each in queries]))
+            classes, of_classes = scores(x, y, torch.cat(queries), strength / x.shape[1])
+            return list(classes[of_classes.argmax(1)].split([len(each) for each in queries]))
 
         return fitted
 

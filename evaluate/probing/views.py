@@ -52,12 +52,12 @@ def batches(
     sampler = StepSampler(len(images), batch, seed, steps)
     dtype, device = DTYPES[precision], backbone.mean.device
     for each in loader(samples, sampler, workers, pin=device.type == "cuda"):
-        there = each.to(device)
+        on_device = each.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            parts = pooled_blocks(backbone, plan, there.views["global"], blocks)
+            parts = pooled_blocks(backbone, plan, on_device.views["global"], blocks)
         if (bad := not_finite(parts)).any():
             raise Refusal(
                 f"the features of {int(bad.sum()):,} of {len(bad):,} crops of {images.where} are not finite: numbers "
                 f"overflow; {IN_FP32}"
             )
-        yield parts, there.draws["probe/label"]
+        yield parts, on_device.draws["probe/label"]

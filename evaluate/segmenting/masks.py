@@ -171,13 +171,13 @@ class Survey:
     def refuse_label(self, i: int, highest: int, rule: Labels, names: Sequence[str] | None) -> None:
         """Raises Refusal for the class `highest` in mask `i`."""
         first = int(rule.reduce_zero)
-        about = f"the mask {self.masks.name(i)} has label {highest + first}: expected"
+        wrong = f"the mask {self.masks.name(i)} has label {highest + first}: expected"
         if names is None:
-            raise Refusal(f"{about} class indices below {MOST_CLASSES:,}, or {VOID} or {DEEP_VOID} where there is none")
+            raise Refusal(f"{wrong} class indices below {MOST_CLASSES:,}, or {VOID} or {DEEP_VOID} where there is none")
         shifted = not rule.reduce_zero and highest == len(names)
         hint = "; where label 0 means none, say --reduce-zero-label yes" if shifted else ""
         last = len(names) - 1 + first
-        raise Refusal(f"{about} {first} to {last} of {len(names)} classes, or {VOID} where there is none{hint}")
+        raise Refusal(f"{wrong} {first} to {last} of {len(names)} classes, or {VOID} where there is none{hint}")
 
 
 def survey(images: Files, masks: Files, left_out: str = "") -> Survey:
