@@ -21,7 +21,6 @@ from common.processes.launch import entry, run_script, scripts  # first: it sets
 # isort: split
 import argparse
 import io
-import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -42,15 +41,15 @@ from evaluate.comparison.reports import (
     Report,
     Run,
     check_data,
-    fingerprints,
     open_runs,
     read_reports,
+    splits_of,
 )
 from evaluate.comparison.rows import BASELINES, title_of
 from evaluate.comparison.table import compared, differences_csv, markdown, numbers_csv
 from evaluate.job.arguments import BASELINES as USUAL_BASELINES
 from evaluate.job.arguments import add_data, chosen_device, data_options
-from evaluate.job.evaluation import only_first
+from evaluate.job.evaluation import only_first, refuse_unwritable
 
 USUAL = ("knn", "linear", "fewshot")
 POSSIBLE = (*COLUMNS, *APART)
@@ -64,7 +63,8 @@ def main(argv: list[str]) -> int:
     words, baselines = check(arguments)
     if not only_first("compare"):
         return 0
-    out = folder(arguments.out)
+    out = Path(arguments.out)
+    refuse_unwritable(out, f"--out {arguments.out}", "choose another")
     runs = open_runs(words)
     failed = [] if arguments.no_run else complete(runs, arguments, baselines)
     for run in runs:
@@ -152,17 +152,6 @@ def check(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     return words, baselines
 
 
-def folder(word: str) -> Path:
-    """The folder of the output. Raises Refusal if it cannot be written."""
-    path = Path(word).absolute()
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise Refusal(f"--out {word} cannot be written: {parent} is read-only or no folder; choose another")
-    return Path(word)
-
-
 def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequence[str]) -> list[str]:
     """Make the evaluations that are missing, damaged or stale, each by its own script; what failed, in words."""
     for run in runs:
@@ -177,8 +166,7 @@ def complete(runs: Sequence[Run], arguments: argparse.Namespace, baselines: Sequ
             lacks = lacks if name in USUAL else []
             if one is not None and not one.stale and not one.superseded and not lacks:
                 continue
-            labels = fingerprints(where) if name in WHOLE_DATA else []
-            if isinstance(labels, Refusal):
+            if name in WHOLE_DATA and isinstance(labels := splits_of(where), Refusal):
                 line = f"{run.name}: {title_of(name)} is left out: {labels}"
                 print(line, flush=True)
                 failed += [line] if arguments.make else []

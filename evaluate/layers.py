@@ -134,7 +134,7 @@ def measure(job: Evaluation) -> tuple[Values, int]:
     grids = {tuple(by_seed[0]["grid"]) for layers in results.values() for by_seed in layers.values()}
     for grid in sorted(grids, reverse=True):
         job.say(f"raw pixels of {grid[0]}x{grid[1]} patches")
-        (train,), (test,) = sample_both(job, functools.partial(cut, grid), say)
+        (train,), (test,) = sample_both(job, lambda batch, grid=grid: [patches(batch, grid)], say)  # type: ignore[misc]
         results["pixels"][f"{grid[0]}x{grid[1]}"] = [judge_layer(job, train, test, job.seeds)]
     values = {row: {layer: entry_of(by_seed) for layer, by_seed in layers.items()} for row, layers in results.items()}
     if job.classes:
@@ -157,11 +157,6 @@ def portions(job: Evaluation, backbone: Backbone) -> list[range]:
         ]
         sizes.append(4 * features.tokens.shape[2] * sum(tokens))
     return list(groups(sizes, MEMORY))
-
-
-def cut(grid: tuple[int, int], batch: Tensor) -> list[Features]:
-    """Take raw pixels as a layer."""
-    return [patches(batch, grid)]
 
 
 @torch.no_grad()

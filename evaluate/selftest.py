@@ -20,9 +20,7 @@ from common.processes.launch import entry, run_script  # first: it sets what tor
 # isort: split
 import argparse
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from common.commands import Parser, command
 from common.data import Images, Location, labelled_splits
@@ -141,14 +139,9 @@ def judged(check: Check, arguments: argparse.Namespace) -> tuple[str, bool]:
     if status := run_script(check.script, command):
         raise Refusal(f"{check.script}.py ended with status {status}, see above: nothing is known of its figure")
     content, _ = report.read(Path(arguments.out) / f"{check.script}.json")
-    return verdict(check, *published_figure(check, content))
-
-
-def published_figure(check: Check, content: Mapping[str, Any]) -> tuple[str, float]:
-    """Read (protocol, accuracy) of the number in a report that corresponds to the published one."""
     entry, protocol = content["values"]["subject"][check.kind], content["protocol"]
-    protocol = protocol["beside"] if check.beside == FIELD else protocol
-    return protocol["id"], (entry[check.beside] if check.beside else entry)["accuracy"]
+    protocol = protocol["beside"] if check.beside == FIELD else protocol  # of the number that is theirs
+    return verdict(check, protocol["id"], (entry[check.beside] if check.beside else entry)["accuracy"])
 
 
 def verdict(check: Check, protocol: str, accuracy: float) -> tuple[str, bool]:

@@ -33,11 +33,8 @@ WHOLE_DATA = ("knn", "linear", "fewshot", "finetune")  # of which the fingerprin
 NOT_CENTRED = "its k-NN is of features that are not centred"
 SUPERSEDED = {"knn/dino": NOT_CENTRED, "layers/position+knn": NOT_CENTRED}  # by id: what earlier versions did otherwise
 NO_SETTING = ("picture", "notes", "left_out")  # where something lies, and what was said
-OF_OTHERS = {  # by evaluation: of other numbers than the headline, or a sentence about it
-    "knn": ("k", "selection"),
-    "fewshot": ("subsets",),
-    "finetune": ("pixels",),
-}
+# by evaluation: of other numbers than the headline, or a sentence about it
+OF_OTHERS = {"knn": ("k", "selection"), "fewshot": ("subsets",), "finetune": ("pixels",)}
 OWN = "the checkpoint's own"
 MOST, LONGEST = 6, 40  # settings that are named in one line, and letters of a value
 
@@ -243,7 +240,7 @@ def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
                 continue
             if evaluation not in WHOLE_DATA:
                 continue
-            splits = _splits(location_of_report(run, one, given))
+            splits = splits_of(location_of_report(run, one, given))
             if isinstance(splits, Refusal):
                 one.note = f"whether {one.spec} is what it was could not be checked: {splits}"
             elif not (splits[0].has_fingerprint(one.train) and splits[1].has_fingerprint(one.test)):
@@ -253,15 +250,9 @@ def check_data(runs: Sequence[Run], given: Mapping[str, str | None]) -> None:
                     one.content["data"][side]["fingerprint"] = images.fingerprint()
 
 
-def fingerprints(where: Location) -> list[str] | Refusal:
-    """Fingerprints of the labelled training and test images, or why they cannot be opened."""
-    splits = _splits(where)
-    return splits if isinstance(splits, Refusal) else [images.fingerprint() for images in splits]
-
-
 @functools.cache
-def _splits(where: Location) -> tuple[Images, Images] | Refusal:
-    """The labelled training and test images. Opened once: many runs share data."""
+def splits_of(where: Location) -> tuple[Images, Images] | Refusal:
+    """The labelled training and test images, or why they cannot be opened. Opened once: many runs share data."""
     try:
         train, test, _ = labelled_splits(where, download=False)
     except (Refusal, OSError) as error:

@@ -51,7 +51,8 @@ def distribution(several: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"outcomes of {sorted(counts)} images: expected equally many, and at least one")
     images = counts.pop()
-    flat = np.concatenate([_columns(outcomes) for outcomes in by_seed], 1)  # (K, all columns)
+    columns = [np.moveaxis(outcomes, 1, 0).reshape(images, -1) for outcomes in by_seed]
+    flat = np.concatenate(columns, 1).astype(np.float64)  # (K, all columns): whole numbers below 2^53 are exact
     rng = np.random.default_rng(seed)
     results = np.empty((len(by_seed), draws))
     at_a_time = max(1, AT_ONCE // images)
@@ -86,8 +87,3 @@ def _by_seed(outcomes: np.ndarray) -> np.ndarray:
     if outcomes.ndim not in (1, 2, 3, 4) or (outcomes.ndim > 2 and outcomes.shape[-1] != 3):
         raise ValueError(f"outcomes {outcomes.shape}: expected (K,), (S, K), (K, C, 3) or (S, K, C, 3)")
     return outcomes[None] if outcomes.ndim % 2 else outcomes
-
-
-def _columns(outcomes: np.ndarray) -> np.ndarray:
-    """Flatten (S, K, ...) to (K, S * ...), float64: whole numbers below 2^53 are exact."""
-    return np.moveaxis(outcomes, 1, 0).reshape(outcomes.shape[1], -1).astype(np.float64)

@@ -267,14 +267,17 @@ def _out(requested: str | None, subject: Subject, name: str) -> Path:
     if requested is None:  # --out may lead through links: its user chose it
         refuse_links(path.parent, (path.name,))
     path = path if path.suffix == ".json" else path / f"{name}.json"
-    parent = path.parent.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise Refusal(
-            f"the report {path} cannot be written: {parent} is read-only or no folder; choose another with --out"
-        )
+    refuse_unwritable(path.parent, f"the report {path}", "choose another with --out")
     return path
+
+
+def refuse_unwritable(folder: Path, what: str, advice: str) -> None:
+    """Raises Refusal if `what` cannot be written because its `folder` can be neither written to nor made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise Refusal(f"{what} cannot be written: {folder} is read-only or no folder; {advice}")
 
 
 def refuse_gaps(train: Images, test: Images, spec: str) -> None:

@@ -351,15 +351,10 @@ def _threads_for(products: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def num_steps(images: int, batch: int, epochs: float, most: int | None = MOST_STEPS) -> int:
-    """Steps of a sweep over `images` images: whole batches only, and `most` at most."""
-    steps = max(1, round(epochs * (images // min(batch, images))))
-    return steps if most is None else min(most, steps)
-
-
 def steps_of(training: HeadTraining, images: int) -> int:
-    """Steps of a training on `images` images."""
-    return training.steps or num_steps(images, training.batch, training.epochs, training.most_steps)
+    """Steps of a training on `images` images: whole batches only, and `most_steps` at most."""
+    steps = training.steps or max(1, round(training.epochs * (images // min(training.batch, images))))
+    return steps if training.steps or training.most_steps is None else min(training.most_steps, steps)
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -144,8 +144,13 @@ class Segmenter(nn.Module):
         self.blocks = blocks if isinstance(blocks, int) else list(blocks)
         if frozen:
             backbone.requires_grad_(False).eval()
-        else:
-            _freeze_unseen(backbone, self.blocks, decoder.normed)
+            return
+        model = backbone.model
+        above = list(model.blocks)[max(blocks) + 1 :] if not isinstance(blocks, int) else []
+        norms = [getattr(model, name, None) for name in ("norm", "fc_norm")] if not decoder.normed else []
+        for part in (*above, *norms):
+            if part is not None:
+                part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Like nn.Module.train, except that a frozen backbone stays in eval mode."""
@@ -160,15 +165,6 @@ class Segmenter(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             layers = self.backbone.layers(images, self.blocks, self.plan, norm=self.decoder.normed)
         return self.decoder([layer.tokens.mT.unflatten(2, layer.grid) for layer in layers])
-
-
-def _freeze_unseen(backbone: Backbone, blocks: int | Sequence[int], normed: bool) -> None:
-    model = backbone.model
-    above = list(model.blocks)[max(blocks) + 1 :] if not isinstance(blocks, int) else []
-    norms = [getattr(model, name, None) for name in ("norm", "fc_norm")] if not normed else []
-    for part in (*above, *norms):
-        if part is not None:
-            part.requires_grad_(False)
 
 
 def make(

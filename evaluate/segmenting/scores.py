@@ -25,11 +25,6 @@ def counts(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     return torch.stack([torch.bincount(column, minlength=num_classes) for column in columns], 1)
 
 
-def majority(pixels: np.ndarray) -> int:
-    """Class that most pixels are of, where images have `pixels` (n, C) of each."""
-    return int(pixels.sum(0).argmax())
-
-
 def constant(pixels: np.ndarray, chosen: int) -> np.ndarray:
     """Counts, int64 (K, C, 3), of answering `chosen` everywhere, for images with `pixels` (K, C) of each class."""
     counts = np.zeros((*pixels.shape, 3), np.int64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import Refusal
-from evaluate.probing.probe import hold_out, num_steps, probe
+from evaluate.probing.probe import HeadTraining, hold_out, probe, steps_of
 
 
 def blobs(count, seed, classes=3, width=6):
@@ -45,9 +45,9 @@ def test_hold_out_is_stratified_and_leaves_every_class_something():
 
 
 def test_steps_are_capped_and_never_zero():
-    assert num_steps(1000, 256, 10) == 30
-    assert num_steps(10, 256, 2) == 2
-    assert num_steps(1_281_167, 256, 50) == 12_500
+    assert steps_of(HeadTraining(epochs=10), 1000) == 30
+    assert steps_of(HeadTraining(epochs=2), 10) == 2
+    assert steps_of(HeadTraining(), 1_281_167) == 12_500
 
 
 @pytest.mark.slow

@@ -211,8 +211,8 @@ def test_what_is_damaged_is_made_again(make, compare, script, monkeypatch, tmp_p
 
     def mend(name, command):
         assert (name, command) == ("knn", ["--ckpt", str(a)])
-        train, test = main.__globals__["fingerprints"](Location("builtin"))
-        data = {"train": {"fingerprint": train}, "test": {"fingerprint": test}}
+        train, test = main.__globals__["splits_of"](Location("builtin"))
+        data = {"train": {"fingerprint": train.fingerprint()}, "test": {"fingerprint": test.fingerprint()}}
         standard(a, 0.7, 0, data={"spec": "builtin"} | data)
         return 0
 

@@ -16,7 +16,6 @@ from evaluate.probing.probe import (
     Probe,
     better,
     drawn,
-    num_steps,
     probes,
     share_of_peak,
     steps_of,
@@ -126,7 +125,7 @@ def test_schedules() -> None:
     assert share_of_peak(by_step, 0, 1, 1) == 1  # one step of all: no warm-up before it
     assert steps_of(HeadTraining(steps=12_500), 100) == 12_500
     assert steps_of(HeadTraining(batch=16_384, epochs=90, most_steps=None), 9000) == 90
-    assert num_steps(1_281_167, 1024, 100, None) == 125_100
+    assert steps_of(HeadTraining(batch=1024, epochs=100, most_steps=None), 1_281_167) == 125_100
 
 
 def test_the_better_of_two_and_the_best_on_test_are_two_choices() -> None:

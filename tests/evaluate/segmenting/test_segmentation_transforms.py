@@ -17,7 +17,6 @@ from evaluate.segmenting.options import SegmentationConfig, rate_of, stride_of
 from evaluate.segmenting.scores import (
     constant,
     counts,
-    majority,
     mean_iou,
     per_class,
     pixel_accuracy,
@@ -204,7 +203,7 @@ def test_scores_are_torchmetrics():
 def test_the_majority_class_everywhere():
     masks = torch.tensor([[[0, 0, 1], [0, IGNORED, 2]], [[1, 1, 1], [1, 0, 0]]])
     scenes = in_memory(np.zeros((2, 2, 3), np.uint8), masks.numpy(), "abc")
-    chosen = majority(scenes.pixels)
+    chosen = int(scenes.pixels.sum(0).argmax())
     by_hand = torch.stack([counts(torch.full_like(mask, chosen), mask, 3) for mask in masks])
     assert chosen == 0 or scenes.pixels.sum(0)[chosen] == scenes.pixels.sum(0).max()
     assert np.array_equal(constant(scenes.pixels, chosen), by_hand.numpy())
