@@ -140,7 +140,7 @@ class Ibot(Distillation):
 
     @torch.no_grad()
     def _statistics(self, each_n: Tensor, targets_nK: Tensor, share_n: Tensor, num_patches: int) -> dict[str, Tensor]:
-        """Statistics that `forward` lists. A masked crop's shares sum to 1: the sum of all is the number of such crops."""
+        """Statistics that `forward` lists. A masked crop's shares sum to 1, all shares to the number of such crops."""
         entropy_n = prototypes.entropy(targets_nK)
         here = [(share_n * entropy_n).sum(), (share_n * (each_n - entropy_n)).sum(), share_n.sum()]
         counts = [share_n.new_tensor(float(len(each_n))), share_n.new_tensor(float(num_patches))]
