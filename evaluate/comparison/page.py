@@ -129,7 +129,7 @@ def curves(comparison: Comparison) -> list[Plot]:
             points = [
                 (step, record[name]) for step, record in logged[run.name] if type(record.get(name)) in (int, float)
             ]
-            lines.append(Curve(run.name, [step for step, _ in points], [value for _, value in points], at))
+            lines.append(Curve(run.name, points, at))
         if lines not in before:  # the loss of a single objective is the loss
             drawn.append(plots.curves(name, lines, "step", percent=bool(SHARES.search(name))))
         before.append(lines)
@@ -149,7 +149,7 @@ def layered(runs: list[tuple[int, Run]]) -> Iterator[Plot | None]:
                 for entry in (entries(report.content) if report is not None and not report.stale else ())
                 if entry.row == "subject" and entry.setting == setting and entry.features.startswith("layer ")
             ]
-            lines.append(Curve(run.name, [layer for layer, _ in points], [value for _, value in points], at))
+            lines.append(Curve(run.name, points, at))
         yield plots.curves(title, lines, "layer", percent=True)
 
 
@@ -162,8 +162,10 @@ def pictures(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         shown, broken, left_out = [], [], {}
         for path, caption, stem in [*boards(run), *sheets(run)]:
-            if why := out_of_date(run, stem):
-                left_out[title_of(stem)] = why
+            if stem and stem not in run.reports:
+                left_out[title_of(stem)] = "they have no whole report"
+            elif stem and (stale := run.reports[stem].stale):
+                left_out[title_of(stem)] = f"its report is {stale}"
             elif (image := picture(path)) is None:
                 broken.append(path.name)
             else:
@@ -192,13 +194,6 @@ def picture(path: Path) -> dict[str, Any] | None:
         return None
     source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return {"source": source, "width": size[0], "height": size[1]}
-
-
-def out_of_date(run: Run, stem: str) -> str:
-    """Why the pictures beside the report `stem` are not those of the weights and data as they are; or nothing."""
-    if not stem or (stem in run.reports and not run.reports[stem].stale):
-        return ""
-    return f"its report is {run.reports[stem].stale}" if stem in run.reports else "they have no whole report"
 
 
 def boards(run: Run) -> Iterator[tuple[Path, str, str]]:

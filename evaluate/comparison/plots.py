@@ -32,8 +32,7 @@ class Curve(NamedTuple):
     """A line of a plot; `number` decides its colour and dashes."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    points: Sequence[tuple[float, float]]
     number: int
 
 
@@ -58,8 +57,7 @@ class Plot(NamedTuple):
 def curves(title: str, lines: Sequence[Curve], across: str, percent: bool = False) -> Plot | None:
     """Draw curves over the axis `across`; points that are not finite are left out. None where no point is left."""
     scale = 100 if percent else 1
-    kept = [(line, *_finite(line.x, line.y, scale)) for line in lines]
-    kept = [(line, x, y) for line, x, y in kept if x]
+    kept = [(line, x, y) for line in lines for x, y in [_finite(line.points, scale)] if x]
     if not kept:
         return None
     ends = "; ".join(f"{line.name}: {number(y[0])} to {number(y[-1])}" for line, _, y in kept)
@@ -120,9 +118,9 @@ def _look(at: int) -> dict[str, Any]:
     return look | {"linewidth": 1.5, "markersize": 5, "clip_on": False}
 
 
-def _finite(x: Sequence[float], y: Sequence[float], scale: float) -> tuple[list[float], list[float]]:
+def _finite(points: Sequence[tuple[float, float]], scale: float) -> tuple[list[float], list[float]]:
     """Keep the finite points, and of many every n-th with the last."""
-    points = [(a, b * scale) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    points = [(a, b * scale) for a, b in points if math.isfinite(a) and math.isfinite(b)]
     every = -(-len(points) // MOST_POINTS) if points else 1
     some = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
     return [a for a, _ in some], [b for _, b in some]

@@ -112,7 +112,10 @@ def write(
     state = state_for_timm(backbone, about["position"])
     names = about.get("training", {}).get("label_names") or []
     chosen = Recipe(made.name, made.kwargs)
-    for kwargs in _poolings(made, about, 0 if head is None else len(head["bias"])):
+    usual = made.kwargs | {"num_classes": 0 if head is None else len(head["bias"])}
+    usual["global_pool"] = GLOBAL_POOL.get(about["pooling"])
+    poolings = [usual, usual | {"use_fc_norm": False}]  # BEiT's and EVA's mean of patches: normalised before, not after
+    for kwargs in poolings if usual["global_pool"] else ():
         try:
             model = _built(Recipe(made.name, kwargs), about, state, head)
             if _pools(model, backbone, about, head):
@@ -130,14 +133,6 @@ def write(
     labels = {"label_names": chosen.label_names} if chosen.label_names else {}
     save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
     return chosen
-
-
-def _poolings(made: Recipe, about: Mapping[str, Any], num_classes: int) -> list[dict[str, Any]]:
-    """Arguments of the architecture by which it may pool as the training did, to be tried in this order."""
-    if about["pooling"] not in GLOBAL_POOL:
-        return []
-    usual = made.kwargs | {"num_classes": num_classes, "global_pool": GLOBAL_POOL[about["pooling"]]}
-    return [usual, usual | {"use_fc_norm": False}]  # BEiT's and EVA's mean of patches: normalised before, not after
 
 
 def _built(made: Recipe, about: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None) -> Any:

@@ -75,7 +75,9 @@ class UperNet(nn.Module):
 
         "auxiliary" only in training. Raises Refusal for a single image in training.
         """
-        if self.training and len(maps[0]) == 1 and not _together(self.fpn):
+        norms = [part for part in self.fpn.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        alone = all(type(norm) is nn.BatchNorm2d for norm in norms)  # others also see the images of other processes
+        if self.training and len(maps[0]) == 1 and alone:
             raise Refusal(
                 "upernet pools an image to one value per channel, which batch norm cannot train on: 1 image per step, "
                 "process and accumulated part was given, and 2 are needed; use a larger --batch, or a smaller "
@@ -115,12 +117,6 @@ def _pyramid(width: int, channels: int) -> nn.Module:
     decoder: Any = UPerNetDecoder([0, 0, width, width, width, TOP], 5, channels)
     decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in decoder.feature_norms)
     return decoder
-
-
-def _together(module: nn.Module) -> bool:
-    """Whether batch norms also see the images of other processes: then they are of other classes."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) is not nn.BatchNorm2d
-               for part in module.modules())  # fmt: skip
 
 
 class Segmenter(nn.Module):

@@ -92,12 +92,12 @@ def test_page_is_whole_escaped_and_asks_for_nothing(make, compare):
 
 
 def test_plots_by_hand():
-    plot = plots.curves("loss", [plots.Curve("one", [0, 10, 20], [1.0, float("nan"), 3.0], 0)], "step")
+    plot = plots.curves("loss", [plots.Curve("one", [(0, 1.0), (10, float("nan")), (20, 3.0)], 0)], "step")
     assert plot.title == "loss" and plot.alt == "Curves of loss over step. one: 1 to 3"
     (line,) = re.findall(r'<path d="M ([^"]*)" style="[^"]*var\(--c0\)', plot.svg)
     (x0, y0), (x1, y1) = (map(float, point.split()) for point in line.split("L"))
     assert x1 > x0 and y1 < y0  # the point that is no number is left out, and upwards is more
-    assert plots.curves("nothing", [plots.Curve("one", [0], [float("nan")], 0)], "step") is None
+    assert plots.curves("nothing", [plots.Curve("one", [(0, float("nan"))], 0)], "step") is None
     hostile = [plots.Bar("<b>$x_1$ & more", 0.5, 0.4, 0.7, 9), plots.Bar("y", 0.25, None, None, 1)]
     plot = plots.intervals("k-NN", hostile)
     assert plot.alt.endswith("<b>$x_1$ & more 50.0, 40.0 to 70.0; y 25.0, 25.0 to 25.0")  # escaped by the page
