@@ -28,22 +28,22 @@ def card(source: Source, checks: list[Check], sample: str) -> str:
 
 def rows_of(source: Source) -> dict[str, str]:
     """Rows of the card's table: facts about the backbone, its training and its origin."""
-    subject, about, training = source.subject, source.about, source.about.get("training", {})
-    h, w = about["size"]
-    without = about["position"] == "none"
+    subject, description, training = source.subject, source.description, source.description.get("training", {})
+    h, w = description["size"]
+    without = description["position"] == "none"
     parameters = sum(tensor.numel() for tensor in (subject.state or {}).values())
-    irpe = f", iRPE {code(about['irpe'])}" if about.get("irpe") is not None else ""
+    irpe = f", iRPE {code(description['irpe'])}" if description.get("irpe") is not None else ""
     objectives = [
         f"{name} (position {options['position']})" if "position" in options else name
         for name, options in (training.get("objectives") or {}).items()
     ]
     rows = {
-        "Architecture": f"`{about['name']}` {code(about['kwargs'])}{irpe}",
-        "Input": f"{len(about['mean'])} channels, {h}x{w} pixels, the inner {about.get('crop', 0.875):.1%}",
-        "Normalisation": f"values in [0, 1], minus {code(about['mean'])}, divided by {code(about['std'])}",
-        "Output": f"{about['grid'][0]}x{about['grid'][1]} patch tokens of width {about['width']}, after "
-        f"{about['num_prefix_tokens'] or 'no'} prefix tokens; final norm applied",
-        "Pooling": f"{about['pooling']} (what the training made an image's feature)",
+        "Architecture": f"`{description['name']}` {code(description['kwargs'])}{irpe}",
+        "Input": f"{len(description['mean'])} channels, {h}x{w} pixels, the inner {description.get('crop', 0.875):.1%}",
+        "Normalisation": f"values in [0, 1], minus {code(description['mean'])}, divided by {code(description['std'])}",
+        "Output": f"{description['grid'][0]}x{description['grid'][1]} patch tokens of width {description['width']}, "
+        f"after {description['num_prefix_tokens'] or 'no'} prefix tokens; final norm applied",
+        "Pooling": f"{description['pooling']} (what the training made an image's feature)",
         "Position": "off: trained without position encoding" if without else "on",
         "Numbers": f"{parameters:,} in the state dict",
         "Recipe": recorded(training.get("recipe")),
@@ -52,7 +52,7 @@ def rows_of(source: Source) -> dict[str, str]:
         "Training": f"{training['step']:,} of {training.get('steps', training['step']):,} steps, "
         f"{training.get('images_seen', 0):,} images seen, seed {training.get('seed')}, {training.get('precision')}"
         if "step" in training else recorded(None),
-        "Audit": recorded(training.get("audit")) + (f": {leak}" if (leak := leak_note(about)) else ""),
+        "Audit": recorded(training.get("audit")) + (f": {leak}" if (leak := leak_note(description)) else ""),
         "Source": f"`{subject.name}`, SHA-256 of the weights `{subject.weights_sha256}`",
         "Command": f"`{configuration.command_line()}`",
         "Made with": f"torch {torch.__version__}, timm {timm.__version__}",
@@ -70,33 +70,36 @@ def rows_of(source: Source) -> dict[str, str]:
 
 def with_timm(source: Source, check: Check) -> list[str]:
     """Lines of the card about the files for timm: code to run, and caveats."""
-    recipe, about = source.recipe, source.about
+    recipe, description = source.recipe, source.description
     assert recipe is not None
     lines = ["", "## With timm", "", "In this folder; from elsewhere `local-dir:` and its path, from a model hub "]
     lines[-1] += "`hf-hub:OWNER/NAME`:"
-    lines += ["", "```python", *timm_files.usage(recipe, ".", len(about["mean"])), "```", ""]
+    lines += ["", "```python", *timm_files.usage(recipe, ".", len(description["mean"])), "```", ""]
     lines += [f"`tokens` is {('batch', *check.shape)}; `config.json` holds mean, std, size, crop and interpolation. "]
-    if about["size"][0] != about["size"][1]:
+    if description["size"][0] != description["size"][1]:
         lines[-1] += "Of an oblong image timm's transform may cut one pixel beside the training's. "
     lines[-1] += "In the training transparent images were laid over white."
     if recipe.head is None and not recipe.pools:
-        above = check.shape[0] - about["grid"][0] * about["grid"][1]  # tokens that are no patches
+        above = check.shape[0] - description["grid"][0] * description["grid"][1]  # tokens that are no patches
         parts = {"class": "tokens[:, 0]", "mean": f"tokens[:, {above}:].mean(1)"}
         parts["both"] = f"torch.cat([{parts['class']}, {parts['mean']}], 1)"
         if len(check.shape) == 2:
-            lines += ["", f"Pooled as in the training: `{parts[about['pooling']]}`; `model(images)` pools otherwise."]
-    if about["position"] == "none":
+            lines += [
+                "",
+                f"Pooled as in the training: `{parts[description['pooling']]}`; `model(images)` pools otherwise.",
+            ]
+    if description["position"] == "none":
         lines += ["", "Position is off by weights that add nothing, such as a position embedding of zeros."]
     return lines
 
 
 def with_onnx(source: Source) -> list[str]:
     """Lines of the card about the ONNX file."""
-    about = source.about
-    h, w = about["size"]
-    outputs = "`tokens` (batch, patches, width)" + (", `prefix`" if about["num_prefix_tokens"] else "")
+    description = source.description
+    h, w = description["size"]
+    outputs = "`tokens` (batch, patches, width)" + (", `prefix`" if description["num_prefix_tokens"] else "")
     outputs += "" if source.head is None else f", `logits` (batch, {len(source.head['bias'])})"
-    shape = f"(batch, {len(about['mean'])}, {h}, {w})"
+    shape = f"(batch, {len(description['mean'])}, {h}, {w})"
     return ["", "## With ONNX", "", f"`model.onnx`: `images` uint8 {shape}, not normalised, to {outputs}."]
 
 

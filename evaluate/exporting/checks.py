@@ -49,7 +49,7 @@ class Source:
     recipe: timm_files.Recipe | None  # how timm builds it, if a file for timm is written
 
     @property
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """The description of the backbone."""
         return self.subject.description
 
@@ -99,7 +99,7 @@ class Check:
 @torch.no_grad()
 def write_and_compare(kind: str, folder: Path, source: Source, sample: Sample) -> Check:
     """Write the file of `kind` into `folder`, read it as its user would, and compare the two on `sample`."""
-    file, images, head, about = folder / FILES[kind], sample.images, source.head, source.about
+    file, images, head, description = folder / FILES[kind], sample.images, source.head, source.description
     expected = source.backbone(images, source.subject.plan)
     logits, by_timm = None, None
     if kind == "safetensors":
@@ -107,52 +107,52 @@ def write_and_compare(kind: str, folder: Path, source: Source, sample: Sample) -
         features = again(images, plan)
         tokens, prefix = features.tokens, features.prefix
         output = tokens
-        logits = scores(features, about["pooling"], same) if head is not None else None
+        logits = scores(features, description["pooling"], same) if head is not None else None
     elif kind == "timm":
         assert source.recipe is not None
-        source.recipe = timm_files.write(folder, source.recipe, source.backbone, about, head)
+        source.recipe = timm_files.write(folder, source.recipe, source.backbone, description, head)
         model, config = timm_files.read(folder)
         output = model.forward_features(timm_files.normalised(images, config))
         tokens, prefix = split(output, expected)
         logits = model.forward_head(output) if head is not None else None
         by_timm = compare_transforms(model, config, source, sample)
     else:
-        write_onnx(Pixels(source.backbone, source.subject.plan, about.get("pooling"), head), images, file)
+        write_onnx(Pixels(source.backbone, source.subject.plan, description.get("pooling"), head), images, file)
         tokens, prefix, logits = run_onnx(file, images, expected, head is not None)
         output = tokens
     pairs = (tokens, expected.tokens), (prefix, expected.prefix)
     if any(a.shape != b.shape for a, b in pairs):
         raise RuntimeError(f"{file.name} gives {tokens.shape}, {prefix.shape}: expected {[b.shape for _, b in pairs]}")
     largest = max((a - b).abs().max().item() for a, b in pairs if b.numel())
-    of_logits = None if logits is None else difference(logits, scores(expected, about["pooling"], head))
+    of_logits = None if logits is None else difference(logits, scores(expected, description["pooling"], head))
     return Check(kind, file, largest, of_logits, sha256(file), tuple(output.shape[1:]), by_timm)
 
 
 def write_checkpoint(file: Path, source: Source) -> tuple[Backbone, TokenPlan, dict[str, Tensor] | None]:
     """Write a checkpoint that poslabel reads, and its head beside it; returns (backbone, plan, head) read from them."""
-    about = {name: value for name, value in source.about.items() if name != "weights_sha256"}
+    description = {name: value for name, value in source.description.items() if name != "weights_sha256"}
     if source.head is not None:
         save_file(source.head, file.parent / HEAD)
-        about["training"] = about["training"] | {"head_sha256": sha256(file.parent / HEAD)}
-    elif "finetuned" in about.get("training", {}):
-        about["training"] = about["training"] | {"head": False}
-    public.export(file.parent, source.backbone, about)
+        description["training"] = description["training"] | {"head_sha256": sha256(file.parent / HEAD)}
+    elif "finetuned" in description.get("training", {}):
+        description["training"] = description["training"] | {"head": False}
+    public.export(file.parent, source.backbone, description)
     again, plan, description = public.load_backbone(file)
     return again, plan, public.load_head(file, description)
 
 
 def compare_transforms(model: Any, config: dict[str, Any], source: Source, sample: Sample) -> Shown:
     """Compare timm's own transform of `config` with ours on the same pictures."""
-    about, size = source.about, tuple(source.about["size"])
-    if tuple(config["input_size"]) != (len(about["mean"]), *size):
+    description, size = source.description, tuple(source.description["size"])
+    if tuple(config["input_size"]) != (len(description["mean"]), *size):
         raise RuntimeError(f"timm reads an input size of {config['input_size']} in {timm_files.FILES[1]}")
-    std, transform = torch.tensor(about["std"]).view(-1, 1, 1), create_transform(**config, is_training=False)
+    std, transform = torch.tensor(description["std"]).view(-1, 1, 1), create_transform(**config, is_training=False)
     levels = most = tokens = 0.0
-    for picture in readable(sample.pictures, len(about["mean"])):
-        picture = timm_files.shaped(picture, size, about.get("crop", 0.875))
+    for picture in readable(sample.pictures, len(description["mean"])):
+        picture = timm_files.shaped(picture, size, description.get("crop", 0.875))
         theirs = transform(to_pil_image(picture))[None]
-        ours = evaluation(picture, size, about.get("crop", 0.875))[None]
-        away = (theirs - timm_files.normalised(ours, about)).abs() * std * 255
+        ours = evaluation(picture, size, description.get("crop", 0.875))[None]
+        away = (theirs - timm_files.normalised(ours, description)).abs() * std * 255
         levels, most = max(levels, away.mean().item()), max(most, away.max().item())
         features = source.backbone(ours, source.subject.plan)
         by_timm, _ = split(model.forward_features(theirs), features)

@@ -51,23 +51,24 @@ class Recipe:
         return not timm.model_entrypoint(self.name).__module__.startswith("timm.")
 
 
-def recipe(about: Mapping[str, Any]) -> Recipe:
-    """Recipe by which timm builds the network of the description `about`. Raises Refusal if timm cannot."""
+def recipe(description: Mapping[str, Any]) -> Recipe:
+    """Recipe by which timm builds the network of a `description`. Raises Refusal if timm cannot."""
     elsewhere = "use --to safetensors or onnx"
-    if about.get("irpe") is not None:
+    if description.get("irpe") is not None:
         raise Refusal(
-            f"--to timm: iRPE was added to {about['name']} after timm had built it, which no timm.create_model repeats "
-            f"(the published {next(iter(PUBLISHED))} and others can be exported); {elsewhere}"
+            f"--to timm: iRPE was added to {description['name']} after timm had built it, which no timm.create_model "
+            f"repeats (the published {next(iter(PUBLISHED))} and others can be exported); {elsewhere}"
         )
-    altered = {name: about["kwargs"].get(name, usual) for name, usual in SWIN_AS_IN_TIMM.items()}
+    altered = {name: description["kwargs"].get(name, usual) for name, usual in SWIN_AS_IN_TIMM.items()}
     if altered != SWIN_AS_IN_TIMM:
         raise Refusal(f"--to timm: its Swin was altered ({altered}), which no timm.create_model repeats; {elsewhere}")
-    backbone = public.build(dict(about))
-    if about["position"] == "none" and getattr(backbone.model, "rope", None) is not None:
+    backbone = public.build(dict(description))
+    if description["position"] == "none" and getattr(backbone.model, "rope", None) is not None:
         raise Refusal(
-            f"--to timm: {about['name']} was trained without its rotary embedding, which timm would add; {elsewhere}"
+            f"--to timm: {description['name']} was trained without its rotary embedding, which timm would add; "
+            f"{elsewhere}"
         )
-    return Recipe(about["name"].split(".")[0], timm_arguments(backbone.config, backbone.size))
+    return Recipe(description["name"].split(".")[0], timm_arguments(backbone.config, backbone.size))
 
 
 def state_for_timm(backbone: Backbone, position: str) -> dict[str, Tensor]:
@@ -89,36 +90,36 @@ def state_for_timm(backbone: Backbone, position: str) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------- to be written
 
 
-def data_config(about: Mapping[str, Any]) -> dict[str, Any]:
+def data_config(description: Mapping[str, Any]) -> dict[str, Any]:
     """Input transform of the backbone, in the words of timm's pretrained_cfg."""
     return {
-        "input_size": [len(about["mean"]), *about["size"]],
-        "mean": list(about["mean"]),
-        "std": list(about["std"]),
-        "crop_pct": about.get("crop", 0.875),
+        "input_size": [len(description["mean"]), *description["size"]],
+        "mean": list(description["mean"]),
+        "std": list(description["std"]),
+        "crop_pct": description.get("crop", 0.875),
         "crop_mode": CROP_MODE,
         "interpolation": INTERPOLATION,
     }
 
 
 def write(
-    folder: Path, made: Recipe, backbone: Backbone, about: Mapping[str, Any], head: dict[str, Tensor] | None
+    folder: Path, made: Recipe, backbone: Backbone, description: Mapping[str, Any], head: dict[str, Tensor] | None
 ) -> Recipe:
     """Write the two files of FILES into `folder`; returns the recipe as it was written: with a pooling by which timm's
     model(images) is what was trained, and with `head`, {"weight": (K, D), "bias": (K,)}, if there is one.
 
     Raises Refusal where there is a head and no pooling of timm is the one that it was trained on.
     """
-    state = state_for_timm(backbone, about["position"])
-    names = about.get("training", {}).get("label_names") or []
+    state = state_for_timm(backbone, description["position"])
+    names = description.get("training", {}).get("label_names") or []
     chosen = Recipe(made.name, made.kwargs)
     usual = made.kwargs | {"num_classes": 0 if head is None else len(head["bias"])}
-    usual["global_pool"] = GLOBAL_POOL.get(about["pooling"])
+    usual["global_pool"] = GLOBAL_POOL.get(description["pooling"])
     poolings = [usual, usual | {"use_fc_norm": False}]  # BEiT's and EVA's mean of patches: normalised before, not after
     for kwargs in poolings if usual["global_pool"] else ():
         try:
-            model = _built(Recipe(made.name, kwargs), about, state, head)
-            if _pools(model, backbone, about, head):
+            model = _built(Recipe(made.name, kwargs), description, state, head)
+            if _pools(model, backbone, description, head):
                 chosen = Recipe(made.name, kwargs, True, head, list(names) if head is not None else [])
                 break
         except NO_SUCH_POOLING:
@@ -126,19 +127,21 @@ def write(
     else:
         if head is not None:
             raise Refusal(
-                f"--to timm: its classifier was trained on pooling={about['pooling']}, by which no head of timm's "
-                f"{made.name} pools; use --to safetensors or onnx, or leave the classifier out with --no-head"
+                f"--to timm: its classifier was trained on pooling={description['pooling']}, by which no head of "
+                f"timm's {made.name} pools; use --to safetensors or onnx, or leave the classifier out with --no-head"
             )
-        model = _built(chosen, about, state, None)
+        model = _built(chosen, description, state, None)
     labels = {"label_names": chosen.label_names} if chosen.label_names else {}
     save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
     return chosen
 
 
-def _built(made: Recipe, about: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None) -> Any:
+def _built(
+    made: Recipe, description: Mapping[str, Any], state: dict[str, Tensor], head: dict[str, Tensor] | None
+) -> Any:
     """Build timm's model with these weights, in eval mode; what it says of itself is true of them."""
     known = timm.get_pretrained_cfg(made.name)
-    config = data_config(about) | {"architecture": made.name, "num_classes": made.kwargs.get("num_classes", 0)}
+    config = data_config(description) | {"architecture": made.name, "num_classes": made.kwargs.get("num_classes", 0)}
     for name in ("first_conv", "classifier", "fixed_input_size"):
         config[name] = getattr(known, name, None)
     with warnings.catch_warnings():
@@ -162,11 +165,11 @@ def _head_for_timm(model: nn.Module, classifiers: Any, head: dict[str, Tensor]) 
 
 
 @torch.no_grad()
-def _pools(model: Any, backbone: Backbone, about: Mapping[str, Any], head: dict[str, Tensor] | None) -> bool:
+def _pools(model: Any, backbone: Backbone, description: Mapping[str, Any], head: dict[str, Tensor] | None) -> bool:
     """Whether model(images) is the pooled feature (B, D), or the logits (B, K), that were trained."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, backbone.channels, *backbone.size, generator=generator)
-    expected = scores(backbone(images, public.TokenPlan(about["position"])), about["pooling"], head)
+    expected = scores(backbone(images, public.TokenPlan(description["position"])), description["pooling"], head)
     output = model(images)
     return output.shape == expected.shape and difference(output, expected) <= SAME
 
