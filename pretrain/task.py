@@ -20,7 +20,7 @@ from common.training.schedules import Schedule
 from common.training.task import Task
 from pretrain import objectives
 from pretrain.monitoring.witness import Witness
-from pretrain.objectives import Objective, Objectives, Pass, Positional
+from pretrain.objectives import Objective, Pass, Positional
 
 T = TypeVar("T")
 
@@ -29,12 +29,14 @@ class Pretraining(Task):
     """The only trainable module of a run: runs each distinct pass once and hands the features to every objective."""
 
     skipped: Tensor
+    objectives: Mapping[str, Objective]  # an nn.ModuleDict
 
     def __init__(self, backbone: Backbone, signals: Mapping[str, tuple[float, Objective]]) -> None:
         super().__init__()
         self.backbone = backbone
         self.weights = {name: weight for name, (weight, _) in signals.items()}
-        self.objectives = Objectives({name: objective for name, (_, objective) in signals.items()})
+        modules = {name: objective for name, (_, objective) in signals.items()}
+        self.objectives = nn.ModuleDict(modules)  # type: ignore[assignment]
         wanted = (want for _, objective in signals.values() for want in objective.passes.values())
         self.passes = list(dict.fromkeys(wanted))
         self.teacher: Backbone | None = None

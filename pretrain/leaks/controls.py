@@ -22,10 +22,13 @@ def orders(count: int, num_patches: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, num_patches, generator=generator).argsort(1)
 
 
+def cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches of images (B, C, H, W), cells of `grid` (h, w) in raster order: (B, N, C, H/h, W/w)."""
+    h, w = grid
+    return images.unflatten(3, (w, -1)).unflatten(2, (h, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
 def rearrange(images: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
     """Images (B, C, H, W) whose patches, cells of `grid`, were moved: at place n lies the one of place order[b, n]."""
-    B, C, H, W = images.shape
-    h, w = grid
-    cells = images.reshape(B, C, h, H // h, w, W // w).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C, H // h, W // w)
-    moved = cells[torch.arange(B, device=order.device)[:, None], order]
-    return moved.reshape(B, h, w, C, H // h, W // w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+    moved = cells(images, grid)[torch.arange(len(images), device=order.device)[:, None], order]
+    return moved.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)

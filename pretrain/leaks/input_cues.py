@@ -17,6 +17,7 @@ from common.data import Images, open_data
 from common.data.location import changed_location
 from common.errors import Refusal
 from pretrain.config import PretrainConfig
+from pretrain.leaks.controls import cells
 from pretrain.task import Pretraining
 
 IMAGES = 512  # half to train on, half to judge on
@@ -63,8 +64,7 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Every patch as a row, (B, N, E), of at most 16x16 pixels."""
     h, w = grid
     size = h * min(SIDE, images.shape[2] // h), w * min(SIDE, images.shape[3] // w)
-    cells = F.adaptive_avg_pool2d(images, size).unflatten(3, (w, -1)).unflatten(2, (h, -1))  # (B, C, h, y, w, x)
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return cells(F.adaptive_avg_pool2d(images, size), grid).flatten(2)
 
 
 def probe(rows: Tensor) -> list[float]:

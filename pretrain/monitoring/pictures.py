@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
+from pretrain.leaks.controls import cells
 from pretrain.monitoring.tally import Tally
 
 if TYPE_CHECKING:
@@ -61,14 +62,13 @@ def board(
 
 def _patches(images: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Enlarge patches of uint8 images (B, C, H, W) in raster order, (B, N, ph, pw, 3)."""
-    B, C, H, W = images.shape
+    _, C, H, W = images.shape
     h, w = grid
     enlarge = max(math.ceil(SIDE / min(H // h * h, W // w * w)), math.ceil(PATCH / min(H // h, W // w)))
     images = images.expand(-1, 3, -1, -1) if C == 1 else images[:, :3]
     images = images.cpu().repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
     ph, pw = H * enlarge // h, W * enlarge // w
-    tiles = images[..., : h * ph, : w * pw].reshape(B, 3, h, ph, w, pw)
-    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, ph, pw, 3).numpy()
+    return cells(images[..., : h * ph, : w * pw], grid).permute(0, 1, 3, 4, 2).numpy()
 
 
 def _join(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,21 +104,6 @@ class Objective(nn.Module):
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": scalar that is trained on, and statistics: scalars without gradient}."""
         raise NotImplementedError
-
-
-class Objectives(nn.ModuleDict):
-    """The objectives of a task by name: nn.ModuleDict, which knows what it holds."""
-
-    def __getitem__(self, name: str) -> Objective:
-        return cast(Objective, super().__getitem__(name))
-
-    def items(self) -> ItemsView[str, Objective]:
-        """(name, objective) of every objective."""
-        return cast(ItemsView[str, Objective], super().items())
-
-    def values(self) -> ValuesView[Objective]:
-        """Every objective."""
-        return cast(ValuesView[Objective], super().values())
 
 
 @dataclass

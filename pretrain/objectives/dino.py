@@ -78,8 +78,9 @@ class Dino(Distillation):
 
     def after_step(self, momentum: float) -> None:
         super().after_step(momentum)
-        before = torch.zeros_like(self.used) if self.measured else self.used
-        self.used = self._marked(before)
+        self.used = torch.zeros_like(self.used) if self.measured else self.used.clone()
+        if self.winners:
+            self.used[collectives.gathered(torch.cat(self.winners))] = True  # of any process
         self.winners.clear()
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,10 +125,3 @@ class Dino(Distillation):
         if self.centre is not None:
             statistics["centre_norm"] = self.centre.centre.norm()
         return statistics
-
-    def _marked(self, used: Tensor) -> Tensor:
-        """`used` (K,) with the winners of this step, on any process."""
-        marked = used.clone()
-        if self.winners:
-            marked[collectives.gathered(torch.cat(self.winners))] = True
-        return marked
