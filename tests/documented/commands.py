@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from common import config as configuration
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,18 +31,24 @@ def commands_of(path: Path) -> list[str]:
     return typed + [shlex.join(shlex.split(code)) for code in INLINE.findall(FENCE.sub("", path.read_text()))]
 
 
-COMMANDS = sorted({command for path in PAGES for command in commands_of(path)} - {"poslabel knn", "poslabel NAME"})
+NAMES = {"poslabel knn", "poslabel NAME"}  # how a command begins, in the text
+COMMANDS = sorted({command for path in PAGES for command in commands_of(path)} - NAMES)
 SHELL = [command for command in COMMANDS if command.split()[0] in ("make", "pip", "source", "tensorboard")]
 SCRIPTED = [command for command in COMMANDS if command not in SHELL]  # scripts of ours
 NOT_RUN = {
     "make test": "it is what runs the tests",
-    "make simd": "compiles for minutes, with headers and a network; tests/common/decoding tests what a run says of it",
+    "make simd": "makes a second environment: a compiler, headers, a network and 6 GB",
     "pip install .": "changes the environment; tests/test_install.py builds the wheel and installs it elsewhere",
     "pip install '.[onnx]'": "changes the environment, from a network; the tests' own has this extra",
     "pip install '.[segmentation]'": "changes the environment, from a network; the tests' own has this extra",
     "pip install '.[torchcodec]'": "changes the environment, from a network",
-    "accelerate launch --multi_gpu pretrain/run.py vit_small 'data=~/photos'": "several GPUs",
+    "accelerate launch --multi_gpu pretrain/run.py vit_small 'data=~/photos'": "wants several GPUs",
 }  # command: why no test runs it
+NARROW = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}  # in place of a recipe's ViT-S or -B
+SHORT = [
+    "epochs=null", "steps=2", "batch=4", "precision=fp32", "model.attention=explicit", "threads=1", "log_every=1",
+    "loader.workers=0", "monitor.most=4", "monitor.bank=8",
+]  # fmt: skip
 
 
 def part(start: str) -> list[str]:
@@ -68,6 +76,24 @@ def split(command: str) -> tuple[str, list[str]]:
         return scripts()[words[1]].relative_to(ROOT).as_posix(), words[2:]
     assert words[0] == "python", f"no test knows how to run: {command}"
     return words[1], words[2:]
+
+
+def small(words: list[str], home: Path) -> list[str]:
+    """Words of a training as documented, and others that make it a short one of a narrow model on small images."""
+    given = [word.replace("hf:PATH", f"hf:{home}/labelled").replace("=PATH", f"={home}/fashion") for word in words]
+    if "--resume" in words:
+        return [*given, "steps=3"]
+    recipe = next((word for word in words if "=" not in word and not word.startswith("--")), "quickstart")
+    content = configuration.read_yaml(configuration.find_recipe(recipe, "pretrain"))
+    shape = [f"model.kwargs.{name}={value}" for name, value in NARROW.items()]
+    size = [f"views.{name}.size={32 if name == 'local' else 64}" for name in content.views]
+    if "patch_size" in content.model.get("kwargs", {}):  # small as it is
+        shape = size = []
+    elif any(word.startswith("model.name=spvit") for word in words):  # of its own depth and width
+        shape = []
+    elif any(word.startswith("model.init=timm:") for word in words):  # of the depth and width of what is published
+        shape = [f"model.weights={home}/weights.safetensors"]
+    return [*given, *SHORT, *shape, *size]
 
 
 def module_of(script: str) -> ModuleType:

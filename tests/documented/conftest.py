@@ -6,36 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from documented.commands import ROOT
+from documented.commands import ROOT, small
 from pictures import write_idx
 from runs.children import training_here
 from safetensors.torch import save_file
-
-from common import config as configuration
-
-NARROW = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}  # in place of a recipe's ViT-S or -B
-SHORT = [
-    "epochs=null", "steps=2", "batch=4", "precision=fp32", "model.attention=explicit", "threads=1", "log_every=1",
-    "loader.workers=0", "monitor.most=4", "monitor.bank=8",
-]  # fmt: skip
-
-
-def small(words: list[str], home: Path) -> list[str]:
-    """Words of a training as documented, and others that make it a short one of a narrow model on small images."""
-    given = [word.replace("hf:PATH", f"hf:{home}/labelled").replace("=PATH", f"={home}/fashion") for word in words]
-    if "--resume" in words:
-        return [*given, "steps=3"]
-    recipe = next((word for word in words if "=" not in word and not word.startswith("--")), "quickstart")
-    content = configuration.read_yaml(configuration.find_recipe(recipe, "pretrain"))
-    shape = [f"model.kwargs.{name}={value}" for name, value in NARROW.items()]
-    size = [f"views.{name}.size={32 if name == 'local' else 64}" for name in content.views]
-    if "patch_size" in content.model.get("kwargs", {}):  # small as it is
-        shape = size = []
-    elif any(word.startswith("model.name=spvit") for word in words):  # of its own depth and width
-        shape = []
-    elif any(word.startswith("model.init=timm:") for word in words):  # of the depth and width of what is published
-        shape = [f"model.weights={home}/weights.safetensors"]
-    return [*given, *SHORT, *shape, *size]
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documented.commands import COMMANDS, NOT_RUN, README, ROOT, SHELL, blocks, part, split
-from documented.conftest import small
+from documented.commands import COMMANDS, NOT_RUN, README, ROOT, SHELL, blocks, part, small, split
 from runs.children import Run
 
 BIN = Path(sys.executable).parent

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from documented.commands import call, module_of, part, split
-from documented.conftest import small
+from documented.commands import call, module_of, part, small, split
 from runs.children import Run, training_here
 
 from common.errors import Refusal
