@@ -14,6 +14,8 @@ FEW = {
     "positions": ["--model", "vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "1",
                   "--threads", "1", "--precision", "fp32", "--variant", "absolute (linear)"],
     "backbones": ["--pair", "sp-vit", "--size", "64", "--batch", "1", "--rounds", "1", "--precision", "fp32"],
+    "dino_step": ["--model", "vit_tiny_patch16_224", "--size", "64", "--local-size", "32", "--local-crops", "2",
+                  "--batch", "2", "--prototypes", "256", "--rounds", "1", "--threads", "1", "--precision", "fp32"],
     "loader": ["--images", "8", "--rounds", "1"],
     "launch": ["--steps", "12", "--rounds", "1"],
     "probe": ["--images", "64", "--batch", "32", "--rounds", "1"],
@@ -67,13 +69,22 @@ def test_a_benchmark_prints_its_table(
 
 
 @pytest.mark.parametrize("command", LIGHTLY)
-def test_a_benchmark_names_the_package_that_it_asks_for(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing installs it: where it is, this benchmark of minutes is not run here."""
-    if importlib.util.find_spec("lightly") is not None:
-        pytest.skip("lightly is installed")
+def test_a_benchmark_asks_for_a_package(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing installs lightly; where somebody has, the benchmark is run."""
     script, words = split(command)
-    with pytest.raises(Refusal, match=r"the package lightly is not installed: pip install .*lightly"):
-        call(module_of(script), words, monkeypatch)
+    with training_here():
+        if importlib.util.find_spec("lightly") is None:
+            with pytest.raises(Refusal, match=r"the package lightly is not installed: pip install .*lightly"):
+                call(module_of(script), words, monkeypatch)
+            return
+        assert call(module_of(script), [*words, *FEW["dino_step"]], monkeypatch) == 0
+    wanted = (
+        ["whole step +"] if "parts" in words else [r"ours \(fp32, fused\) +\d+\.\d", r"ours \(fp32, fused\) +[\d,]+ "]
+    )
+    out = capsys.readouterr().out
+    assert [row for row in wanted if not re.search(f"^{row}", out, re.MULTILINE)] == []
 
 
 def test_the_table_of_results_is_that_of_readme(
