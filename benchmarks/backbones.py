@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.models  # noqa: F401  # registers iRPE, LV-ViT and SP-ViT with timm
+from benchmarks.memory import peak
 from common.models.create import set_attention
 
 
@@ -174,14 +175,6 @@ def explain(clock: list[list[float]], steps: int) -> None:
             f"By {name}: {plain:.1f} - {embedding:.1f} (patch embedding) + {stem:.1f} (stem) + {head:.1f} (auxiliary "
             f"head) = {sum_:.1f} ms; LV-ViT takes {whole:.1f} ms, {whole / sum_:.3f} of that."
         )
-
-
-def peak(device: str) -> float:
-    """Most MiB in use so far. Of this program alone: what getrusage says begins with the peak of the parent process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    words = Path("/proc/self/status").read_text(encoding="utf-8").split()
-    return int(words[words.index("VmHWM:") + 1]) / 2**10  # Linux: kB
 
 
 def measure_memory(pair: str, arguments: argparse.Namespace, precision: str) -> None:

@@ -47,6 +47,7 @@ from accelerate import Accelerator
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
+from benchmarks.memory import peak
 from common.batches.samples import Batch
 from common.batches.views import View
 from common.errors import Refusal
@@ -322,14 +323,6 @@ def paired(seconds: list[list[float]], i: int, base: int) -> float:
 
 def row(variant: Variant) -> str:
     return f"{variant.kind} ({variant.precision}, {variant.attention})"
-
-
-def peak(device: str) -> float:
-    """Most MiB in use so far. Of this program alone: what getrusage says begins with the peak of the parent process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    words = Path("/proc/self/status").read_text(encoding="utf-8").split()
-    return int(words[words.index("VmHWM:") + 1]) / 2**10  # Linux: kB
 
 
 def measure_memory(variants: list[Variant], arguments: argparse.Namespace, title: str, bound: float) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.memory import peak
 from common.batches.samples import Batch
 from common.batches.views import View
 from common.models import Features, ModelConfig, create
@@ -122,14 +123,6 @@ def measure_time(arguments: argparse.Namespace, precision: str) -> None:
         ratio = statistics.median(values) / statistics.median(bare)
         middle = statistics.median(values) * 1e3
         print(f"{name:28}{middle:9.1f}{ratio:18.3f}{paired:18.3f}{VARIANTS[name][2] or '':>8}")
-
-
-def peak(device: str) -> float:
-    """Most MiB in use so far. Of this program alone: what getrusage says begins with the peak of the parent process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    words = Path("/proc/self/status").read_text(encoding="utf-8").split()
-    return int(words[words.index("VmHWM:") + 1]) / 2**10  # Linux: kB
 
 
 def in_child(arguments: argparse.Namespace, *words: str) -> tuple[float, float]:
