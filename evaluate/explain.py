@@ -51,11 +51,10 @@ TARGETS = ("neighbors", "class")
 def main(argv: list[str]) -> int:
     """Explain a backbone by attributions, and judge them by deletion. Returns the exit status."""
     options = parser(__doc__ or "")
-    options.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"that are drawn (default: {IMAGES})")
-    options.add_argument(
-        "--judged", type=int, default=JUDGED, metavar="N", help=f"whose patches are deleted (default: {JUDGED})"
-    )
-    options.add_argument("--target", choices=TARGETS, default=TARGETS[0], help=f"(default: {TARGETS[0]})")
+    add = options.add_argument
+    add("--images", type=int, default=IMAGES, metavar="N", help=f"that are drawn (default: {IMAGES})")
+    add("--judged", type=int, default=JUDGED, metavar="N", help=f"whose patches are deleted (default: {JUDGED})")
+    add("--target", choices=TARGETS, default=TARGETS[0], help=f"(default: {TARGETS[0]})")
     arguments = options.parse_args(argv)
     if arguments.images < 1 or arguments.judged < 2:
         raise Refusal(f"--images {arguments.images} --judged {arguments.judged}: expected at least 1 and 2")

@@ -97,9 +97,8 @@ def options() -> Parser:
     """Parser of the options of every evaluation, and of those of a recipe."""
     options = parser(__doc__ or "", precision=None)
     recipes.add_options(options, FinetuneConfig)
-    options.add_argument(
-        "--no-baselines", dest="baselines", action="store_false", help="neither from scratch nor raw pixels"
-    )
+    words = "neither from scratch nor raw pixels"
+    options.add_argument("--no-baselines", dest="baselines", action="store_false", help=words)
     return options
 
 

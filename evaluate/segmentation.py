@@ -153,14 +153,12 @@ def options() -> Parser:
     """Parser of the options of every evaluation, and of those of a recipe."""
     options = parser(__doc__ or "", precision=None)
     switch = options.add_mutually_exclusive_group()
-    switch.add_argument("--frozen", dest="option.frozen", action="store_const", const="true", help="keep the backbone")
-    switch.add_argument(
-        "--end-to-end", dest="option.frozen", action="store_const", const="false", help="train the backbone too"
-    )
+    frozen: dict[str, Any] = {"dest": "option.frozen", "action": "store_const"}
+    switch.add_argument("--frozen", **frozen, const="true", help="keep the backbone")
+    switch.add_argument("--end-to-end", **frozen, const="false", help="train the backbone too")
     recipes.add_options(options, SegmentationConfig)
-    options.add_argument(
-        "--no-baselines", dest="baselines", action="store_false", help="neither an untrained backbone nor raw pixels"
-    )
+    words = "neither an untrained backbone nor raw pixels"
+    options.add_argument("--no-baselines", dest="baselines", action="store_false", help=words)
     return options
 
 

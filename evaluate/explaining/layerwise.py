@@ -134,10 +134,7 @@ def read_position(train: Layer, test: Layer, seed: int = 0) -> Reading:
     tokens, unseen = whiten(train.tokens.flatten(0, 1), test.tokens.flatten(0, 1))
     labels, places = train.places.flatten(), test.places.flatten()
     per_epoch = max(1, int(0.9 * len(tokens)) // BATCH)
-    result = probe(
-        tokens, labels, unseen, places, h * w,
-        seed=seed, rates=RATES, batch=BATCH, epochs=STEPS / per_epoch,
-    )  # fmt: skip
+    result = probe(tokens, labels, unseen, places, h * w, seed=seed, rates=RATES, batch=BATCH, epochs=STEPS / per_epoch)
     places = places.cpu()
     right = (result.predictions == places).double().view(test.places.shape).mean(1)
     return Reading(right, distances(train.grid)[result.predictions, places].mean().item(), result.rate)

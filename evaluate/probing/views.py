@@ -24,9 +24,7 @@ SCALE = [0.08, 1.0]  # RandomResizedCrop's own, which every protocol leaves as i
 
 def view(size: Sequence[int], interpolation: Interpolation) -> View:
     """RandomResizedCrop and horizontal flip, and nothing else."""
-    return View(
-        list(size), scale=list(SCALE), flip=0.5, jitter=0.0, grayscale=0.0, interpolation=interpolation
-    )  # fmt: skip
+    return View(list(size), scale=list(SCALE), flip=0.5, jitter=0.0, grayscale=0.0, interpolation=interpolation)
 
 
 @torch.no_grad()

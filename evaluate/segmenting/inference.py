@@ -181,9 +181,8 @@ def judge(
     read, bad = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     unreadable: list[str] = []
     model.eval()
-    for i, image, mask in pairs(
-        scenes, range(accelerator.process_index, n, accelerator.num_processes), channels, workers
-    ):
+    mine = range(accelerator.process_index, n, accelerator.num_processes)
+    for i, image, mask in pairs(scenes, mine, channels, workers):
         if mask is None:
             unreadable.append(image)
             refuse_unreadable(unreadable, len(unreadable) + int(read.sum()), scenes, limit)
