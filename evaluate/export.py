@@ -31,7 +31,6 @@ import torch
 
 from common import data
 from common.batches.unreadable import NO_LIMIT
-from common.checkpoints import public
 from common.checkpoints.storage import HEAD
 from common.data.location import changed_location
 from common.errors import Refusal
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
     if arguments.ckpt == RANDOM:
         raise Refusal("--ckpt random: nothing was trained, so there is nothing to export; give a run folder")
     subject = subjects.subject_of(arguments.ckpt, None, arguments.weights)
-    head = public.load_head(arguments.ckpt, subject.description) if arguments.head else None
+    head = subject.head() if arguments.head else None
     kinds = list(dict.fromkeys(arguments.to))
     if "onnx" in kinds:
         need_onnx()

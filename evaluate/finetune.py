@@ -36,11 +36,12 @@ from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
 from evaluate.finetuning.augment import rand_augment
 from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
-from evaluate.finetuning.training import at_size, bits, finetune
+from evaluate.finetuning.training import bits, finetune
 from evaluate.job import frozen, recipes
 from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
+from evaluate.job.subjects import at_size
 from evaluate.probing.probe import probe
 
 NAMES = LABELS | {"random": "from scratch", "pixels": "raw pixels, linear"}

@@ -41,12 +41,11 @@ from common.features.neighbors import CENTRED, TREATMENTS
 from common.processes import group
 from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
-from evaluate.finetuning.training import at_size
 from evaluate.job import recipes
 from evaluate.job.arguments import LABELS, chosen_device, parser
 from evaluate.job.evaluation import Evaluation, begin, first_process
 from evaluate.job.report import Outcomes, interval, percent, show_in_tensorboard, table, tell, write
-from evaluate.job.subjects import Subject
+from evaluate.job.subjects import Subject, at_size
 from evaluate.segmenting import heads
 from evaluate.segmenting.data import CANVAS, Scenes, open_scenes
 from evaluate.segmenting.inference import MULTI, SINGLE, stride_of

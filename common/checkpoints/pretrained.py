@@ -38,16 +38,17 @@ def without_pooling(state: dict[str, Tensor], backbone: Backbone) -> tuple[dict[
 def timm_model(
     name: str, weights: str | None, asked: str, option: str, altered: Mapping[str, bool] | None = None, **kwargs: Any
 ) -> tuple[Any, list[str], Path]:
-    """Return (timm's model `name` with published weights and no classifier; what was done to them; their file).
+    """Return (timm's model `name` with published weights; what was done to them; their file).
 
-    `altered`: arguments of `alter`, for a Swin. Raises Refusal, which names what `asked` for it and the `option` that
-    names a file.
+    `altered`: arguments of `alter`, for a Swin. `kwargs`: of the architecture; num_classes=1 asks for the classifier,
+    with as many classes as it was published with, else it is left out. Raises Refusal, which names what `asked` for it
+    and the `option` that names a file.
     """
     file, _ = published.split_branch(weights) if weights is not None else (_fetched(name, asked, option), None)
     if not file.exists():
         raise Refusal(f"{option}{weights}: no such file; expected weights of {name} as published for timm")
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+        model = timm.create_model(name, pretrained=False, **{"num_classes": 0, **kwargs})
     except Exception as error:  # no such tag, in timm's own words
         raise Refusal(f"{asked}: {' '.join(str(error).split())[:300]}") from error
     alter(model, **(altered or {}))

@@ -6,7 +6,7 @@ A run folder holds
     metrics.jsonl, tb/, pictures/     what was measured
     backbone.safetensors, .json       the newest backbone: the public contract, all that evaluation needs
     student.safetensors, .json        with export=both: the student's, where the backbone above is the teacher's
-    head.safetensors                  of a finetuning: the classifier on top of that backbone
+    head.safetensors                  the classifier on top of that backbone, where labels trained one
     state/step_00000100/              one checkpoint: state.pt, its backbone, and manifest.json with checksums
 
 A checkpoint is written aside, flushed to the disk and renamed, so that a folder named step_* is either whole or
@@ -249,14 +249,14 @@ def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> 
 
 
 def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Read the linear layer of a finetuned classifier, {"weight": (K, D or 2 D), "bias": (K,)}; None for a backbone
-    that was not finetuned, or was exported without it.
+    """Read the linear layer of a classifier that labels trained, {"weight": (K, D or 2 D), "bias": (K,)}; None for a
+    backbone that has none, or was exported without it.
 
     Raises Refusal where it is missing, of another backbone, or fits neither its width nor its number of classes.
     """
     training = description.get("training", {})
     finetuned, digest = training.get("finetuned"), training.get("head_sha256")
-    if not isinstance(finetuned, dict) or training.get("head") is False:
+    if (not isinstance(finetuned, dict) and digest is None) or training.get("head") is False:
         return None
     run = weights_file(checkpoint).parent
     present = [folder / HEAD for folder in (run, *checkpoints_of(run)) if (folder / HEAD).is_file()]
@@ -264,14 +264,16 @@ def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[st
     if not fitting:
         reason = f"is of another backbone (SHA-256 differs from {DESCRIPTION})" if present else "is missing"
         raise Refusal(
-            f"{run / HEAD} {reason}: it holds the classifier that was finetuned with {run / WEIGHTS}; copy it "
-            "there, or leave the classifier out with --no-head"
+            f"{run / HEAD} {reason}: it holds the classifier that was trained with {run / WEIGHTS}; copy it "
+            "there, or, to export, leave the classifier out with --no-head"
         )
     try:
         head = load_file(fitting[0])
     except Exception as error:
         raise Refusal(f"{fitting[0]} cannot be read as safetensors: {error}") from error
-    num_classes, names = finetuned.get("classes"), training.get("label_names")
+    names = training.get("label_names")
+    counted = len(names) if isinstance(names, list) else None
+    num_classes = finetuned.get("classes") if isinstance(finetuned, dict) else counted
     pooling = description.get("pooling")
     width = description.get("width", 0) * (2 if pooling == "both" else 1)
     shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}

@@ -47,12 +47,13 @@ def split_branch(weights: str) -> tuple[Path, str | None]:
 
 
 def load(model: Any, weights: str, where: str) -> list[str]:
-    """Give `model`, a model of timm without a classifier, the weights of FILE or FILE::PART; returns what was done to
-    them besides loading, a sentence each. A Swin is first altered as the file's is (see `swin.alter`).
+    """Give `model`, a model of timm, the weights of FILE or FILE::PART; returns what was done to them besides loading,
+    a sentence each. A Swin is first altered as the file's is (see `swin.alter`).
 
-    Every tensor of the model comes from the file and every tensor of the file's model is used, but for the classifier.
-    A position embedding of another grid, tables of other windows and patches of another size are resized. Raises
-    Refusal that begins with `where` for what is no such file or another model's.
+    Every tensor of the model comes from the file and every tensor of the file's model is used. The classifier is left
+    out where the model has none (num_classes=0); where it has one, it gets as many classes as the file's. A position
+    embedding of another grid, tables of other windows and patches of another size are resized. Raises Refusal that
+    begins with `where` for what is no such file or another model's, or has no classifier for a model with one.
     """
     file, branch = split_branch(weights)
     content = _read(file, where)
@@ -63,6 +64,9 @@ def load(model: Any, weights: str, where: str) -> list[str]:
     if isinstance(model, SwinTransformer):
         swin.alter(model, **swin.published_form(raw))
     state, changed = _adapted(raw, model, where)
+    if model.num_classes:
+        weight = state.get(f"{_classifiers(model)[0]}.weight")
+        _fit_classes(model, None if weight is None else weight.shape[0], where)
     model_state = model.state_dict()
     if problems := differences(state, model_state):
         raise _other(where, problems)
@@ -240,7 +244,8 @@ def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, 
         reason = problems or " ".join(str(error).split())[:200] or type(error).__name__
         raise _other(where, reason) from error
     state, classifier = _without_classifier(state, model)
-    if any(name in raw for name in classifier) or any(name.startswith("head.") for name in raw):
+    named = any(name in raw for name in classifier) or any(name.startswith("head.") for name in raw)
+    if named and not model.num_classes:
         notes.append("its classifier is left out")
     gone = source.keys() - state.keys() - set(classifier)
     if gone and state.keys() <= source.keys():  # nothing was renamed
@@ -274,10 +279,26 @@ def _filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 def _without_classifier(state: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
     """Return (`state` without the classifier that this architecture is published with, its names)."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    prefixes = tuple(f"{name}." for name in _classifiers(model))
     dropped = [name for name in state if prefixes and name.startswith(prefixes) and name not in model.state_dict()]
     return {name: tensor for name, tensor in state.items() if name not in dropped}, dropped
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """Names of the layers that classify in this architecture: the first, and those of distillation or of patches."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _fit_classes(model: Any, count: int | None, where: str) -> None:
+    """Give the classifier of `model` the `count` classes of a file's. Raises Refusal for None: the file has none."""
+    if not count:
+        raise Refusal(
+            f"{where} holds no classifier ({_classifiers(model)[0]}): it is a backbone; give a file with one, or judge "
+            "its features with evaluate/linear.py"
+        )
+    if count != model.num_classes:
+        model.reset_classifier(count)
 
 
 def _resize_positions(state: dict[str, Tensor], model_state: Mapping[str, Tensor], model: Any) -> list[str]:
@@ -347,6 +368,9 @@ def _load_npz(model: nn.Module, file: Path, arrays: Any, where: str) -> list[str
         raise Refusal(f"{where}: timm reads .npz files of JAX's vision transformers only, and this is for {name}")
     if len(blocks) != depth:
         raise _other(where, f"{len(blocks)} blocks, and {name} has {depth}")
+    if model.num_classes:
+        biases = [shape for name, shape in sizes.items() if name.endswith("head/bias")]
+        _fit_classes(model, biases[0][-1] if biases else None, where)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
     try:
@@ -357,7 +381,8 @@ def _load_npz(model: nn.Module, file: Path, arrays: Any, where: str) -> list[str
     empty = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if empty:
         raise _other(where, f"{len(empty)} missing (such as {empty[0]})")
-    notes = ["its classifier is left out"] if any("head/" in name for name in sizes) else []
+    left_out = not model.num_classes and any("head/" in name for name in sizes)
+    notes = ["its classifier is left out"] if left_out else []
     for part, entry in (("pos_embedding", "pos_embed"), ("embedding/kernel", "patch_embed.proj.weight")):
         before = next((shape for name, shape in sizes.items() if name.endswith(part)), None)
         after = dict(model.named_parameters()).get(entry)

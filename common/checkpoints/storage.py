@@ -13,7 +13,7 @@ from .disk import writing
 FORMAT = 1
 WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json", "state.pt", "manifest.json"
 STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, where both are exported
-HEAD = "head.safetensors"  # of a finetuned classifier: its linear layer, beside the backbone it belongs to
+HEAD = "head.safetensors"  # of a classifier: its linear layer, beside the backbone it belongs to
 PUBLIC = (HEAD, WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
 
 

@@ -3,37 +3,31 @@
 Letters: B images, K classes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.batches.sampler import generator
 from common.batches.samples import Batch
-from common.batches.unreadable import NO_LIMIT
-from common.batches.views import View, height_width
-from common.checkpoints import pretrained, public, storage
+from common.batches.views import View
+from common.checkpoints import public, storage
 from common.checkpoints.storage import HEAD
-from common.errors import Refusal
-from common.features.extraction import Eye, digest, shown
-from common.features.finite import IN_FP32, not_finite
+from common.features.extraction import digest
 from common.processes import collectives
 from common.processes.stopping import StopSignal
 from common.training import ema
 from common.training.task import Task
 from evaluate.finetuning import mixing
 from evaluate.finetuning.augment import RepeatedSampler, StrongSamples
-from evaluate.finetuning.classifier import Classifier
 from evaluate.finetuning.options import FinetuneConfig, num_steps, rate_of
+from evaluate.job.classifier import Classifier, answers
 from evaluate.job.evaluation import Evaluation
 from evaluate.job.subjects import Subject
 from evaluate.job.training import Training, train
@@ -42,36 +36,6 @@ LABELS = "classifier"  # the purpose under which a batch holds its labels
 
 
 # ----------------------------------------------------------------------------------------------- what is trained
-
-
-def at_size(subject: Subject, size: Any, crop: float | None) -> tuple[Subject, str]:
-    """(the subject for images of another size and test crop, what was done to it).
-
-    A learned absolute position embedding is resized, bicubic; sines and cosines are those of the new grid. Raises
-    Refusal where the architecture does not take the size.
-    """
-    about = subject.description
-    new = list(height_width(size)) if size is not None else list(about["size"])
-    changed = about | {"size": new, "crop": about.get("crop", 0.875) if crop is None else crop}
-    if new == list(about["size"]):
-        return dataclasses.replace(subject, description=changed), ""
-    try:
-        backbone = public.build(changed)
-    except Refusal as refusal:  # it names the options of pretraining
-        reason = str(refusal).partition("; change views.global.size")[0]
-        raise Refusal(f"--size {'x'.join(map(str, new))}: {reason}; choose another --size") from None
-    changed |= {"grid": list(backbone.grid)}
-    if subject.state is None:
-        return dataclasses.replace(subject, description=changed), ""
-    old = tuple(about.get("grid") or public.build(about).grid)
-    state, own = dict(subject.state), backbone.model.state_dict()
-    note = f"{about['size'][0]}x{about['size'][1]} px before, {new[0]}x{new[1]} now"
-    if "pos_embed" in own and (about["position"] == "none" or about.get("position_embedding") == "sincos"):
-        state["pos_embed"] = own["pos_embed"]  # the former is to be replaced by a fresh one, of this shape
-    elif pretrained.resized(state, own, old, backbone.grid):
-        (h, w), (new_h, new_w) = old, backbone.grid
-        note += f": position embedding resized from {h}x{w} to {new_h}x{new_w} patches"
-    return dataclasses.replace(subject, description=changed, state=state), note
 
 
 class Finetuning(Task):
@@ -133,6 +97,7 @@ class FinetuneTraining(Training):
             "head_sha256": storage.sha256(folder / HEAD),
             "step": step,
             "data": self.identity["data"],
+            "precision": self.job.precision,
             "weights": "average" if task.average is not None else "last",
         }
         pooling = classifier.pooling
@@ -144,7 +109,7 @@ class FinetuneTraining(Training):
         task: Finetuning = self.task
         judged = {"raw": task.classifier} | ({"ema": task.average} if task.average is not None else {})
         collectives.take_buffers(task)  # a BatchNorm in the stem
-        shares, images_of = judge(judged, self.job, self.accelerator)
+        shares, images_of = judge(judged, self.job)
         for earlier in self.history:
             earlier.pop("images", None)
         epoch = step / (len(self.job.train) // self.config.batch)
@@ -184,43 +149,15 @@ def finetune(
     return training.history, note
 
 
-@torch.no_grad()
-def judge(
-    classifiers: Mapping[str, Any], job: Evaluation, accelerator: Accelerator
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Judge each classifier on the test images, each process on its share of them, none counted twice: (accuracies,
-    for each whether every image was right, and which images could be "read": bits in hexadecimal, see `bits`)."""
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    mine = np.arange(rank, len(job.test), processes)
-    part = job.test.subset(mine)
-    assert part.labels is not None
-    labels = torch.from_numpy(part.labels).to(device)
-    backbone = next(iter(classifiers.values())).backbone
-    for classifier in classifiers.values():
-        classifier.eval()
-    found: list[dict[str, np.ndarray]] = []
-    eye = Eye(backbone.size, job.crop, backbone.channels, job.arguments.workers, NO_LIMIT)  # all decide together
-    for images, index in shown(part, eye):
-        images, known = images.to(device), labels[index.to(device)]
-        with accelerator.autocast():
-            scores = {name: each(images) for name, each in classifiers.items()}
-        right = {name: (each.argmax(1) == known).cpu().numpy() for name, each in scores.items()}
-        found.append({"at": mine[index.numpy()], "bad": not_finite(scores).numpy(), **right})
-    if processes > 1:
-        found = gather_object(found)
-    at = np.concatenate([np.zeros(0, int), *(some["at"] for some in found)])
-    lost = len(job.test) - len(at)
-    if lost > job.limit.allowed(len(job.test)):
-        job.limit.refuse(lost, len(job.test), len(job.test), job.test.where, ["they were named above"])
-    if bad := int(sum(some["bad"].sum() for some in found)):
-        raise Refusal(
-            f"the scores of {bad:,} of {len(at):,} images in {job.test.where} are not finite: numbers overflow; "
-            f"{IN_FP32}"
-        )
-    whole = {"read": np.zeros(len(job.test), bool)} | {name: np.zeros(len(job.test), bool) for name in classifiers}
+def judge(classifiers: Mapping[str, Any], job: Evaluation) -> tuple[dict[str, float], dict[str, str]]:
+    """Judge each classifier on the test images, see `answers`: (accuracies, for each whether every image was right, and
+    which images could be "read": bits in hexadecimal, see `bits`)."""
+    at, said = answers(classifiers, job)
+    assert job.test.labels is not None
+    whole = {name: np.zeros(len(job.test), bool) for name in ("read", *classifiers)}
     whole["read"][at] = True
-    for name in classifiers:
-        whole[name][at] = np.concatenate([some[name] for some in found])
+    for name, classes in said.items():
+        whole[name][at] = classes[:, 0] == job.test.labels[at]
     shares = {name: float(whole[name].sum() / len(at)) for name in classifiers}
     return shares, {name: np.packbits(each).tobytes().hex() for name, each in whole.items()}
 

@@ -1,5 +1,6 @@
 """The subject of an evaluation: a checkpoint, weights that timm publishes, an untrained backbone, or raw pixels."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from common import config as configuration
-from common.batches.views import PRESETS, View
+from common.batches.views import PRESETS, View, height_width
 from common.checkpoints import public, storage
-from common.checkpoints.pretrained import POSITION_TENSORS, TIMM, timm_model, without_pooling
+from common.checkpoints.pretrained import POSITION_TENSORS, TIMM, resized, timm_model, without_pooling
 from common.checkpoints.public import build, describe, load_exactly
 from common.data.location import location_of
 from common.errors import Refusal
@@ -37,6 +38,7 @@ class Subject:
     description: dict[str, Any]  # as in backbone.json
     state: dict[str, Tensor] | None  # weights by name; None: untrained
     folder: Path  # where its reports go
+    file: Path | None = None  # of the weights, beside which a classifier may lie
 
     @property
     def plan(self) -> TokenPlan:
@@ -52,6 +54,10 @@ class Subject:
     def notes(self) -> list[str]:
         """Notes on what was left out of published weights, or resized, when they were loaded."""
         return self.description.get("loaded", [])
+
+    def head(self) -> dict[str, Tensor] | None:
+        """Read its classifier's linear layer, see `public.load_head`; None where it has none. Raises Refusal."""
+        return None if self.file is None else public.load_head(self.file, self.description)
 
     def backbone(self, seed: int = 0) -> Backbone:
         """Build the frozen backbone, in eval mode; an untrained one is drawn from `seed`."""
@@ -116,7 +122,37 @@ def subject_of(ckpt: str, like: str | None = None, weights: str | None = None, r
     name = run if file.name == storage.WEIGHTS else file.stem
     if file.name == storage.STUDENT:  # what is found of the teacher stays
         name, folder = f"{run} student", folder / "student"
-    return Subject(name, description, backbone.model.state_dict(), folder)
+    return Subject(name, description, backbone.model.state_dict(), folder, file)
+
+
+def at_size(subject: Subject, size: Any, crop: float | None) -> tuple[Subject, str]:
+    """(the subject for images of another size and test crop, what was done to it).
+
+    A learned absolute position embedding is resized, bicubic; sines and cosines are those of the new grid. Raises
+    Refusal where the architecture does not take the size.
+    """
+    about = subject.description
+    new = list(height_width(size)) if size is not None else list(about["size"])
+    changed = about | {"size": new, "crop": about.get("crop", 0.875) if crop is None else crop}
+    if new == list(about["size"]):
+        return dataclasses.replace(subject, description=changed), ""
+    try:
+        backbone = public.build(changed)
+    except Refusal as refusal:  # it names the options of pretraining
+        reason = str(refusal).partition("; change views.global.size")[0]
+        raise Refusal(f"--size {'x'.join(map(str, new))}: {reason}; choose another --size") from None
+    changed |= {"grid": list(backbone.grid)}
+    if subject.state is None:
+        return dataclasses.replace(subject, description=changed), ""
+    old = tuple(about.get("grid") or public.build(about).grid)
+    state, own = dict(subject.state), backbone.model.state_dict()
+    note = f"{about['size'][0]}x{about['size'][1]} px before, {new[0]}x{new[1]} now"
+    if "pos_embed" in own and (about["position"] == "none" or about.get("position_embedding") == "sincos"):
+        state["pos_embed"] = own["pos_embed"]  # the former is to be replaced by a fresh one, of this shape
+    elif resized(state, own, old, backbone.grid):
+        (h, w), (new_h, new_w) = old, backbone.grid
+        note += f": position embedding resized from {h}x{w} to {new_h}x{new_w} patches"
+    return dataclasses.replace(subject, description=changed, state=state), note
 
 
 @dataclass

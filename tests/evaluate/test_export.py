@@ -19,7 +19,7 @@ from common.errors import Refusal
 from common.models import ModelConfig, create
 from common.models.plan import PlanSpec, TokenPlan
 from evaluate.exporting import onnx, timm_files
-from evaluate.finetuning.classifier import Classifier
+from evaluate.job.classifier import Classifier
 
 NAMES = [name for name, row in ROWS.items() if row.irpe is None and name != "swin, altered"]
 TO_TIMM = [*((name, "full") for name in NAMES), *((name, "none") for name in NAMES if name != "nest")]  # 3 s, as Swin

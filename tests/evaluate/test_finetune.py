@@ -29,8 +29,8 @@ from common.training.optim import parameter_groups
 from evaluate.finetuning import mixing
 from evaluate.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
 from evaluate.finetuning.options import FinetuneConfig
-from evaluate.finetuning.training import HEAD, Classifier, Finetuning, at_size
-from evaluate.job.subjects import subject_of
+from evaluate.finetuning.training import HEAD, Classifier, Finetuning
+from evaluate.job.subjects import at_size, subject_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "evaluate").glob("finetune_*.yaml"))

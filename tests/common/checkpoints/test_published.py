@@ -275,3 +275,65 @@ def test_timms_own_download_goes_the_same_way(state: State, tmp_path: Path, monk
         subject_of(f"timm:{SMALL}.r160_in1k")
     with pytest.raises(Refusal, match=r"timm publishes no weights of lvvit_s.*give a local file with --weights FILE"):
         subject_of("timm:lvvit_s")
+
+
+# ------------------------------------------------------------------------------------------ with the classifier
+
+
+LV: dict[str, Any] = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2}
+IRPE: dict[str, Any] = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2}
+AUTHORS: dict[str, tuple[str, dict[str, Any], Content, str]] = {  # as they save, and what is said of it
+    "LV-ViT": ("lvvit_s", LV, dict, ""),
+    "SP-ViT": (
+        "spvit_s",
+        LV | {"img_size": 64, "depth": 3},
+        lambda s: {"state_dict": other(s), "state_dict_ema": s, "epoch": 3, "arch": "lvvit_s"},
+        "read from its state_dict_ema, not from state_dict",
+    ),
+    "iRPE": (
+        "deit_tiny_patch16_224_ctx_product_50_shared_k",
+        IRPE,
+        lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=1)},
+        "read from its model",
+    ),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", IRPE, lambda s: {"model": s}, "read from its model"),
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_a_model_with_a_classifier_gets_that_of_the_file(name: str, tmp_path: Path) -> None:
+    """With its number of classes, whatever the architecture's own; LV-ViT's patches have their say as well."""
+    architecture, kwargs, content, said = AUTHORS[name]
+    torch.manual_seed(1)
+    theirs = timm.create_model(architecture, num_classes=7, **kwargs).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    torch.save(content(theirs.state_dict()), tmp_path / "authors.pth")
+    model = timm.create_model(architecture, num_classes=1, **kwargs).eval()
+    notes = published.load(model, str(tmp_path / "authors.pth"), "FILE")
+    assert (notes[0] if notes else "") == said and not any("classifier" in note for note in notes)
+    images = torch.randn(2, 3, kwargs["img_size"], kwargs["img_size"])
+    with torch.no_grad():
+        assert torch.equal(model(images), theirs(images)) and model.num_classes == 7
+        if hasattr(model, "aux_head"):
+            tokens = model.forward_features(images)
+            of_class, of_patches = model.head(tokens[:, 0]), model.aux_head(tokens[:, 1:])
+            torch.testing.assert_close(model(images), of_class + 0.5 * of_patches.amax(1))
+            assert of_patches.abs().amax() > 1e-3
+
+
+def test_a_file_without_a_classifier_is_refused_for_a_model_with_one(state: State, tmp_path: Path) -> None:
+    model = timm.create_model(SMALL, num_classes=1)
+    torch.save(dict(state), tmp_path / "file.pth")
+    with pytest.raises(Refusal, match=r"^FILE holds no classifier \(head\): it is a backbone; give a file with one"):
+        published.load(model, str(tmp_path / "file.pth"), "FILE")
+    torch.save(state | HEAD | {"head.weight": torch.zeros(4, 64)}, tmp_path / "file.pth")
+    with pytest.raises(Refusal, match=r"1 of another shape \(such as head\.bias: \(5,\), expected \(4,\)\)"):
+        published.load(model, str(tmp_path / "file.pth"), "FILE")
+    np.savez(tmp_path / "jax.npz", **jax_arrays(state))
+    with pytest.raises(Refusal, match=r"^FILE holds no classifier"):
+        published.load(model, str(tmp_path / "jax.npz"), "FILE")
+    arrays = jax_arrays(state) | {"head/kernel": np.ones((64, 5), np.float32), "head/bias": np.arange(5.0)}
+    np.savez(tmp_path / "jax.npz", **arrays)
+    assert published.load(model, str(tmp_path / "jax.npz"), "FILE") == []
+    assert torch.equal(model.head.bias, torch.arange(5.0)) and torch.equal(model.head.weight, torch.ones(5, 64))
