@@ -115,11 +115,8 @@ def _typed(word: str, schema: type) -> DictConfig:
     kind, options_of = _kind_at(schema, names)
     if not _is_text(kind):
         try:
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
-            if tree is not None:  # model={init: 007}, steps=010
-                _quote_texts(tree, kind, options_of)
-                word = f"{key}={yaml.serialize(tree, Dumper=yaml.SafeDumper)}"
-            return _keys_as_written(OmegaConf.from_dotlist([word]))
+            typed = f"{key}={_texts_quoted(text, kind, options_of)}"  # model={init: 007}, steps=010
+            return _keys_as_written(OmegaConf.from_dotlist([typed]))
         except Exception as error:  # YAML's scanner has errors of its own
             raise Refusal(f"{word!r} cannot be read as key=value: {error}") from error
     value: Any = None if type(None) in typing.get_args(kind) and text in ("", "null") else text
@@ -210,10 +207,7 @@ def read_yaml(path: Path, schema: Any = None) -> DictConfig:
     """A YAML mapping, in which the text options of `schema` are as they were written. Raises Refusal if it is missing,
     unreadable or no mapping, or calls a resolver."""
     try:
-        tree = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-        if tree is not None:
-            _quote_texts(tree, schema)
-        content = OmegaConf.create() if tree is None else OmegaConf.create(yaml.serialize(tree, Dumper=yaml.SafeDumper))
+        content = OmegaConf.create(_texts_quoted(path.read_text(encoding="utf-8-sig"), schema))
     except FileNotFoundError:
         raise Refusal(f"no recipe at {path}: expected a YAML file{_recipes_nearby(path)}") from None
     except Exception as error:
@@ -223,6 +217,14 @@ def read_yaml(path: Path, schema: Any = None) -> DictConfig:
     written = _keys_as_written(content)
     refuse_resolvers(OmegaConf.to_container(written), str(path))
     return written
+
+
+def _texts_quoted(text: str, kind: Any, options_of: Any = None) -> str:
+    """The YAML `text` of a `kind` with quotes around the values of its text options."""
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    if tree is not None:
+        _quote_texts(tree, kind, options_of)
+    return "" if tree is None else yaml.serialize(tree, Dumper=yaml.SafeDumper)
 
 
 def _quote_texts(node: yaml.Node, kind: Any, options_of: Any = None) -> None:

@@ -83,7 +83,7 @@ class Samples(Dataset):
         for epoch, index in keys:
             image, shown = self._read(index, unreadable)
             for name in self.labelled:
-                draws[name].setdefault("label", []).append(self._label(shown))
+                draws[name].setdefault("label", []).append(np.asarray(self._labels[shown]))
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
@@ -128,26 +128,22 @@ class Samples(Dataset):
 
     def _instead(self, index: int, attempt: int) -> int:
         """Return the index of the image that stands for image `index` at this attempt, counted from 1."""
-        candidates = np.flatnonzero(self._has_label == self._has_label[index])  # seldom: not worth remembering
+        has_label = self._labels >= 0
+        candidates = np.flatnonzero(has_label == has_label[index])  # seldom: not worth remembering
         size = len(candidates)
         return int(candidates[(int(np.searchsorted(candidates, index)) + attempt * (size // 3 + 1)) % size])
 
     @functools.cached_property
-    def _has_label(self) -> np.ndarray:
-        """Mask, bool (n,), of the images with a label; none has one where labels are not asked for."""
+    def _labels(self) -> np.ndarray:
+        """Class of each image, int64 (n,), or -1; of none where labels are not asked for."""
         labels = self.images.labels if self.labelled else None
-        return np.zeros(len(self.images), bool) if labels is None else labels >= 0
+        return np.full(len(self.images), UNLABELLED) if labels is None else np.asarray(labels, np.int64)
 
     def _known(self, keys: list[tuple[int, int]]) -> float:
         """Count the images with a label in the step that `keys` are a part of, divided by its parts; `keys` that are no
         `StepPart` are a whole step."""
         step = keys.step if isinstance(keys, StepPart) else np.array([index for _, index in keys])
-        return int(self._has_label[step].sum()) * len(keys) / len(step)
-
-    def _label(self, index: int) -> np.ndarray:
-        """Return the class of image `index`, int64 (), or -1."""
-        labels = self.images.labels
-        return np.asarray(UNLABELLED if labels is None else labels[index], np.int64)
+        return int((self._labels[step] >= 0).sum()) * len(keys) / len(step)
 
 
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> Loader:

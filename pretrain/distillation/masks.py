@@ -14,19 +14,12 @@ SMALLEST = 4  # patches of a block, where so many are left to mask
 TRIES = 10  # to place a block
 
 
-def blocks(
-    rng: np.random.Generator,
-    grid: tuple[int, int],
-    num_masked: int,
-    aspect: tuple[float, float] = ASPECT,
-    smallest: int = SMALLEST,
-    tries: int = TRIES,
-) -> np.ndarray:
+def blocks(rng: np.random.Generator, grid: tuple[int, int], num_masked: int) -> np.ndarray:
     """Draw a mask of exactly `num_masked` patches of an (h, w) grid, bool (N,), made of rectangles that may overlap.
 
-    Each rectangle has an area that is uniform from `smallest` to what is left to mask, a log-uniform height:width
-    within `aspect`, and any place; none is as high or as wide as a grid of several rows or columns. Once none was found
-    to fit in `tries`, single patches complete the number, as in DINOv3: BEiT stops short of it. Raises ValueError if
+    Each rectangle has an area that is uniform from SMALLEST to what is left to mask, a log-uniform height:width within
+    ASPECT, and any place; none is as high or as wide as a grid of several rows or columns. Once none was found to fit
+    in TRIES, single patches complete the number, as in DINOv3: BEiT stops short of it. Raises ValueError if
     the grid has fewer patches.
     """
     h, w = grid
@@ -35,7 +28,7 @@ def blocks(
     mask = np.zeros((h, w), bool)
     left = num_masked
     while left > 0:
-        covered = _rectangle(rng, mask, left, aspect, min(smallest, left), tries)
+        covered = _rectangle(rng, mask, left)
         if covered == 0:
             break
         left -= covered
@@ -45,13 +38,11 @@ def blocks(
     return flat
 
 
-def _rectangle(
-    rng: np.random.Generator, mask: np.ndarray, most: int, aspect: tuple[float, float], smallest: int, tries: int
-) -> int:
+def _rectangle(rng: np.random.Generator, mask: np.ndarray, most: int) -> int:
     """Add a rectangle of at most `most` new patches to `mask`; returns how many are new, 0 if none was found."""
     h, w = mask.shape
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    for _ in range(tries):
+    smallest, (low, high) = min(SMALLEST, most), map(math.log, ASPECT)
+    for _ in range(TRIES):
         of_area, of_aspect, of_top, of_left = rng.random(4).tolist()
         area = smallest + (most - smallest) * of_area
         ratio = math.exp(low + (high - low) * of_aspect)
