@@ -121,14 +121,17 @@ class Backbone(nn.Module):
         self.width: int = model.num_features  # type: ignore[assignment]
         self.without_position = False  # of Swin, NesT, BEiT and EVA: their encodings were removed for good
         self.has_no_encoding = False  # of those: without an encoding "full" and "none" are the same
-        self.grid, self.num_prefix_tokens = self._probe()
+        features = self._try(size)
+        self.grid, self.num_prefix_tokens = features.grid, features.prefix.shape[1]
 
     @torch.no_grad()
-    def _probe(self) -> tuple[tuple[int, int], int]:
+    def _try(self, size: tuple[int, int]) -> Features:
+        """Features of an empty image, in eval mode."""
         was_training = self.training
-        features = self.eval()(torch.zeros(1, len(self.config.mean), *self.size))
-        self.train(was_training)
-        return features.grid, features.prefix.shape[1]
+        try:
+            return self.eval()(torch.zeros(1, self.channels, *size, device=self.mean.device))
+        finally:
+            self.train(was_training)
 
     @property
     def has_class_token(self) -> bool:
@@ -245,16 +248,12 @@ class Backbone(nn.Module):
             rope.get_embed = lambda *_, **__: None
         self.without_position = True
 
-    @torch.no_grad()
     def why_not(self, size: tuple[int, int]) -> str | None:
         """Reason why this architecture cannot run on images of `size` (height, width in pixels); None if it can."""
-        was_training = self.training
         try:
-            self.eval()(torch.zeros(1, self.channels, *size, device=self.mean.device))
+            self._try(size)
         except Exception as error:  # timm asserts and raises in many ways
             return " ".join(str(error).split())[:200] or type(error).__name__
-        finally:
-            self.train(was_training)
         return None
 
     def _check(self, plan: PlanSpec) -> None:
@@ -262,15 +261,8 @@ class Backbone(nn.Module):
         if plan.whole:
             return
         plan.counts(self.grid[0] * self.grid[1])
-        what = next(
-            option
-            for applies, option in (
-                (plan.keep < 1, f"keep={plan.keep:g}"),
-                (plan.position == "partial", "position=partial"),
-                (plan.context < 1, f"context={plan.context:g}"),
-            )
-            if applies
-        )
+        what = f"keep={plan.keep:g}" if plan.keep < 1 else f"context={plan.context:g}"
+        what = "position=partial" if plan.keep == 1 and plan.position == "partial" else what
         kind = f"model {self.config.name!r} ({type(self.model).__name__})"
         if not self.plain:
             raise Refusal(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from pretrain.monitoring.pictures import board, histogram, maps
 from pretrain.monitoring.tally import Tally, blind_offsets, blind_places
 from pretrain.task import Pretraining, of_purpose
 
-Monitor = Callable[[int], dict[str, float | str]]
+Numbers = dict[str, float | str]  # for a line of the log
 SHOWN = 8  # images on the board
 CONTROLLED = 64  # images of a control: three passes over them, which on a CPU cost more than a step
 NEIGHBORS = 20  # DINO's k
@@ -47,18 +48,18 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
         return []
     config, process = parts.config, parts.process
     every, looked_at = config.monitor.every or 1, _some(parts.held_out, config.monitor.images)
-    probing = (every, frozen(task, parts.train, looked_at, config.monitor, process.device, say))
+    probing = (every, partial(frozen, task, parts.train, looked_at, config.monitor, process.device, say))
     if not process.is_main_process:
         return [probing]
     samples, batch = parts.held_out_samples(looked_at), min(256, max(1, config.batch // config.accumulate))
     by_first: list[Report] = []
     if len(samples) >= max(objective.least_images for objective in task.objectives.values()):
-        by_first.append((every, validation(task, samples, batch, process.device, tracker)))
+        by_first.append((every, partial(validation, task, samples, batch, process.device, tracker)))
     places = _seen(task, samples)
     if of_places := [name for name, objective in task.positional.items() if not objective.of_pairs]:
-        by_first.append((every, boards(task, of_places[0], places, process.device, tracker)))
+        by_first.append((every, partial(boards, task, of_places[0], places, process.device, tracker)))
     if task.positional:
-        by_first.append((config.monitor.control_every or every, control(task, places, process.device, say)))
+        by_first.append((config.monitor.control_every or every, partial(control, task, places, process.device, say)))
     alone = collectives.single_process()  # while the others do not run: no objective waits for them
     return [probing, *((often, alone(monitor)) for often, monitor in by_first)]
 
@@ -109,57 +110,56 @@ def _batches(samples: Samples, size: int) -> list[list[tuple[int, int]]]:
     ]
 
 
-def validation(task: Pretraining, samples: Samples, batch: int, device: torch.device, tracker: Tracker) -> Monitor:
+@torch.no_grad()
+def validation(
+    task: Pretraining, samples: Samples, batch: int, device: torch.device, tracker: Tracker, step: int
+) -> Numbers:
     """`val/...`: every statistic of the task on held-out images, cropped as in training, always the same crops; and for
     each positional objective the pictures `NAME_places` (which places or offsets are hard) and `NAME_distances`.
 
     Beside the training numbers it shows memorisation, to which small data sets invite. `batch` images at a time, as in
     training: some losses compare the images of a batch.
     """
-
-    @torch.no_grad()
-    def measure(step: int) -> dict[str, float | str]:
-        task.eval()
-        task.begin_step(task.progress, measured=True)
-        totals: dict[str, float] = {}
-        tallies = {name: Tally(objective.grid, objective.of_pairs) for name, objective in task.positional.items()}
-        for keys in _batches(samples, batch):
-            crops = samples.__getitems__(keys).to(device)
-            features = task.features(crops)
-            for name, value in task.judge(crops, features).items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(keys) / len(samples)
-            for name, tally in tallies.items():
-                answers = task.positional[name].answers(*task.inputs(name, crops, features))
-                tally.add(answers.guesses, answers.labels, answers.distances, answers.asked)
-        task.begin_step(task.progress, measured=False)  # what objectives counted here is forgotten
+    task.eval()
+    task.begin_step(task.progress, measured=True)
+    totals: dict[str, float] = {}
+    tallies = {name: Tally(objective.grid, objective.of_pairs) for name, objective in task.positional.items()}
+    for keys in _batches(samples, batch):
+        crops = samples.__getitems__(keys).to(device)
+        features = task.features(crops)
+        for name, value in task.judge(crops, features).items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(keys) / len(samples)
         for name, tally in tallies.items():
-            asker = task.positional[name]
-            blind = blind_offsets(asker.grid, asker.same) if asker.of_pairs else blind_places(asker.grid, asker.chance)
-            tracker.picture(f"{name}_places", step, maps(tally, asker.chance))
-            tracker.picture(f"{name}_distances", step, histogram(tally, blind))
-        return {f"val/{name}": value for name, value in totals.items() if name.split("/")[-1] not in OF_TRAINING}
+            answers = task.positional[name].answers(*task.inputs(name, crops, features))
+            tally.add(answers.guesses, answers.labels, answers.distances, answers.asked)
+    task.begin_step(task.progress, measured=False)  # what objectives counted here is forgotten
+    for name, tally in tallies.items():
+        asker = task.positional[name]
+        blind = blind_offsets(asker.grid, asker.same) if asker.of_pairs else blind_places(asker.grid, asker.chance)
+        tracker.picture(f"{name}_places", step, maps(tally, asker.chance))
+        tracker.picture(f"{name}_distances", step, histogram(tally, blind))
+    return {f"val/{name}": value for name, value in totals.items() if name.split("/")[-1] not in OF_TRAINING}
 
-    return measure
 
-
-def boards(task: Pretraining, name: str, samples: Samples, device: torch.device, tracker: Tracker) -> Monitor:
+@torch.no_grad()
+def boards(
+    task: Pretraining, name: str, samples: Samples, device: torch.device, tracker: Tracker, step: int
+) -> Numbers:
     """The picture `board`: held-out images, and their patches where the objective `name` believes they belong."""
     objective = task.positional[name]
-
-    @torch.no_grad()
-    def draw(step: int) -> dict[str, float | str]:
-        task.eval()
-        batch: Batch = samples.__getitems__([(HELD_OUT_EPOCH, i) for i in range(min(SHOWN, len(samples)))]).to(device)
-        inputs = task.inputs(name, batch, task.features(batch, [name]))
-        answers, plan = objective.answers(*inputs), inputs[0]["tokens"].plan
-        view = batch.views[objective.passes["tokens"].view][: len(batch.index)]  # the first crop of each
-        tracker.picture("board", step, board(view, answers.guesses, objective.grid, plan.kept, answers.asked))
-        return {}
-
-    return draw
+    task.eval()
+    batch: Batch = samples.__getitems__([(HELD_OUT_EPOCH, i) for i in range(min(SHOWN, len(samples)))]).to(device)
+    inputs = task.inputs(name, batch, task.features(batch, [name]))
+    answers, plan = objective.answers(*inputs), inputs[0]["tokens"].plan
+    view = batch.views[objective.passes["tokens"].view][: len(batch.index)]  # the first crop of each
+    tracker.picture("board", step, board(view, answers.guesses, objective.grid, plan.kept, answers.asked))
+    return {}
 
 
-def control(task: Pretraining, samples: Samples, device: torch.device, say: Callable[[str], None]) -> Monitor:
+@torch.no_grad()
+def control(
+    task: Pretraining, samples: Samples, device: torch.device, say: Callable[[str], None], step: int
+) -> Numbers:
     """`control/...`: how often the positional objectives are right, under the current weights, where they cannot know.
 
     On noise: chance, or position is read from something other than the image. On held-out images whose patches were
@@ -168,51 +168,48 @@ def control(task: Pretraining, samples: Samples, device: torch.device, say: Call
     Pairs of a patch with itself are left out: equal content gives them away.
     """
     h, w = task.backbone.grid
-
-    @torch.no_grad()
-    def measure(step: int) -> dict[str, float | str]:
-        task.eval()
-        rng = torch.Generator().manual_seed(0)  # the same noise and the same orders every time
-        keys = [(HELD_OUT_EPOCH, i) for i in range(min(CONTROLLED, len(samples)))]
-        real = samples.__getitems__(keys).to(device)
-        order = controls.orders(len(keys), h * w, rng).to(device)
-        seen = {name: view[: len(keys)] for name, view in real.views.items()}  # the first crop of each
-        shuffled = {name: controls.rearrange(view, order, (h, w)) for name, view in seen.items()}
-        noisy = {name: controls.noise(view, rng) for name, view in seen.items()}
-        rates: dict[str, float | str] = {}
-        for kind, views, origins in (
-            ("real", seen, {"": None}),
-            ("noise", noisy, {"": None}),
-            ("shuffled", shuffled, {"_origin": order, "_place": None}),
-        ):
-            batch = dataclasses.replace(real, views=views)
-            features = task.features(batch, task.positional)
-            for name, objective in task.positional.items():
-                for word, origin in origins.items():
-                    answers = objective.answers(*task.inputs(name, batch, features), origin)
-                    rates[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
+    task.eval()
+    rng = torch.Generator().manual_seed(0)  # the same noise and the same orders every time
+    keys = [(HELD_OUT_EPOCH, i) for i in range(min(CONTROLLED, len(samples)))]
+    real = samples.__getitems__(keys).to(device)
+    order = controls.orders(len(keys), h * w, rng).to(device)
+    seen = {name: view[: len(keys)] for name, view in real.views.items()}  # the first crop of each
+    shuffled = {name: controls.rearrange(view, order, (h, w)) for name, view in seen.items()}
+    noisy = {name: controls.noise(view, rng) for name, view in seen.items()}
+    rates: Numbers = {}
+    for kind, views, origins in (
+        ("real", seen, {"": None}),
+        ("noise", noisy, {"": None}),
+        ("shuffled", shuffled, {"_origin": order, "_place": None}),
+    ):
+        batch = dataclasses.replace(real, views=views)
+        features = task.features(batch, task.positional)
         for name, objective in task.positional.items():
-            on_noise = float(rates[f"control/{name}/noise"])  # type: ignore[arg-type]
-            apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
-            chance = rates[f"control/{name}/chance"] = float(apart)
-            if on_noise > controls.limit(chance):
-                say(
-                    f"warning: at step {step}, {name} is right on {on_noise:.1%} of pure noise (chance {chance:.1%}): "
-                    "it reads positions from something other than the image"
-                )
-        return rates
+            for word, origin in origins.items():
+                answers = objective.answers(*task.inputs(name, batch, features), origin)
+                rates[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
+    for name, objective in task.positional.items():
+        on_noise = float(rates[f"control/{name}/noise"])  # type: ignore[arg-type]
+        apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
+        chance = rates[f"control/{name}/chance"] = float(apart)
+        if on_noise > controls.limit(chance):
+            say(
+                f"warning: at step {step}, {name} is right on {on_noise:.1%} of pure noise (chance {chance:.1%}): "
+                "it reads positions from something other than the image"
+            )
+    return rates
 
-    return measure
 
-
+@torch.no_grad()
 def frozen(
     task: Pretraining,
     train: Images,
     held_out: Images,
     config: MonitorConfig,
     device: torch.device,
-    say: Callable[[str], None] = print,
-) -> Monitor:
+    say: Callable[[str], None],
+    step: int,
+) -> Numbers:
     """Worth of the features of held-out images, `WHAT/student` and, where there is one, `WHAT/teacher`: their
     effective rank (`rankme`) and, where there are labels, the accuracy of their 20 nearest training images (`knn`; as
     DINO's, not centred: a curve is held against other runs', and not against raw pixels) and of a ridge classifier
@@ -223,42 +220,37 @@ def frozen(
     voters, shots = labelled(train, config)
     asked = np.arange(len(held_out))
     judged = np.zeros(len(held_out), bool) if held_out.labels is None else held_out.labels >= 0
-
-    @torch.no_grad()
-    def measure(step: int) -> dict[str, float | str]:
-        task.eval()
-        known = _extracted(task, train, voters, device) if len(voters) and judged.any() else {}
-        new = _extracted(task, held_out, asked, device)
-        worth: dict[str, float | str] = {}
-        if collectives.rank():
-            return worth
-        for who, (features, index) in new.items():
-            if len(index):
-                worth[f"rankme/{who}"] = rankme(features)
-            judged_by = {"held-out": features} | ({"training": known[who][0]} if who in known else {})
-            bad = {name: int(not_finite({name: each}).sum()) for name, each in judged_by.items()}
-            if any(bad.values()):  # NaN loses every comparison, so that an accuracy would come out
-                counted = " and ".join(f"{bad[name]} of {len(each)} {name}" for name, each in judged_by.items())
-                say(
-                    f"warning: at step {step}, the {who}'s features of {counted} images are not finite, so they are "
-                    "not judged; lower the learning rate, or use precision=fp32"
-                )
-                worth |= {f"{what}/{who}": math.nan for what in ("knn", "ridge") if who in known}
-                continue
-            where = torch.from_numpy(judged)[index]
-            if who not in known or not where.any():
-                continue
-            labels, right = torch.from_numpy(train.labels), torch.from_numpy(held_out.labels)[index[where]]
-            bank, of_bank = known[who]
-            if len(of_bank) >= NEIGHBORS:
-                guesses = knn(bank, labels[of_bank], features[where], k=NEIGHBORS, treatment=FIELD)
-                worth[f"knn/{who}"] = accuracy(guesses, right)
-            few = torch.isin(of_bank, shots)
-            if few.any():
-                worth[f"ridge/{who}"] = accuracy(ridge(bank[few], labels[of_bank[few]], features[where]), right)
+    task.eval()
+    known = _extracted(task, train, voters, device) if len(voters) and judged.any() else {}
+    new = _extracted(task, held_out, asked, device)
+    worth: Numbers = {}
+    if collectives.rank():
         return worth
-
-    return measure
+    for who, (features, index) in new.items():
+        if len(index):
+            worth[f"rankme/{who}"] = rankme(features)
+        judged_by = {"held-out": features} | ({"training": known[who][0]} if who in known else {})
+        bad = {name: int(not_finite({name: each}).sum()) for name, each in judged_by.items()}
+        if any(bad.values()):  # NaN loses every comparison, so that an accuracy would come out
+            counted = " and ".join(f"{bad[name]} of {len(each)} {name}" for name, each in judged_by.items())
+            say(
+                f"warning: at step {step}, the {who}'s features of {counted} images are not finite, so they are "
+                "not judged; lower the learning rate, or use precision=fp32"
+            )
+            worth |= {f"{what}/{who}": math.nan for what in ("knn", "ridge") if who in known}
+            continue
+        where = torch.from_numpy(judged)[index]
+        if who not in known or not where.any():
+            continue
+        labels, right = torch.from_numpy(train.labels), torch.from_numpy(held_out.labels)[index[where]]
+        bank, of_bank = known[who]
+        if len(of_bank) >= NEIGHBORS:
+            guesses = knn(bank, labels[of_bank], features[where], k=NEIGHBORS, treatment=FIELD)
+            worth[f"knn/{who}"] = accuracy(guesses, right)
+        few = torch.isin(of_bank, shots)
+        if few.any():
+            worth[f"ridge/{who}"] = accuracy(ridge(bank[few], labels[of_bank[few]], features[where]), right)
+    return worth
 
 
 def labelled(train: Images, config: MonitorConfig) -> tuple[np.ndarray, Tensor]:

@@ -53,7 +53,7 @@ def made() -> tuple[Pretraining, Images, Images]:
 def measured(rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """What one rank is told, and which images the extraction of 35 of them returned."""
     task, train, held_out = made()
-    told = frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), torch.device("cpu"))(7)
+    told = frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), torch.device("cpu"), print, 7)
     found = _extracted(task, train, np.arange(35)[::-1].copy(), torch.device("cpu"))
     sums = {who: features.double().sum(1).tolist() for who, (features, _) in found.items()}
     return {"told": told, "index": found["teacher"][1].tolist(), "sums": sums}

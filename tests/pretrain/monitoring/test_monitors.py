@@ -129,8 +129,8 @@ def test_validation_weighs_images_and_leaves_no_trace(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     tracker = Tracker(tmp_path, 0, False)
     task.begin_step(0.5, False)
-    found = monitors.validation(task, samples, 3, CPU, tracker)(1)
-    whole = monitors.validation(task, samples, 7, CPU, tracker)(2)
+    found = monitors.validation(task, samples, 3, CPU, tracker, 1)
+    whole = monitors.validation(task, samples, 7, CPU, tracker, 2)
     tracker.close()
     for name in ("val/absolute/loss", "val/absolute/accuracy", "val/dino/loss", "val/dino/teacher_entropy"):
         assert found[name] == pytest.approx(whole[name], abs=1e-5), name
@@ -145,7 +145,7 @@ def test_validation_weighs_images_and_leaves_no_trace(tmp_path: Path) -> None:
 def test_frozen_features_by_hand() -> None:
     """Class tokens of student and teacher: 33 labelled images vote, three of each class teach the ridge."""
     task, train, held_out = made()
-    told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU)(1)
+    told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU, print, 1)
     assert told.keys() == {f"{what}/{who}" for what in ("rankme", "knn", "ridge") for who in ("student", "teacher")}
     voters, shots = monitors.labelled(train, MonitorConfig(bank=33, shots=3))
     labels = torch.from_numpy(train.labels)
@@ -186,7 +186,7 @@ def test_without_labels_there_is_the_rank(labels: list[int] | None) -> None:
     task, train, held_out = made()
     train.labels = None if labels is None else train.labels
     held_out.labels = None if labels is None else np.array(labels)
-    told = monitors.frozen(task, train, held_out, MonitorConfig(), CPU)(1)
+    told = monitors.frozen(task, train, held_out, MonitorConfig(), CPU, print, 1)
     assert told.keys() == {"rankme/student", "rankme/teacher"} and told["rankme/student"] > 1
 
 
@@ -220,7 +220,7 @@ def test_features_that_are_not_finite_are_not_judged_and_are_told() -> None:
     with torch.no_grad():
         task.backbone.model.norm.weight[0] = torch.nan
     said: list[str] = []
-    told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU, said.append)(3)
+    told = monitors.frozen(task, train, held_out, MonitorConfig(bank=33, shots=3), CPU, said.append, 3)
     assert all(math.isnan(told[f"{what}/student"]) for what in ("rankme", "knn", "ridge"))
     assert all(math.isfinite(told[f"{what}/teacher"]) for what in ("rankme", "knn", "ridge"))
     (line,) = said

@@ -146,7 +146,7 @@ def test_held_out_images_count_alike_in_every_batch() -> None:
         images, {"global": View(size=list(made.backbone.size))}, 0, 3, made.draws, made.collates, made.labelled
     )
     found = [
-        monitors.validation(made, samples, batch, torch.device("cpu"), None)(1)  # type: ignore[arg-type]
+        monitors.validation(made, samples, batch, torch.device("cpu"), None, 1)  # type: ignore[arg-type]
         for batch in (8, 4, 2)
     ]
     assert [each["val/classification/accuracy"] for each in found] == pytest.approx([1 / 3] * 3)
