@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 
+from common.batches.strong import auto_augment
 from common.errors import Refusal
 from common.features.finite import refuse_spoiled
 from common.processes import group
 from common.processes.stopping import StopSignal
 from common.training.tracking import check_tensorboard
-from evaluate.finetuning.augment import rand_augment
 from evaluate.finetuning.options import FinetuneConfig, check, fit_batch, num_steps, unwise
 from evaluate.finetuning.training import bits, finetune
 from evaluate.job import frozen, recipes
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     if pooling != "mean" and not subject.description.get("num_prefix_tokens", 1):
         raise Refusal(f"--pool {pooling}: {subject.description['name']} has no class token; use --pool mean")
     if config.rand_augment is not None:  # tried once, before any time is spent
-        rand_augment(config.rand_augment, job.size, subject.description["mean"])
+        auto_augment(config.rand_augment, job.size, subject.description["mean"], "--rand-augment ")
     refuse_spoiled(subject.state, subject.name)
     group.join(cpu=device.type == "cpu")
     accelerator = group.accelerator(job.precision)

@@ -32,18 +32,23 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 class StepPart(list[tuple[int, int]]):
     """Keys (epoch, index) of the images of one part of a step, and `step`: the indices of all images of the step, in
-    any part and process. So the number of those with a label is known before any is read."""
+    any part and process. So the number of those with a label is known before any is read. `number`: of a training's
+    step, 0-based; None where nothing is trained, and no image mixed with another."""
 
-    def __init__(self, keys: Iterable[tuple[int, int]], step: np.ndarray) -> None:
+    def __init__(self, keys: Iterable[tuple[int, int]], step: np.ndarray, number: int | None = None) -> None:
         super().__init__(keys)
-        self.step = step  # (batch,) int64
+        self.step, self.number = step, number  # step: (batch,) int64
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Iterable of a `StepPart` for each part of each step of one process, from step `start` (0-based) up to `steps`.
 
-    Every epoch drops the images that do not fill a last global batch; they come first nowhere, as each epoch has an
-    order of its own. Raises Refusal if a global batch does not fit the data, the processes or the accumulation.
+    Each epoch drops its incomplete last batch. The order changes every epoch, so no image is dropped for good. Raises
+    Refusal if a global batch does not fit the data, the processes or the accumulation.
+
+    repeats  so many crops of an image in a row of steps (repeated augmentation, arXiv 1902.05509). An epoch has as many
+             steps as without, so it shows one of `repeats` images: as in DeiT's code. Copies of one image are of
+             different "epochs", of which there are `repeats` in each; within a batch they lie far apart
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         processes: int = 1,
         accumulate: int = 1,
+        repeats: int = 1,
     ) -> None:
         if batch < 1:
             raise Refusal(f"batch={batch}: expected at least 1")
@@ -70,7 +76,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             )
         self.size, self.batch, self.seed, self.steps, self.start = size, batch, seed, steps, start
         self.rank, self.processes, self.accumulate = rank, processes, accumulate
-        self.per_epoch = size // batch
+        self.per_epoch, self.repeats = size // batch, repeats
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start) * self.accumulate
@@ -83,11 +89,19 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             if step // self.per_epoch != epoch:
                 epoch = step // self.per_epoch
                 images = order(self.seed, epoch, self.size)
-            first = (step % self.per_epoch) * self.batch
-            step_images = images[first : first + self.batch]
+            keys = self._keys(epoch, step % self.per_epoch, images)
+            indices = np.array([index for _, index in keys])
             for part in range(self.accumulate):
                 begin = part * micro + self.rank * share
-                yield StepPart(((epoch, int(index)) for index in step_images[begin : begin + share]), step_images)
+                yield StepPart(keys[begin : begin + share], indices, step)
+
+    def _keys(self, epoch: int, at: int, images: np.ndarray) -> list[tuple[int, int]]:
+        """Keys of the whole step number `at` of an epoch."""
+        places = range(at * self.batch, (at + 1) * self.batch)  # in the list of all, each `repeats` times
+        if self.repeats == 1:
+            return [(epoch, int(images[place])) for place in places]
+        chosen = sorted((place % self.repeats, place // self.repeats) for place in places)
+        return [(epoch * self.repeats + copy, int(images[which])) for copy, which in chosen]
 
 
 def held_out(size: int, share: float, most: int) -> tuple[np.ndarray, np.ndarray]:

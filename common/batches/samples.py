@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 from ..data import UNLABELLED, Images, Unreadable
 from .crops import augment
 from .loading import Loader
+from .mixing import Mixture, drawn, mix
 from .sampler import StepPart, generator
+from .strong import GREY, Colours, strengthen
 from .views import View
 
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
@@ -33,12 +35,18 @@ class Batch:
     draws: dict[str, Tensor] = field(default_factory=dict)  # "purpose/what" -> (B, ...); what is collated: any shape
     unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
     hopeless: bool = False  # so many of them in a row that none was found to take the place
+    mixtures: dict[str, list[Mixture | None]] = field(default_factory=dict)  # of views whose images are to be mixed
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on `device`."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         draws = {name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()}
         return replace(self, views=views, draws=draws)
+
+    def mixed(self) -> "Batch":
+        """Return the same batch, its images mixed with each other as was drawn."""
+        views = {name: mix(self.views[name], mixtures) for name, mixtures in self.mixtures.items()}
+        return replace(self, views=self.views | views)
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -54,6 +62,7 @@ class Samples(Dataset):
     once per batch, with the stacked draws of its purpose, {what: (B, ...)}; the tensors it returns join them.
     Each purpose in `labelled` finds among its draws "label" (B,), the class of the image that is shown, or -1, and
     "known" (), the images with a label in the whole step, divided by its parts: the same in all parts of the step.
+    `colours`: mean and standard deviation of the channels, in [0, 1], for views that are strongly augmented.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -67,8 +76,10 @@ class Samples(Dataset):
         draws: Mapping[str, Draw] | None = None,
         collate: Mapping[str, Collate] | None = None,
         labelled: Collection[str] = (),
+        colours: Colours = GREY,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
+        self.colours = colours
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
 
     def __len__(self) -> int:
@@ -93,6 +104,8 @@ class Samples(Dataset):
                 rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
                 for number, row in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
                     row.append(augment(image, view, rng, number))
+                    where = "" if name == FIRST_VIEW and not number else f" {name} {number}"
+                    strengthen(row[-1], view, (self.seed, epoch, index), where, self.colours)
         stacked = self._stacked(draws)
         for name in self.labelled:
             stacked[f"{name}/known"] = torch.tensor(self._known(keys))
@@ -102,7 +115,14 @@ class Samples(Dataset):
             stacked,
             unreadable,
             hopeless,
+            self._mixtures(keys),
         )
+
+    def _mixtures(self, keys: list[tuple[int, int]]) -> dict[str, list[Mixture | None]]:
+        """Return the mixtures of each view whose images are mixed; none where nothing is trained."""
+        step = keys.number if isinstance(keys, StepPart) else None
+        mixed = {name: view for name, view in self.views.items() if view.is_mixed} if step is not None else {}
+        return {name: drawn(view, self.seed, step, keys) for name, view in mixed.items()}  # type: ignore[arg-type]
 
     def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
         """Return {"purpose/what": (B, ...)}: the draws, and what `collate` makes of them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ..errors import Refusal
-from ..limits import Count, Probability, Range, Shares, check
+from ..limits import Count, NotNegative, Probability, Range, Shares, check
 
 Interpolation = Literal["bicubic", "bilinear"]
 Chances = Annotated[Any, Range(at_least=0, at_most=1)]  # a probability, or a list of them
@@ -59,10 +59,34 @@ class View:
     interpolation: Interpolation = "bicubic"
     """How pixels are resized, antialiased either way."""
 
+    auto_augment: str | None = None
+    """A policy in timm's notation, after all of the above: rand-m9-mstd0.5-inc1 (RandAugment; DeiT, Swin), original or
+    v0 (AutoAugment), augmix-m3-w3, 3a (3-Augment; DeiT III); null is none."""
+    erasing: Probability = 0.0
+    """Probability that a box of the crop becomes noise, last of all (random erasing; DeiT: 0.25)."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup, in which images are blended with their neighbours in the batch, and so are their labels (DeiT:
+    0.8); 0 is off. Of views with one crop."""
+    cutmix: NotNegative = 0.0
+    """Alpha of CutMix, which pastes a box of the neighbour (DeiT: 1.0); 0 is off."""
+    mix: Probability = 1.0
+    """Probability that images are mixed at all, where mixup or cutmix is on."""
+    switch: Probability = 0.5
+    """Probability of CutMix where both are on."""
+    mix_by: Literal["batch", "pair", "element"] = "batch"
+    """Who shares a draw: all images of a step (batch), two partners (pair), or nobody (element)."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its images are mixed with each other."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix > 0
+
     def __post_init__(self) -> None:
         """Raises Refusal that names the field when a value is impossible."""
         check(self, "view: ")
         height_width(self.size)
+        if self.is_mixed and self.count != 1:
+            raise Refusal(f"view: mixup={self.mixup} and cutmix={self.cutmix} need count=1, and count={self.count}")
         for name, chances in (("blur", self.blur), ("solarise", self.solarise)):
             if hasattr(chances, "__iter__") and len(chances) != self.count:
                 raise Refusal(

@@ -48,8 +48,11 @@ class FinetuneConfig(recipes.TrainingOptions):
     """Probability that a step's images are mixed at all."""
     switch: Probability = 0.5
     """Probability of CutMix where both are on."""
+    mix_by: Literal["batch", "pair", "element"] = "batch"
+    """Who shares a draw: all images of a step (batch), two partners (pair), or nobody (element)."""
     rand_augment: str | None = None
-    """RandAugment in timm's notation (MAE: rand-m9-mstd0.5-inc1); null is off."""
+    """RandAugment in timm's notation (MAE: rand-m9-mstd0.5-inc1), or another of its policies (original, 3a); null is
+    off."""
     erasing: Probability = 0.0
     """Probability that a box of the crop becomes noise (MAE: 0.25)."""
     repeats: Count = 1

@@ -4,7 +4,7 @@ Letters: B images, K classes.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.sampler import generator
-from common.batches.samples import Batch
+from common.batches import mixing
+from common.batches.sampler import StepSampler
+from common.batches.samples import FIRST_VIEW, Batch, Samples
 from common.batches.views import View
 from common.checkpoints import public, storage
 from common.checkpoints.storage import HEAD
@@ -24,8 +25,6 @@ from common.processes import collectives
 from common.processes.stopping import StopSignal
 from common.training import ema
 from common.training.task import Task
-from evaluate.finetuning import mixing
-from evaluate.finetuning.augment import RepeatedSampler, StrongSamples
 from evaluate.finetuning.options import FinetuneConfig, num_steps, rate_of
 from evaluate.job.classifier import Classifier, answers
 from evaluate.job.evaluation import Evaluation
@@ -39,14 +38,13 @@ LABELS = "classifier"  # the purpose under which a batch holds its labels
 
 
 class Finetuning(Task):
-    """What is trained: a batch of images in, {"loss"} out. It counts steps, and moves the average of the weights,
-    `average`, if there is one."""
+    """What is trained: a batch of images in, {"loss"} out. It moves the average of the weights, `average`, if there is
+    one."""
 
-    def __init__(self, classifier: Classifier, config: FinetuneConfig, seed: int, steps: int) -> None:
+    def __init__(self, classifier: Classifier, config: FinetuneConfig) -> None:
         super().__init__()
-        self.classifier, self.config, self.seed, self.steps = classifier, config, seed, steps
+        self.classifier, self.config = classifier, config
         self.average: Any = ema.copy_of(classifier) if config.ema is not None else None
-        self.done = 0  # steps before this one
 
     def train(self, mode: bool = True) -> "Finetuning":
         """Set the mode as every module does, except that the average stays in eval mode."""
@@ -56,22 +54,13 @@ class Finetuning(Task):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy with smoothed, and on request mixed, labels.
-
-        What is mixed, and how, is a function of (seed, step): neither processes nor an interruption change it.
-        """
-        config, images = self.config, batch.views["global"]
+        """Cross-entropy with smoothed, and on request mixed, labels."""
         labels = batch.draws[f"{LABELS}/label"]
         targets = F.one_hot(labels, self.classifier.head.out_features).float()
-        if config.mixup > 0 or config.cutmix > 0:
-            rng, (h, w) = generator(self.seed, 0, self.done, "mixing"), images.shape[-2:]
-            mixture = mixing.draw(rng, h, w, config.mixup, config.cutmix, config.mix, config.switch)
-            images, targets = mixing.mix(images, targets, mixture)
-        return {"loss": F.cross_entropy(self.classifier(images), targets, label_smoothing=config.smoothing)}
-
-    def begin_step(self, progress: float, measured: bool) -> None:
-        """Note which step it is: what is mixed depends on it."""
-        self.done = round(progress * self.steps)
+        if mixtures := batch.mixtures.get(FIRST_VIEW):
+            targets = mixing.mix_targets(targets, mixing.shares(mixtures, len(labels)).to(labels.device))
+        logits = self.classifier(batch.mixed().views[FIRST_VIEW])
+        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.config.smoothing)}
 
     def after_step(self, taken: bool) -> None:
         """Let the average follow, by timm's rule: from the first step on, and by a constant share."""
@@ -117,6 +106,24 @@ class FinetuneTraining(Training):
         return {f"test/accuracy{'' if name == 'raw' else '_ema'}": share for name, share in shares.items()}
 
 
+def view_of(config: FinetuneConfig, size: Sequence[int]) -> View:
+    """How a training crop is made."""
+    return View(
+        list(size),
+        scale=[config.scale, 1.0],
+        flip=config.flip,
+        jitter=config.jitter,
+        grayscale=0.0,
+        auto_augment=config.rand_augment,
+        erasing=config.erasing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        mix=config.mix,
+        switch=config.switch,
+        mix_by=config.mix_by,
+    )
+
+
 def finetune(
     job: Evaluation,
     config: FinetuneConfig,
@@ -132,7 +139,7 @@ def finetune(
     backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
     classifier = Classifier(backbone, identity["pooling"], len(job.classes))
     steps, per_epoch = num_steps(config, len(job.train)), len(job.train) // config.batch
-    task = Finetuning(classifier, config, seed, steps)
+    task = Finetuning(classifier, config)
     weights = digest(subject.state) if subject.state is not None else None
     name = f"{'random' if weights is None else 'trained'}-seed{seed}"
     identity = {**identity, "weights": weights, "seed": seed}
@@ -140,10 +147,10 @@ def finetune(
     if job.arguments.resume and (history := training.result()) is not None:
         job.say("done before")
         return history, note
-    view = View(list(job.size), scale=[config.scale, 1.0], flip=config.flip, jitter=config.jitter, grayscale=0.0)
-    samples = StrongSamples(job.train, {"global": view}, seed, backbone.channels, labelled=[LABELS])
-    samples.set_strength(config.rand_augment, config.erasing, backbone.config.mean, backbone.config.std)
-    sampler = functools.partial(RepeatedSampler, repeats=config.repeats)
+    view = view_of(config, job.size)
+    mean, std = backbone.config.mean, backbone.config.std
+    samples = Samples(job.train, {FIRST_VIEW: view}, seed, backbone.channels, labelled=[LABELS], colours=(mean, std))
+    sampler = functools.partial(StepSampler, repeats=config.repeats)
     every = max(1, round(config.judge_every * per_epoch)) if config.judge_every else steps
     train(training, samples, sampler, rate_of(config, steps, per_epoch)[0], steps, every, stop)
     return training.history, note

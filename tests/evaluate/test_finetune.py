@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -17,17 +16,11 @@ import torch
 from pictures import write_images
 from PIL import Image
 
-from common.batches.sampler import StepSampler, generator
-from common.batches.samples import Samples
-from common.batches.views import View
 from common.checkpoints import public, storage
-from common.data.images import Arrays, Images
 from common.errors import Refusal
 from common.features.extraction import digest
 from common.training import tracking
 from common.training.optim import parameter_groups
-from evaluate.finetuning import mixing
-from evaluate.finetuning.augment import RepeatedSampler, StrongSamples, erase, rand_augment, seeded
 from evaluate.finetuning.options import FinetuneConfig
 from evaluate.finetuning.training import HEAD, Classifier, Finetuning
 from evaluate.job.subjects import at_size, subject_of
@@ -85,122 +78,9 @@ def test_tables_inside_the_blocks_become_trainable_again():
     assert "relative_position_bias_table" in note and not backbone.without_position
 
 
-def test_mixed_labels_say_what_was_mixed():
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    images[1::2] = 200  # each pair has a dark one, of class 0, and a bright one, of class 1
-    targets = torch.eye(2)[[0, 1, 0, 1]]
-    hows = set()
-    for alphas in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-        for step in range(12):
-            mixture = mixing.draw(generator(0, 0, step, "mixing"), 8, 8, *alphas)
-            mixed, shares = mixing.mix(images, targets, mixture)
-            hows.add((alphas, mixture.box is None))
-            assert mixed.dtype == torch.uint8
-            torch.testing.assert_close(shares.sum(1), torch.ones(4))
-            brightness = mixed.float().mean((1, 2, 3)) / 200  # class 1 is bright: its share is seen in the image
-            torch.testing.assert_close(brightness, shares[:, 1], atol=0.005, rtol=0)
-    assert hows == {((1.0, 0.0), True), ((0.0, 1.0), False), ((1.0, 1.0), True), ((1.0, 1.0), False)}
-    assert mixing.mix(images, targets, None)[0] is images
-    assert mixing.draw(generator(0, 0, 0), 8, 8, 0.0, 0.0) is None
-    assert mixing.draw(generator(0, 0, 0), 8, 8, 1.0, 1.0, probability=0.0) is None
-    with pytest.raises(ValueError, match="3 rows"):
-        mixing.partners(images[:3])
-
-
-def test_mixing_draws_what_timm_draws():
-    """Shares and box sizes have timm's distribution: means over many draws, five standard errors apart at most."""
-    from timm.data.mixup import rand_bbox
-
-    draws = [mixing.draw(generator(3, 0, step), 32, 24, 0.8, 1.0) for step in range(4000)]
-    boxed = [draw for draw in draws if draw.box is not None]
-    assert abs(len(boxed) - 2000) < 5 * 32
-    np.random.seed(0)
-    theirs = []
-    for share in np.random.beta(1.0, 1.0, 4000):
-        top, bottom, left, right = rand_bbox((32, 24), share)
-        theirs.append(1 - (bottom - top) * (right - left) / (32 * 24))
-    mine = [draw.share for draw in boxed]
-    assert abs(np.mean(mine) - np.mean(theirs)) < 5 * np.std(theirs) / len(boxed) ** 0.5 * 1.25
-    assert abs(np.std(mine) - np.std(theirs)) < 0.03
-    blended = np.array([draw.share for draw in draws if draw.box is None])
-    assert abs(blended.mean() - 0.5) < 0.04 and abs(blended.var() - 1 / (4 * 2.6)) < 0.01  # of Beta(0.8, 0.8)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_strong_augmentation_is_a_function_of_seed_epoch_and_index(channels):
-    grey = np.random.default_rng(0).integers(0, 256, (6, 24, 24), dtype=np.uint8)
-    images = Images(Arrays(grey, "grey"), "grey", labels=[0, 1, 0, 1, 0, 1], classes=("a", "b"))
-    samples = StrongSamples(images, {"global": View(16, grayscale=0.0, jitter=0.0)}, 5, channels, labelled=["what"])
-    samples.set_strength("rand-m9-mstd0.5-inc1", 0.5, [0.5] * channels, [0.2] * channels)
-    keys = [(epoch, index) for epoch in range(2) for index in range(6)]
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    whole = samples.__getitems__(keys)
-    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
-    assert torch.get_rng_state().equal(before[2])
-    random.seed(99), np.random.seed(99)  # nothing of this matters
-    for at in (11, 3, 7):
-        assert samples.__getitems__([keys[at]]).views["global"][0].equal(whole.views["global"][at])
-    plain = Samples(images, samples.views, 5, channels).__getitems__(keys).views["global"]
-    changed = [not one.equal(two) for one, two in zip(whole.views["global"], plain, strict=True)]
-    assert 6 <= sum(changed) <= 12
-    assert whole.draws["what/label"].tolist() == [0, 1, 0, 1, 0, 1] * 2
-    assert whole.views["global"].shape == (12, channels, 16, 16)
-
-
-@pytest.mark.parametrize("colours", [1, 3])
-def test_every_strength_of_rand_augment_runs(colours):
-    """Also the strongest: posterised to no bits at all, a picture is black (Pillow 13 raises ValueError for it)."""
-    pixels = np.random.default_rng(0).integers(1, 256, (12, 12, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels if colours == 3 else pixels[..., 0])
-    for spec in ("rand-m10-inc1", "rand-m0-mstd9", "rand-m9-mstd0.5-inc1", "rand-m20-mmax20-inc1"):
-        operation = rand_augment(spec, (12, 12), [0.5] * colours)
-        black = 0
-        for index in range(150):
-            with seeded(generator(0, 0, index)):
-                made = operation(picture)
-            assert made.mode == picture.mode and made.size == picture.size
-            black += not np.array(made).any()
-        assert spec != "rand-m10-inc1" or black
-
-
-def test_erased_boxes():
-    mean, std = [0.5, 0.4, 0.6], [0.1, 0.1, 0.1]
-    shares, values = [], []
-    for index in range(300):
-        image = erase(torch.full((3, 32, 32), 255, dtype=torch.uint8), generator(0, 0, index), 0.25, mean, std)
-        box = (image != 255).any(0)
-        if box.any():
-            rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
-            h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-            assert box.sum() == h * w  # one box, filled
-            shares.append(h * w / 1024)
-            values.append(image[:, box].float().mean(1) / 255)
-    assert 50 < len(shares) < 100  # a quarter of 300
-    assert min(shares) > 0.015 and max(shares) < 0.36
-    torch.testing.assert_close(torch.stack(values).mean(0), torch.tensor(mean), atol=0.01, rtol=0)
-    image = torch.full((1, 8, 8), 7, dtype=torch.uint8)
-    assert (erase(image, generator(0, 0, 0), 0.0, [0.5], [0.2]) == 7).all()
-
-
-def test_repeated_augmentation():
-    seen = [list(RepeatedSampler(30, 12, 1, 4, 0, rank, 2, 1, repeats=3)) for rank in range(2)]
-    steps = [one + two for one, two in zip(*seen, strict=True)]
-    assert steps == [step for (step,) in zip(RepeatedSampler(30, 12, 1, 4, repeats=3), strict=True)]
-    assert steps[3:] == list(RepeatedSampler(30, 12, 1, 4, 3, repeats=3))  # resumed
-    for step, keys in enumerate(steps):
-        assert len(keys) == len(set(keys)) == 12
-        assert {epoch // 3 for epoch, _ in keys} == {step // 2}
-        assert len({index for _, index in keys}) == 4
-        assert all(keys[i][1] != keys[i + 1][1] for i in range(0, 12, 2))  # partners in mixing are two images
-    parts = list(RepeatedSampler(30, 12, 1, 4, 0, 1, 2, 3, repeats=3))
-    whole = list(RepeatedSampler(30, 12, 1, 4, 0, 0, 2, 3, repeats=3))
-    assert [*whole[0], *parts[0], *whole[1], *parts[1], *whole[2], *parts[2]] == steps[0]
-    assert list(RepeatedSampler(30, 12, 1, 4)) == list(StepSampler(30, 12, 1, 4))
-
-
 def test_the_average_is_a_hand_written_one(make_run):
     backbone, _ = subject_of(str(make_run(depth=1))).for_finetuning()
-    task = Finetuning(Classifier(backbone, "mean", 3), FinetuneConfig(ema=0.75), 0, 4)
+    task = Finetuning(Classifier(backbone, "mean", 3), FinetuneConfig(ema=0.75))
     weights = task.classifier.head.weight
     expected = weights.detach().clone()
     for step in range(4):

@@ -165,7 +165,14 @@ def test_workers_change_nothing_and_leave_the_generator_alone(workers):
 
 
 def test_a_batch_holds_no_labels():
-    assert {field.name for field in dataclasses.fields(Batch)} == {"views", "index", "draws", "unreadable", "hopeless"}
+    assert {field.name for field in dataclasses.fields(Batch)} == {
+        "views",
+        "index",
+        "draws",
+        "unreadable",
+        "hopeless",
+        "mixtures",
+    }
     labelled = Images(Numbers(4), "numbers", labels=[0, 1, 2, 3], classes="abcd")
     batch = Samples(labelled, {"global": PLAIN}, 0, 1).__getitems__([(0, 0)])
     assert not batch.draws and batch.index.tolist() == [0]

@@ -1,0 +1,138 @@
+"""Strong augmentation of training crops: RandAugment and random erasing.
+
+As everything that a sample is made of, a pure function of (seed, epoch, index): see `sampler`.
+"""
+
+import contextlib
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from ..errors import Refusal
+from .sampler import generator
+from .views import View
+
+Colours = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of the channels, in [0, 1]
+GREY: Colours = ((0.5,) * 3, (0.25,) * 3)
+
+ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)
+ERASED_RATIO = (0.3, 1 / 0.3)  # narrowest and widest height:width
+ERASING_TRIES = 10
+
+
+def auto_augment(
+    spec: str, size: Sequence[int], mean: Sequence[float], option: str = "auto_augment="
+) -> Callable[[Image.Image], Image.Image]:
+    """Build timm's policy `spec` for crops of `size` (h, w): RandAugment (rand-m9-mstd0.5-inc1; arXiv 1909.13719),
+    AutoAugment (original, v0; arXiv 1805.09501), AugMix (augmix-m3-w3; arXiv 1912.02781) or 3-Augment (3a; arXiv
+    2204.07118).
+
+    It reads Python's and NumPy's global generators: see `seeded`. What moves into the picture has the colour `mean`
+    ([0, 1], one a channel). Raises Refusal, which names the `option`, for a spec that timm does not know.
+    """
+    fill = tuple(min(255, round(255 * value)) for value in mean)
+    options = {
+        "translate_const": int(min(size) * 0.45),
+        "img_mean": fill if len(fill) == 3 else fill[0],
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        kind = KINDS.get(spec.partition("-")[0], auto_augment_transform)
+        made = kind(spec, options)
+        for operation in _operations(made):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
+        with seeded(np.random.default_rng(0)):
+            made(Image.new("RGB" if len(fill) == 3 else "L", (size[1], size[0])))
+    except Exception as error:  # timm asserts, and looks names up
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refusal(
+            f"{option}{spec}: timm cannot read it ({reason}); expected such as rand-m9-mstd0.5-inc1, original, "
+            "augmix-m3-w3 or 3a, or null"
+        ) from None
+    return made
+
+
+KINDS = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}  # by how a spec begins
+
+
+def _operations(made: Any) -> Iterator[Any]:
+    """Every operation of a policy of timm's."""
+    if hasattr(made, "policy"):
+        yield from (operation for steps in made.policy for operation in steps)
+    else:
+        yield from made.ops
+
+
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Posterise. timm's strongest leaves no bits: that was a black picture, and Pillow 13 raises ValueError."""
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+@contextlib.contextmanager
+def seeded(rng: np.random.Generator) -> Iterator[None]:
+    """Seed Python's and NumPy's global generators from `rng`, and restore them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(int(rng.integers(2**63)))
+    np.random.seed(int(rng.integers(2**32)))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def erase(
+    image: Tensor, rng: np.random.Generator, probability: float, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Erase at random (arXiv 1708.04896): with `probability` a box of the image becomes noise. uint8 (C, H, W), changed
+    in place, and returned.
+
+    Each value is drawn from a normal distribution of the channel's `mean` and `std` (in [0, 1]) and rounded to 8 bits:
+    timm's `pixel` mode, but for the twentieth that would be darker than black or brighter than white.
+    """
+    channels, height, width = image.shape
+    if rng.random() >= probability:
+        return image
+    for _ in range(ERASING_TRIES):
+        area = height * width * rng.uniform(*ERASED_AREA)
+        ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < height and 0 < w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = rng.standard_normal((channels, h, w)) * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
+            image[:, top : top + h, left : left + w] = torch.from_numpy(
+                np.clip(np.rint(255 * noise), 0, 255).astype(np.uint8)
+            )
+            break
+    return image
+
+
+def strengthen(crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours) -> None:
+    """Change one crop of a view in place, uint8 (C, h, w): its policy, then random erasing, as the view says.
+
+    `key`: (seed, epoch, index) of the sample; `where`: "" for the first crop of the first view, else which it is.
+    """
+    mean, std = colours
+    if view.auto_augment is not None:
+        operation = _made(view.auto_augment, tuple(crop.shape[1:]), tuple(mean))
+        with seeded(generator(*key, f"rand_augment{where}")):
+            crop.copy_(pil_to_tensor(operation(to_pil_image(crop))))
+    if view.erasing > 0:
+        erase(crop, generator(*key, f"erasing{where}"), view.erasing, mean, std)
+
+
+_made = functools.lru_cache(maxsize=4)(auto_augment)  # once in every worker: it cannot be pickled on every platform
