@@ -14,7 +14,9 @@ from torch import Tensor
 
 from common.batches.sampler import HELD_OUT_EPOCH, StepSampler, held_out
 from common.batches.samples import Samples
+from common.batches.strong import auto_augment
 from common.batches.unreadable import LISTED, Limit, Look, look_at
+from common.batches.views import height_width
 from common.checkpoints import pretrained
 from common.data import Images, open_data
 from common.data.location import location_of
@@ -79,7 +81,7 @@ class Parts:
         config, process = self.config, self.process
         return StepSampler(
             len(self.train), config.batch, config.seed, self.steps, start,
-            process.process_index, process.num_processes, config.accumulate,
+            process.process_index, process.num_processes, config.accumulate, config.repeats,
         )  # fmt: skip
 
     @property
@@ -97,7 +99,8 @@ class Parts:
     def held_out_samples(self, images: Images) -> Samples:
         """Held-out images, cropped and drawn for as the training images are."""
         task, samples = self.task, self.samples
-        return Samples(images, samples.views, 0, samples.channels, task.draws, task.collates, task.labelled)
+        options = task.draws, task.collates, task.labelled, samples.colours
+        return Samples(images, samples.views, 0, samples.channels, *options)
 
 
 def assemble(
@@ -130,13 +133,17 @@ def assemble(
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, resolve(config.objectives), config.views)
+    for name, view in config.views.items():
+        if view.auto_augment is not None:  # tried once, before any time is spent
+            auto_augment(view.auto_augment, height_width(view.size), config.model.mean, f"views.{name}.auto_augment=")
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
     verdict = _audit(config, task, process)
     views = {name: view for name, view in config.views.items() if name in task.views}
-    samples = Samples(train, views, config.seed, backbone.channels, task.draws, task.collates, task.labelled)
-
+    colours = config.model.mean, config.model.std
+    drawn = task.draws, task.collates, task.labelled, colours
+    samples = Samples(train, views, config.seed, backbone.channels, *drawn)
     settled, pace = _measured(settled, task, samples, process, heed)
     assert config.steps is not None
     return Parts(

@@ -124,10 +124,17 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     values: dict[str, Any] = {"threads": threads}
     reasons["threads"] = source
     batch = config.batch
-    unit = facts.processes * config.accumulate
+    mixed = [name for name, view in config.views.items() if view.is_mixed]
+    unit = facts.processes * config.accumulate * (2 if mixed else 1)  # images are mixed in pairs
     if facts.lower_batch and batch > facts.images >= unit:  # the learning rate follows by optimizer.scaling
         reasons["batch"] = f"there are {facts.images:,} images to train on, fewer than the recipe's {batch:,}"
         batch = values["batch"] = facts.images // unit * unit
+    if mixed and batch % unit:
+        raise Refusal(
+            f"views.{mixed[0]} mixes images in pairs (mixup, cutmix), and batch={batch} shared by {facts.processes} "
+            f"processes x {config.accumulate} accumulation steps leaves some without a partner: choose a multiple of "
+            f"{unit}"
+        )
     per_epoch = StepSampler(
         facts.images, batch, config.seed, 1, processes=facts.processes, accumulate=config.accumulate
     ).per_epoch

@@ -145,6 +145,9 @@ class PretrainConfig:
     """Images per optimizer step over all processes."""
     accumulate: Count = 1
     """Parts a step is computed in, one after the other, to save memory."""
+    repeats: Count = 1
+    """Crops of each image among neighbouring steps: repeated augmentation (DeiT: 3), with so many times fewer images in
+    an epoch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """fp32, bf16, fp16 (GPUs), or auto: measured at the start on this device for this model, and stored."""
     threads: Count | None = None

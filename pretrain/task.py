@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from common.batches import mixing
 from common.batches.samples import Batch, Collate, Draw
 from common.batches.views import View, height_width
 from common.errors import Refusal
@@ -181,13 +182,16 @@ class Pretraining(Task):
 
     def inputs(self, name: str, batch: Batch, features: Mapping[Pass, Features]) -> tuple[dict, dict]:
         """Arguments of objective `name`: its features and its draws."""
-        return {key: features[want] for key, want in self.objectives[name].passes.items()}, of_purpose(
-            batch.draws, name
-        )
+        objective, draws = self.objectives[name], of_purpose(batch.draws, name)
+        view: Any = objective.options.view if objective.labelled else None
+        if mixtures := batch.mixtures.get(view):
+            draws["shares"] = mixing.shares(mixtures, len(batch.index)).to(draws["label"].device)
+        return {key: features[want] for key, want in objective.passes.items()}, draws
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
         gradient."""
+        batch = batch.mixed()
         return self.judge(batch, self.features(batch))
 
     def judge(self, batch: Batch, features: Mapping[Pass, Features]) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
     Returns {"chance": ..., "images": ..., cue: [accuracy, half-width of its 99.9 % interval], ...}."""
     count = min(IMAGES, len(images)) // 2
     view = next(objective.passes["tokens"].view for objective in task.positional.values())
-    samples = Samples(images, {view: config.views[view]}, config.seed, task.backbone.channels)
+    colours = config.model.mean, config.model.std
+    samples = Samples(images, {view: config.views[view]}, config.seed, task.backbone.channels, colours=colours)
     chosen = torch.linspace(0, len(images) - 1, 2 * count).long()[torch.randperm(2 * count)].tolist()
     crops = samples.__getitems__([(HELD_OUT_EPOCH, index) for index in chosen]).views[view]
     pixels = crops[: 2 * count].float() / 255  # the first crop of each image

@@ -76,7 +76,7 @@ def _seen(task: Pretraining, samples: Samples) -> Samples:
     for beside them need not be cropped."""
     looked_at = {want.view for objective in task.positional.values() for want in objective.passes.values()}
     views = {name: view for name, view in samples.views.items() if name in looked_at}
-    return Samples(samples.images, views, samples.seed, samples.channels, samples.draws)
+    return Samples(samples.images, views, samples.seed, samples.channels, samples.draws, colours=samples.colours)
 
 
 def collapse_warnings(

@@ -13,6 +13,7 @@ import torch
 from runs.children import Run, Train
 from small import Noise, backbone, options_for, task
 
+from common.batches.mixing import Mixture
 from common.batches.sampler import StepSampler
 from common.batches.samples import Batch, Samples
 from common.batches.views import View
@@ -27,6 +28,8 @@ from pretrain.objectives import Objective
 from pretrain.task import Pretraining, resolve
 
 THREE: dict[str, Any] = {"classes": 3}
+MIXED = ["views.global.mixup=0.8", "views.global.cutmix=1.0"]
+STRONG = [*MIXED, "views.global.auto_augment=rand-m9-mstd0.5-inc1", "views.global.erasing=0.25", "repeats=3"]
 
 
 def told(made: Pretraining, labels: list[int] | None, count: int = 4) -> Batch:
@@ -68,6 +71,39 @@ def test_smoothed_cross_entropy_by_hand(name: str, pool: str, pooled: str) -> No
     assert report["classification/accuracy"] == np.mean(logits.argmax(1) == [2, 0, 1, 2])
     assert report["classification/chance"] == pytest.approx(1 / 3)
     assert made.pooling == pooled and made.position == "full" and not made.positional
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_mixed_labels_by_hand(loss: str) -> None:
+    """Two pairs: 0.7 of one label and 0.3 of the other, or of what is not known."""
+    made = task({"classification": {**THREE, "smoothing": 0.1, "loss": loss}}).eval()
+    given = told(made, [2, 0, 1, -1])
+    given.mixtures["global"] = [Mixture(0.7)]
+    images = given.mixed().views["global"]
+    assert images[0].float().sub(0.7 * given.views["global"][0] + 0.3 * given.views["global"][1]).abs().max() <= 0.5
+    layer: Any = made.objectives["classification"].head.classifier  # type: ignore[union-attr]
+    logits = layer(made.backbone(images).prefix[:, 0]).detach().double().numpy()
+    labels = np.array([[0.3, 0, 0.7], [0.7, 0, 0.3], [0, 1, 0], [0, 1, 0]])
+    weights = np.array([1, 1, 0.7, 0.3])  # of the last pair one label is known
+    smoothed = 0.9 * labels + 0.1 / 3
+    if loss == "ce":
+        each = -(smoothed * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
+    else:
+        sure = 1 / (1 + np.exp(-logits))
+        each = -(smoothed * np.log(sure) + (1 - smoothed) * np.log(1 - sure)).mean(1)
+    report = made(given)
+    assert report["loss"].item() == pytest.approx((each * weights).sum() / 3, rel=1e-5)
+    right = (logits.argmax(1) == labels.argmax(1)) * weights
+    assert report["classification/accuracy"].item() == pytest.approx(right.sum() / 3)
+
+
+def test_unmixed_and_barely_mixed_are_the_same() -> None:
+    """What soft labels cost at the end where they are hard."""
+    made = task({"classification": {**THREE, "smoothing": 0.1}}).eval()
+    plain, soft = told(made, [2, 0, 1, -1]), told(made, [2, 0, 1, -1])
+    soft.mixtures["global"] = [Mixture(1.0)]
+    for name, value in made(plain).items():
+        torch.testing.assert_close(made(soft)[name], value)
 
 
 def test_images_without_a_label_take_no_part() -> None:
@@ -165,12 +201,21 @@ def few_labels(images: Path, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "accumulate"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "mixing"),
+    [(1, 4, []), (2, 2, []), (2, 2, MIXED), (1, 4, [*MIXED, "views.global.mix_by=pair", "repeats=2"])],
+)
 def test_a_run_with_few_labels_is_the_same_however_its_steps_are_shared(
-    train: Train, tiny: list[str], images: Path, tmp_path: Path, processes: int, accumulate: int
+    train: Train, tiny: list[str], images: Path, tmp_path: Path, processes: int, accumulate: int, mixing: list[str]
 ) -> None:
     """In real processes: the loss, the gradient's norm and the accuracy of three steps; no dropout."""
-    words = [*tiny, "objectives={classification: {smoothing: 0.1}, absolute: {weight: 0.5}}", "steps=3", "batch=8"]
+    words = [
+        *tiny,
+        *mixing,
+        "objectives={classification: {smoothing: 0.1}, absolute: {weight: 0.5}}",
+        "steps=3",
+        "batch=8",
+    ]
     words += ["model.kwargs.drop_path_rate=0", "model.kwargs.proj_drop_rate=0", "tensorboard=false", "log_every=1"]
     words += ["monitor.held_out=0", f"data={few_labels(images, tmp_path)}"]
     runs = []
@@ -304,18 +349,19 @@ def test_data_without_labels_are_refused_in_a_line(inside: Callable[..., int], i
 # --------------------------------------------------------------------------------------------------------- in a run
 
 
+@pytest.mark.parametrize("how", [[], STRONG], ids=["plain", "mixed"])
 def test_a_run_learns_exports_and_resumes(
-    inside: Callable[..., int], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inside: Callable[..., int], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
     words = [*tiny, "objectives.relative.weight=0", "objectives.classification.smoothing=0.1", "optimizer.lr=0.02"]
-    words += ["tensorboard=false", "monitor.every=8", "batch=24", "checkpoint_every=null", "milestone_every=8"]
+    words += ["tensorboard=false", "monitor.every=8", "batch=24", "checkpoint_every=null", "milestone_every=8", *how]
     whole = tmp_path / "whole"
     assert inside(*words, "steps=24", f"run={whole}") == 0
     said = capsys.readouterr().out
     assert "objective  1 x classification" in said and "classification.classes = 3: the classes of" in said
     metrics = Run(whole).metrics
     losses = [record["classification/loss"] for record in metrics]
-    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert how or np.mean(losses[-4:]) < np.mean(losses[:4])  # of mixed labels 24 steps tell little
     assert 0 <= metrics[7]["val/classification/accuracy"] <= 1
     assert metrics[-1]["classification/chance"] == pytest.approx(1 / 3)
     about = json.loads((whole / "backbone.json").read_text())
@@ -329,6 +375,14 @@ def test_a_run_learns_exports_and_resumes(
     peaceful = [(record["step"], record["loss"]) for record in metrics]
     assert inside("--resume", whole) == 0
     assert [(record["step"], record["loss"]) for record in Run(whole).metrics] == peaceful
+
+
+def test_mixing_needs_partners_and_policies_a_name(inside: Callable[..., int], tiny: list[str]) -> None:
+    with pytest.raises(Refusal, match=r"views.global mixes images in pairs .*batch=6 shared by 1 processes x 2 .*of 4"):
+        inside(*tiny, *MIXED, "batch=6", "accumulate=2", "objectives={classification: {}}", "steps=1", "run=none")
+    with pytest.raises(Refusal, match=r"views.global.auto_augment=rnd-m9: timm cannot read it"):
+        inside(*tiny, "views.global.auto_augment=rnd-m9", "steps=1", "run=none")
+    assert not Path("none").exists()
 
 
 def test_unlabelled_images_are_counted_and_still_say_where_they_are() -> None:
