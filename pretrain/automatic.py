@@ -115,17 +115,11 @@ class _Rules:
         return share
 
 
-def resolve(config: PretrainConfig, facts: Facts) -> Settled:
-    """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
-    is given changes, and resolving what was resolved changes nothing. Raises Refusal for what cannot be.
-    """
-    chosen, reasons = suited(options_of(config.objectives), facts.grid, facts.class_token)
-    threads, source = facts.threads
-    values: dict[str, Any] = {"threads": threads}
-    reasons["threads"] = source
-    batch = config.batch
+def _batch(config: PretrainConfig, facts: Facts, values: dict[str, Any], reasons: dict[str, str]) -> int:
+    """Return the images of a step, lowered, in `values`, to what few images fill. Raises Refusal where images are mixed
+    in pairs and some would have no partner."""
     mixed = [name for name, view in config.views.items() if view.is_mixed]
-    unit = facts.processes * config.accumulate * (2 if mixed else 1)  # images are mixed in pairs
+    unit, batch = facts.processes * config.accumulate * (2 if mixed else 1), config.batch
     if facts.lower_batch and batch > facts.images >= unit:  # the learning rate follows by optimizer.scaling
         reasons["batch"] = f"there are {facts.images:,} images to train on, fewer than the recipe's {batch:,}"
         batch = values["batch"] = facts.images // unit * unit
@@ -135,6 +129,18 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
             f"processes x {config.accumulate} accumulation steps leaves some without a partner: choose a multiple of "
             f"{unit}"
         )
+    return batch
+
+
+def resolve(config: PretrainConfig, facts: Facts) -> Settled:
+    """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
+    is given changes, and resolving what was resolved changes nothing. Raises Refusal for what cannot be.
+    """
+    chosen, reasons = suited(options_of(config.objectives), facts.grid, facts.class_token)
+    threads, source = facts.threads
+    values: dict[str, Any] = {"threads": threads}
+    reasons["threads"] = source
+    batch = _batch(config, facts, values, reasons)
     per_epoch = StepSampler(
         facts.images, batch, config.seed, 1, processes=facts.processes, accumulate=config.accumulate
     ).per_epoch
