@@ -32,14 +32,12 @@ class Pretraining(Task):
     skipped: Tensor
     objectives: Mapping[str, Objective]  # an nn.ModuleDict
 
-    def __init__(self, backbone: Backbone, signals: Mapping[str, tuple[float, Objective]]) -> None:
+    def __init__(self, backbone: Backbone, built: dict[str, Objective]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.weights = {name: weight for name, (weight, _) in signals.items()}
-        modules = {name: objective for name, (_, objective) in signals.items()}
-        self.objectives = nn.ModuleDict(modules)  # type: ignore[assignment]
-        wanted = (want for _, objective in signals.values() for want in objective.passes.values())
-        self.passes = list(dict.fromkeys(wanted))
+        self.weights: dict[str, float] = {name: objective.options.weight for name, objective in built.items()}
+        self.objectives = nn.ModuleDict(built)  # type: ignore[arg-type, assignment]
+        self.passes = list(dict.fromkeys(want for objective in built.values() for want in objective.passes.values()))
         self.teacher: Backbone | None = None
         if any(want.network == "teacher" for want in self.passes):
             self.teacher = ema.copy_of(backbone)  # type: ignore[assignment]
@@ -217,9 +215,8 @@ def _rows(features: Features, first: int, count: int) -> Features:
     """Features of `count` images from `first` on; the very same if that is all."""
     if first == 0 and count == len(features.tokens):
         return features
-    return dataclasses.replace(
-        features, tokens=features.tokens[first : first + count], prefix=features.prefix[first : first + count]
-    )
+    rows = slice(first, first + count)
+    return dataclasses.replace(features, tokens=features.tokens[rows], prefix=features.prefix[rows])
 
 
 def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, View]) -> Pretraining:
@@ -228,17 +225,12 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
     Raises Refusal if none has a weight above 0, one asks for a view that is not there, or nobody asks for one, and
     where the backbone cannot run under an objective's plan or on images of a view's size.
     """
-    signals: dict[str, tuple[float, Objective]] = {}
-    exempt_views = {"global"}  # it sets the backbone's size, looked at or not
-    for name, options in chosen.items():
-        if options.weight > 0:
-            signals[name] = (options.weight, objectives.build(name, options, backbone))
-        else:
-            exempt_views |= objectives.find(name).views_of(options)
-    if not signals:
+    built = {name: objectives.build(name, options, backbone) for name, options in chosen.items() if options.weight > 0}
+    left_out = (objectives.find(name).views_of(options) for name, options in chosen.items() if name not in built)
+    exempt_views = {"global"}.union(*left_out)  # global sets the backbone's size, looked at or not
+    if not built:
         known = ", ".join(objectives.names())
         raise Refusal(f"no objective to train: add one to `objectives:` ({known}) with a weight above 0")
-    built = {name: objective for name, (_, objective) in signals.items()}
     for objective in built.values():
         objective.connect(built, views)
     asked = {want.view: want for objective in built.values() for want in objective.passes.values()}
@@ -250,7 +242,7 @@ def build(backbone: Backbone, chosen: Mapping[str, Any], views: Mapping[str, Vie
         )
     _check_passes(backbone, built, views)
     backbone.use_plans({want.plan for objective in built.values() for want in objective.passes.values()})
-    return Pretraining(backbone, signals)  # last: its teacher is a copy of the prepared backbone
+    return Pretraining(backbone, built)  # last: its teacher is a copy of the prepared backbone
 
 
 def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Mapping[str, View]) -> None:

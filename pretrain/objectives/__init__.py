@@ -58,6 +58,7 @@ class Objective(nn.Module):
     """One training signal: its passes, its heads, its statistics."""
 
     Options: Any  # a dataclass; filled strictly from the recipe
+    options: Any  # an instance of it
     passes: Mapping[str, Pass]  # the names under which it will find its features
     draw: Callable[[np.random.Generator], Mapping[str, np.ndarray]] | None = None  # per sample; picklable
     collate: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # of its stacked draws, more; picklable
