@@ -9,7 +9,13 @@ from common.features.extraction import RAW
 from evaluate.comparison.reports import APART, Run, listed
 from evaluate.job.arguments import LABELS
 
-TITLES = {"knn": "k-NN", "linear": "linear probe", "fewshot": "low-shot", "finetune": "finetuning"}
+TITLES = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "fewshot": "low-shot",
+    "finetune": "finetuning",
+    "validate": "classifier",
+}
 BASELINES = ("random", *RAW)
 # Neither the samples nor what is learned from them depends on these, nor do runs of one recipe have them in common.
 SEED_ONLY = ("seed", "run", "threads", "loader", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",

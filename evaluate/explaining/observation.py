@@ -89,10 +89,17 @@ def targets(
     job: Evaluation, references: Mapping[str, Tensor], pooled: Tensor, near: Tensor, index: Tensor
 ) -> tuple[list[Score], str]:
     """(score to explain for each batch of images, its description)."""
+    of_batches: list[Score]
     if job.arguments.target == "neighbors":
         towards, centre = references["pooled"][near].mean(1), centre_of(references["pooled"])
-        of_batches: list[Score] = [attribution.similarity(batch, centre) for batch in towards.split(BATCH)]
+        of_batches = [attribution.similarity(batch, centre) for batch in towards.split(BATCH)]
         return of_batches, f"cosine to the mean of its {NEIGHBORS} nearest training images"
+    head = job.subject.head()
+    if head is not None and job.subject.description["pooling"] in ("class", "mean"):  # what `pooled` is, too
+        weight, bias = (head[name].to(pooled) for name in ("weight", "bias"))
+        guesses = (pooled @ weight.T + bias).argmax(1)
+        of_batches = [attribution.logit(weight, bias, batch) for batch in guesses.split(BATCH)]
+        return of_batches, "logit of the class that its own classifier finds"
     assert job.train.labels is not None and job.test.labels is not None
     labels = torch.from_numpy(job.train.labels)[references["index"]].to(job.device)
     eye = torch.eye(pooled.shape[1], device=job.device)

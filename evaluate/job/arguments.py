@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 import torch
 
@@ -15,16 +16,19 @@ LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels",
 BASELINES = ("random", "pixels")  # that stand beside what is judged unless asked otherwise; patches take their time
 
 
-def parser(script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False) -> Parser:
+def parser(
+    script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False, several: bool = False
+) -> Parser:
     """Parser with the options that every evaluation takes.
 
     script: docstring of the entry script. crop: adds --crop. raw: adds --baselines, and --ckpt may be pixels
-    or patches.
+    or patches. several: --ckpt takes checkpoints, and may be left out.
     """
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     word = "RUN|FILE|random|pixels|patches|timm:NAME" if raw else "RUN|FILE|random|timm:NAME"
-    add("--ckpt", required=True, type=expanded, metavar=word, help="what is judged")
+    many: dict[str, Any] = {"nargs": "+", "default": []} if several else {"required": True}
+    add("--ckpt", **many, type=expanded, metavar=word, help="what is judged")
     add("--weights", type=expanded, metavar="FILE", help="local weights of timm:NAME; of a file with several models "
         "FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)")  # fmt: skip
     size = ", size of `pixels` and `patches`" if raw else ""

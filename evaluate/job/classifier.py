@@ -1,24 +1,35 @@
-"""Classifiers: a backbone with a linear layer on top, and what it says of images.
+"""Classifiers: a backbone with a linear layer on top, or a whole network as timm has it, and what they say of images.
 
 Letters: B images, D width, K classes.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common.batches.unreadable import NO_LIMIT
+from common.batches.views import height_width
+from common.checkpoints import storage
+from common.checkpoints.pretrained import TIMM, timm_model
+from common.commands import command
 from common.errors import Refusal
 from common.features.extraction import Eye, shown
-from common.features.finite import IN_FP32, not_finite
+from common.features.finite import IN_FP32, not_finite, refuse_spoiled
 from common.models import Backbone
+from common.models.create import no_architecture
 from common.models.plan import TokenPlan
 from common.training.precision import DTYPES
 from evaluate.job.evaluation import Evaluation
+from evaluate.job.subjects import RANDOM, Subject, at_size, subject_of
+
+OPTION = "--weights "  # the option that names a file
 
 
 class Classifier(nn.Module):
@@ -33,9 +44,107 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes it tells apart."""
+        return self.head.out_features
+
     def forward(self, images: Tensor) -> Tensor:
         """Classify uint8 (B, C, H, W): logits (B, K), float32."""
         return self.head(self.backbone(images, self.plan).pooled(self.pooling)).float()
+
+
+class Network(nn.Module):
+    """A network of timm's with the classifier that was published with it, and what its images are normalised by."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model, self.num_classes = model, int(model.num_classes)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify uint8 (B, C, H, W) as the network does in eval: logits (B, K), float32."""
+        return self.model((images.float() / 255 - self.mean) / self.std).float()
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def load(ckpt: str, weights: str | None, size: Any, crop: float | None) -> tuple[Subject, Classifier | Network]:
+    """Load --ckpt with its classifier, for images of `size` and test `crop` (None: its own): (what its reports say of
+    it, the network in eval mode).
+
+    ckpt: a run or file that has a head, or timm:NAME, whose classifier is the one in the file `weights` or, without
+    one, in what timm publishes. Raises Refusal for what has no classifier.
+    """
+    subject: Subject
+    network: Classifier | Network
+    if ckpt.startswith(TIMM):
+        subject, network = _published(ckpt.removeprefix(TIMM), weights, size, crop)
+    else:
+        subject, network = _trained(ckpt, weights, size, crop)
+    refuse_spoiled(network.state_dict(), subject.name)
+    return subject, network.eval()
+
+
+def _trained(ckpt: str, weights: str | None, size: Any, crop: float | None) -> tuple[Subject, Classifier]:
+    if ckpt == RANDOM:
+        raise Refusal(f"--ckpt {ckpt}: nothing was trained, so there is no classifier; give a run that was finetuned")
+    subject = subject_of(ckpt, None, weights)
+    head = subject.head()
+    if head is None:
+        found = sorted((subject.folder / "finetune").glob(f"*/{storage.HEAD}"))
+        there = f"one that was finetuned from it is --ckpt {found[0].parent}" if found else (
+            f"finetune it first ({command('finetune', '--ckpt', ckpt)}), or judge its features "
+            f"({command('linear', '--ckpt', ckpt)})"
+        )  # fmt: skip
+        raise Refusal(f"--ckpt {ckpt} is a backbone without a classifier: {there}")
+    subject, note = at_size(subject, size, crop)
+    if note:
+        subject.description["loaded"] = [*subject.notes, note]
+    pooling = subject.description["pooling"]
+    network = Classifier(subject.backbone(), pooling, len(head["bias"]), subject.plan)
+    network.head.load_state_dict(head)
+    return subject, network
+
+
+def _published(name: str, weights: str | None, size: Any, crop: float | None) -> tuple[Subject, Network]:
+    asked = f"--ckpt {TIMM}{name}"
+    if reason := no_architecture(name):
+        raise Refusal(f"{asked}: {reason}")
+    known: Any = timm.get_pretrained_cfg(name)
+    config: dict[str, Any] = known.to_dict() if known is not None else {}
+    h, w = height_width(size) if size is not None else config["input_size"][1:]
+    resized: dict[str, Any] = {"img_size": (h, w)} if config.get("fixed_input_size") else {}
+    try:
+        model, notes, file = timm_model(name, weights, asked, OPTION, num_classes=1, **resized)
+    except AssertionError as error:  # of timm, while it resizes what is in the file
+        raise Refusal(f"{asked} at {h}x{w} pixels: {' '.join(str(error).split())}; choose another --size") from None
+    config = model.pretrained_cfg
+    if (interpolation := config.get("interpolation")) not in (None, "bicubic"):
+        notes.append(f"published with {interpolation} interpolation, shown with bicubic")
+    mean, std = list(config["mean"]), list(config["std"])
+    network = Network(model, mean, std).eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, len(mean), h, w))
+    except Exception as error:  # timm asserts and raises in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Refusal(f"{asked} cannot look at {h}x{w} pixels: {reason}; choose another --size") from None
+    description = {
+        "name": name, "kwargs": {"num_classes": network.num_classes, **resized}, "size": [h, w], "mean": mean,
+        "std": std, "crop": crop or config.get("crop_pct") or 0.875, "position": "full", "training": {},
+        "loaded": notes, "weights_sha256": storage.sha256(file),
+    }  # fmt: skip
+    folder = Path("runs", f"timm-{name}", "evaluate")
+    return Subject(f"{TIMM}{name}", description, model.state_dict(), folder), network
+
+
+# ----------------------------------------------------------------------------------------------------------- asking
 
 
 @torch.no_grad()

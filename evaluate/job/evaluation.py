@@ -198,12 +198,13 @@ def begin(
     device: torch.device | None = None,
     quiet: bool = False,
     raw: bool = False,
+    subject: Subject | None = None,
     splits: Callable[[Location], tuple[Images, Images, str]] = labelled_splits,
 ) -> Evaluation:
     """Check the arguments, open the subject and the data. Writes nothing. Raises Refusal for what cannot be evaluated.
 
-    raw: whether --ckpt may also be pixels or patches. splits: location -> (training images, test images, note), such as
-    `any_splits` where no labels are needed.
+    raw: whether --ckpt may also be pixels or patches. subject: that of --ckpt, where it is open already.
+    splits: location -> (training images, test images, note), such as `any_splits` where no labels are needed.
     """
     threads, _ = set_threads(arguments.threads)
     if arguments.workers < 0 or min(arguments.seeds) < 0:
@@ -212,7 +213,7 @@ def begin(
     crop = getattr(arguments, "crop", None)
     if crop is not None and not 0 < crop <= 1:
         raise Refusal(f"--crop {crop}: expected a share of the short side, above 0 and up to 1")
-    subject = subjects.subject_of(arguments.ckpt, arguments.like, arguments.weights, raw)
+    subject = subject or subjects.subject_of(arguments.ckpt, arguments.like, arguments.weights, raw)
     if crop is not None:
         subject = dataclasses.replace(subject, description=subject.description | {"crop": crop})
     training = subject.description.get("training", {})

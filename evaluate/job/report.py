@@ -213,7 +213,8 @@ def tell(job: Evaluation, what: str, table: str, frozen: bool = True) -> None:
     job.say(f"\n{what} of {subject} on {job.spec}")
     if leak := leak_note(description):
         job.say(leak)
-    job.say(f"{len(job.train):,} training and {len(job.test):,} test images, {len(job.classes)} classes; {job.note}")
+    images = f"{len(job.train):,} training and {len(job.test):,}" if len(job.train) else f"{len(job.test):,}"
+    job.say(f"{images} test images, {len(job.classes)} classes; {job.note}")
     job.say("\n".join([f"\n{table}", *(f"warning: {line}" for line in job.warnings), f"\nreport: {job.out}"]))
 
 

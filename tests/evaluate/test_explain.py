@@ -9,7 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pictures import write_images
 from PIL import Image
 
+from common.batches.crops import evaluation
 from common.checkpoints import public
+from common.data import open_data
 from common.errors import Refusal
 from common.models import ModelConfig, create
 from evaluate.explaining import sheets
@@ -85,6 +87,22 @@ def test_class_target_explains_the_logit_of_ridge(make_run, script, report_of, c
     assert "logit of the class that ridge regression finds (100 % right)" in capsys.readouterr().out  # three colours
     curve = report_of(run, "explain")["values"]["subject"]["deletion"]["random"]["curve"]
     assert 0.5 < curve[0] < 1.5  # its targets are 1 and -1
+
+
+def test_class_target_explains_the_logit_of_its_own_classifier(make_run, script, report_of, data, capsys):
+    run = make_run("full", depth=2)
+    words = ["--steps", "3", "--batch", "12", "--warmup", "0", "--no-baselines", *CALM]
+    assert script("finetune").main(["--ckpt", str(run), *words]) == 0
+    folder = run / "evaluate" / "finetune" / "trained-seed0"
+    assert script("explain").main(["--ckpt", str(folder), "--target", "class", "--images", "2", *CALM]) == 0
+    assert "logit of the class that its own classifier finds" in capsys.readouterr().out
+    backbone, plan, about = public.load_backbone(folder)
+    head, images = public.load_head(folder, about), open_data(str(data), "test")
+    batch = torch.stack([evaluation(images.read(i), [8, 8], 1.0) for i in range(21)])
+    with torch.no_grad():
+        logits = backbone(batch, plan).pooled("mean") @ head["weight"].T + head["bias"]
+    curve = report_of(folder, "explain")["values"]["subject"]["deletion"]["random"]["curve"]
+    assert curve[0] == pytest.approx(logits.amax(1).mean().item(), abs=1e-5)  # nothing is deleted yet
 
 
 def test_untrained_and_unlabelled(script, tmp_path, monkeypatch, capsys):
