@@ -23,8 +23,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from ..errors import Refusal
-from ..models import swin
+from ..models import sp_vit, swin
 from ..models.embeddings import resize_embedding
+from ..models.sp_vit import SpVit
 
 # Where a file holds one model several times: the first that it has is taken. An average of the weights goes before the
 # weights, as in timm; "" stands for tensors under no wrapper at all.
@@ -48,7 +49,7 @@ def split_branch(weights: str) -> tuple[Path, str | None]:
 
 def load(model: Any, weights: str, where: str) -> list[str]:
     """Give `model`, a model of timm, the weights of FILE or FILE::PART; returns what was done to them besides loading,
-    a sentence each. A Swin is first altered as the file's is (see `swin.alter`).
+    a sentence each. A Swin or SP-ViT is first altered as the file's is (see `swin.alter`, `sp_vit.alter`).
 
     Every tensor of the model comes from the file and every tensor of the file's model is used. The classifier is left
     out where the model has none (num_classes=0); where it has one, it gets as many classes as the file's. A position
@@ -63,6 +64,8 @@ def load(model: Any, weights: str, where: str) -> list[str]:
     raw, notes = _unwrap(content, model, branch, where)
     if isinstance(model, SwinTransformer):
         swin.alter(model, **swin.published_form(raw))
+    elif isinstance(model, SpVit):
+        sp_vit.alter(model, raw)
     state, changed = _adapted(raw, model, where)
     if model.num_classes:
         weight = state.get(f"{_classifiers(model)[0]}.weight")

@@ -139,6 +139,7 @@ def _never_judged(test: Images) -> str:
 
 
 def only_labelled(images: Images) -> Images:
+    """Take those with a label. Raises Refusal if there are none."""
     if not images.has_labels:
         raise Refusal(f"no labels in {images.where}: {images.why_unlabelled}; name labelled images: --data LABELLED")
     assert images.labels is not None

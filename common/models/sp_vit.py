@@ -9,14 +9,15 @@ Letters: B images, N = h*w patches, P prefix tokens (0, then 1), D width, H head
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import use_fused_attn
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -311,6 +312,39 @@ class SpVit(LvVit):
 def _refuse_masks(attn_mask: Any, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("SP-ViT takes no attention mask: its first blocks have no class token, its last ones have")
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def alter(model: SpVit, state: Mapping[str, Tensor]) -> None:
+    """Give the blocks of a fresh model, in place, the prior where a published file's tensors `state` have it: the first
+    ones, and the class token joins after them. Where none has, it joins where it did: spvit_l as published.
+
+    What is no such file stays for its loading to refuse.
+    """
+    prior = [f"blocks.{i}.attn.w1.weight" in state for i in range(len(model.blocks))]
+    count = sum(prior)
+    if prior != sorted(prior, reverse=True) or count == len(prior) or model.local_blocks == 0:
+        return
+    model.local_blocks = count or model.local_blocks
+    for block, wanted in zip(model.blocks, prior, strict=True):
+        old: Any = block.attn
+        if wanted != isinstance(old, SpAttention):
+            biased = (old.qk if isinstance(old, SpAttention) else old.qkv).bias is not None
+            make = partial(SpAttention, bias=biased) if wanted else partial(Attention, qkv_bias=biased)
+            new = make(model.embed_dim, old.num_heads, attn_drop=old.attn_drop.p, proj_drop=old.proj_drop.p)
+            block.attn = new.to(old.proj.weight.device, old.proj.weight.dtype)
+
+
+def form(model: nn.Module) -> dict[str, Any]:
+    """Keywords of model.kwargs that say which blocks of an SpVit have the prior; empty where the usual ones have."""
+    if not isinstance(model, SpVit):
+        return {}
+    count = sum(isinstance(block.attn, SpAttention) for block in model.blocks)
+    if count == 0 < model.local_blocks:
+        return {"local_blocks": model.local_blocks, "legacy": True}
+    return {} if count == len(model.blocks) - 2 else {"local_blocks": count}
 
 
 # ---------------------------------------------------------------------------- the names

@@ -19,10 +19,9 @@ from common.checkpoints.public import build, describe, load_exactly
 from common.data.location import location_of
 from common.errors import Refusal
 from common.features.extraction import RAW
-from common.models import Backbone, ModelConfig, create
+from common.models import Backbone, ModelConfig, create, sp_vit, swin
 from common.models.create import no_architecture
 from common.models.plan import TokenPlan
-from common.models.swin import form
 from common.paths import expanded
 from common.processes.launch import ROOT
 
@@ -206,7 +205,8 @@ def _published(name: str, weights: str | None) -> Subject:
     model, notes, file = timm_model(name, weights, f"--ckpt {TIMM}{name}", "--weights ")
     config: dict[str, Any] = model.pretrained_cfg
     crop = config.get("crop_pct") or 0.875
-    options = ModelConfig(name, form(model), mean=list(config["mean"]), std=list(config["std"]), crop=crop)
+    kwargs, mean, std = swin.form(model) | sp_vit.form(model), list(config["mean"]), list(config["std"])
+    options = ModelConfig(name, kwargs, mean=mean, std=std, crop=crop)
     backbone = create(options, list(config["input_size"][1:]))
     state, left_out = without_pooling(model.state_dict(), backbone)
     load_exactly(backbone.model, state, f"timm:{name}")

@@ -30,7 +30,7 @@ ROW = {
     "layers": r"layer 2 +\dx\d +\d+\.\d +\d+\.\d ",
 }  # how a row begins, where it is not "trained", the kind of features, and a percentage
 SELFTEST, CHECKED = part("evaluate/selftest.py")
-APART = [command for command in part("evaluate/") if re.search(r"compare|selftest|export|--resume", command)]
+APART = [command for command in part("evaluate/") if re.search(r"compare|selftest|export|validate|--resume", command)]
 TABLES = [command for command in part("evaluate/") if command not in APART]
 SCENES = "accelerate launch evaluate/segmentation.py --ckpt runs/quickstart-001 --data builtin"
 PAGE = (ROOT / "docs" / "evaluation.md").read_text()
@@ -98,6 +98,26 @@ def test_a_backbone_is_exported(command: str, home: Path, monkeypatch: pytest.Mo
     folder = home / "runs/quickstart-001/export"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.isfinite(model(torch.rand(1, 3, 32, 32))).all() and (folder / "README.md").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in APART if "validate" in command])
+def test_a_classifier_is_validated(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once the run was finetuned; in place of the authors' file one that is drawn, of labels as many as images."""
+    if "trained-seed0" in command:
+        assert judge("accelerate launch evaluate/finetune.py --ckpt runs/quickstart-001", monkeypatch) == 0
+    torch.save({"state_dict": timm.create_model("lvvit_s", num_classes=3).state_dict()}, home / "lvvit.pth")
+    (home / "real.json").write_text(json.dumps([[0]] * 24))
+    for word, place in (("FILE", home / "lvvit.pth"), ("IMAGENET", home / "labelled")):
+        command = command.replace(f" {word} ", f" {place} ")
+    capsys.readouterr()
+    assert judge(command, monkeypatch) == 0
+    row = r"trained-seed0 +vit_\S+, \d+x\d+ px, last" if "trained" in command else "timm:lvvit_s +lvvit_s, 224x224 px"
+    out = capsys.readouterr().out
+    assert re.search(rf"^{row} +\d+\.\d +\d+\.\d-\d+\.\d", out, re.MULTILINE)
+    assert json.loads(Path(out.partition("\nreport: ")[2].splitlines()[0]).read_text())["values"]
 
 
 def test_the_selftest_says_what_it_would_do(

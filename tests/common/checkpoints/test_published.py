@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from common.checkpoints import pretrained, published
 from common.checkpoints.pretrained import begin_from
 from common.errors import Refusal
-from common.models import ModelConfig, create
+from common.models import ModelConfig, create, sp_vit
 from evaluate.job.subjects import subject_of
 
 SMALL = "test_vit"  # timm's own: 64 wide, 6 deep, 160 pixels, 10x10 patches and a class token
@@ -320,6 +320,30 @@ def test_a_model_with_a_classifier_gets_that_of_the_file(name: str, tmp_path: Pa
             of_class, of_patches = model.head(tokens[:, 0]), model.aux_head(tokens[:, 1:])
             torch.testing.assert_close(model(images), of_class + 0.5 * of_patches.amax(1))
             assert of_patches.abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("theirs", [{"local_blocks": 1}, {"local_blocks": 3}, {"legacy": True}], ids=str)
+def test_which_blocks_of_an_sp_vit_have_the_prior_is_read_from_the_file(theirs: dict[str, Any], tmp_path: Path) -> None:
+    """M was trained with 10, where 18 are usual, and L without any: their names alone do not say it."""
+    kwargs = LV | {"img_size": 64, "depth": 4}
+    torch.manual_seed(1)
+    published_model = timm.create_model("spvit_m", num_classes=7, **kwargs, **theirs).eval()
+    for parameter in published_model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    torch.save({"state_dict": published_model.state_dict()}, tmp_path / "m.pth")
+    model = timm.create_model("spvit_m", num_classes=1, **kwargs).eval()
+    published.load(model, str(tmp_path / "m.pth"), "FILE")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), published_model(images))
+    form = sp_vit.form(model)
+    assert form == ({"local_blocks": 2, "legacy": True} if "legacy" in theirs else theirs)
+    options = {name: value for name, value in kwargs.items() if name != "img_size"} | form
+    backbone = create(ModelConfig("spvit_m", options), 64).eval()
+    backbone.model.load_state_dict({name: each for name, each in model.state_dict().items() if "head." not in name})
+    with torch.no_grad():
+        features, tokens = backbone(images), model.forward_features(images)
+    torch.testing.assert_close(torch.cat([features.prefix, features.tokens], 1), tokens)
 
 
 def test_a_file_without_a_classifier_is_refused_for_a_model_with_one(state: State, tmp_path: Path) -> None:
