@@ -18,7 +18,7 @@ from common.batches.strong import auto_augment
 from common.batches.unreadable import LISTED, Limit, Look, look_at
 from common.batches.views import height_width
 from common.checkpoints import pretrained
-from common.data import Images, open_data
+from common.data import Images, open_data, with_classes_of
 from common.data.location import location_of
 from common.errors import Refusal
 from common.features.finite import refuse_spoiled
@@ -59,6 +59,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)  # what was repaired, and what looks unwise
     look: Look = field(default_factory=Look)  # at the images, before anything else
     init: str = ""  # what the backbone begins from, if not from scratch
+    validation: Images | None = None  # what a classifier is judged on while it trains
     pace: float | None = None  # seconds for a forward and backward pass of one image, if it was measured
 
     @property
@@ -136,6 +137,8 @@ def assemble(
     for name, view in config.views.items():
         if view.auto_augment is not None:  # tried once, before any time is spent
             auto_augment(view.auto_augment, height_width(view.size), config.model.mean, f"views.{name}.auto_augment=")
+    if config.average is not None:
+        task.keep_average(config.average)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
@@ -161,8 +164,20 @@ def assemble(
         settled.notes,
         look,
         init,
+        _validation(config, images, aside, task),
         pace,
     )
+
+
+def _validation(config: PretrainConfig, images: Images, aside: Images, task: Pretraining) -> Images | None:
+    """What a classifier is judged on while it trains: labelled images held out, or the val split; None without either.
+    Raises Refusal for classes that training lacks, or where there is no such split."""
+    if task.classifying is None:
+        return None
+    judged = aside
+    if config.monitor.validation == "val":
+        judged = with_classes_of(images, open_data(location_of(vars(config)), "test"), config.data)
+    return judged if judged.has_labels else None
 
 
 def shared(process: PartialState, value: T) -> T:

@@ -132,6 +132,32 @@ def _batch(config: PretrainConfig, facts: Facts, values: dict[str, Any], reasons
     return batch
 
 
+def _export(
+    config: PretrainConfig, chosen: Mapping[str, Any], facts: Facts, has_teacher: bool, reasons: dict[str, str]
+) -> str:
+    """Return which backbone is exported. Raises Refusal for what is not there."""
+    if facts.labels is None:
+        for option, wanted in (("average", config.average), ("monitor.validation", config.monitor.validation == "val")):
+            if wanted:
+                raise Refusal(f"{option} is for recipes that train a classifier: no objective of this one reads labels")
+    if config.export == "auto":
+        if config.average is not None:
+            reasons["export"] = "the average of the weights is the better classifier"
+            return "average"
+        reasons["export"] = "its features are the better ones" if has_teacher else "no objective has a teacher"
+        return "teacher" if has_teacher else "student"
+    if config.export == "average" and config.average is None:
+        raise Refusal("export=average: no average is kept; set average=0.9999 or the like, or export=student")
+    if config.export in ("teacher", "both") and not has_teacher:
+        trained = [name for name, options in chosen.items() if options.weight > 0]
+        taught = [name for name in objectives.names() if objectives.find(name).taught]
+        raise Refusal(
+            f"export={config.export}: this run has no teacher, as none of its objectives ({', '.join(trained)}) "
+            f"compares with one; use export=student, or add {' or '.join(taught)}"
+        )
+    return config.export
+
+
 def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     """Replace everything automatic in `config`, but for what must be measured, by a value. A pure function: nothing it
     is given changes, and resolving what was resolved changes nothing. Raises Refusal for what cannot be.
@@ -169,16 +195,7 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
         chosen[name] = dataclasses.replace(options, **settled, **_classes(name, options, facts.labels, rules))
     values["objectives"] = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
-    if config.export == "auto":
-        values["export"] = "teacher" if has_teacher else "student"
-        reasons["export"] = "its features are the better ones" if has_teacher else "no objective has a teacher"
-    elif config.export != "student" and not has_teacher:
-        trained = [name for name, options in chosen.items() if options.weight > 0]
-        taught = [name for name in objectives.names() if objectives.find(name).taught]
-        raise Refusal(
-            f"export={config.export}: this run has no teacher, as none of its objectives ({', '.join(trained)}) "
-            f"compares with one; use export=student, or add {' or '.join(taught)}"
-        )
+    values["export"] = _export(config, chosen, facts, has_teacher, reasons)
     if config.loader.workers is None:
         cores = facts.cores // facts.processes
         values["loader.workers"] = max(1, min(8, cores - 1))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from common import commands
 from common import config as configuration
@@ -109,18 +110,47 @@ class PretrainCheckpoints(Checkpoints):
         return step
 
     def export(self, folder: Path, task: Pretraining, step: int) -> None:
-        """Write the backbone to be evaluated, the teacher's or the student's; with export=both the student's beside the
-        teacher's."""
+        """Write the backbone to be evaluated, the teacher's, the student's or the average's, with its classifier if
+        labels trained one; with export=both the student's beside the teacher's."""
         wanted = self.config.export
         first, second = {"both": ("teacher", "student")}.get(wanted, (wanted, None))
-        for who, name in ((first, storage.WEIGHTS), (second, storage.STUDENT)):
-            if who is None:
-                continue
-            backbone = task.teacher if who == "teacher" else task.backbone
-            assert backbone is not None  # `assemble` has refused a teacher that is not there
-            training = self._training(step) | {"exported": who}
-            description = public.describe(backbone, task.position, task.pooling, training)
-            public.export(folder, backbone, description, name)
+        self._write(folder, task, step, first, storage.WEIGHTS, storage.HEAD)
+        if second is not None:
+            self._write(folder, task, step, second, storage.STUDENT, None)
+
+    def _write(
+        self, folder: Path, task: Pretraining, step: int, who: str, name: str, head: str | None, **more: Any
+    ) -> None:
+        """Write one backbone as `name` and, as `head`, the classifier on top of it; a teacher has none."""
+        holder = task.average if who == "average" else task
+        assert holder is not None
+        backbone = task.teacher if who == "teacher" else holder.backbone
+        assert backbone is not None  # `automatic` has refused a teacher, or an average, that is not there
+        training, pooling = self._training(step) | {"exported": who} | more, task.pooling
+        if head is not None and who != "teacher" and holder.classifying is not None:
+            objective = holder.objectives[holder.classifying]
+            layer = objective.classifier()
+            assert layer is not None
+            weights = {key: tensor.detach().cpu().contiguous() for key, tensor in layer.state_dict().items()}
+            storage.write_atomically(folder / head, lambda aside: save_file(weights, aside))
+            names = list(self.parts.images.classes or ())
+            names += [str(label) for label in range(len(names), layer.out_features)]
+            training |= {"label_names": names, "head_sha256": storage.sha256(folder / head)}
+            pooling = objective.pools
+        public.export(folder, backbone, public.describe(backbone, task.position, pooling, training), name)
+
+    def keep_best(self, task: Pretraining, step: int, share: float) -> bool:
+        """Write the backbone and its classifier as the best ones, if they are: `share` of the judged images are right.
+        The first process calls it."""
+        try:
+            best = public.read_description(self.folder / storage.BEST)["training"]["right"]
+        except (Refusal, KeyError):  # none yet, or a process was killed between two of its files
+            best = -1.0
+        if share <= best:
+            return False
+        who = "average" if task.average is not None else "student"
+        self._write(self.folder, task, step, who, storage.BEST, storage.BEST_HEAD, right=share)
+        return True
 
     def _training(self, step: int) -> dict[str, Any]:
         config = self.config

@@ -15,7 +15,7 @@ from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place
 from common.errors import Refusal
-from common.limits import Betas, Count, NotNegative, Positive, Range
+from common.limits import BelowOne, Betas, Count, NotNegative, Positive, Range
 from common.limits import check as check_limits
 from common.models import ModelConfig
 from common.paths import expanded, if_there, path_option
@@ -94,6 +94,9 @@ class MonitorConfig:
     measurement would take more than a tenth of the run's time and `every` is null, fewer."""
     control_every: Count | None = None
     """Steps between controls on noise and on images with shuffled patches; null: with the other measurements."""
+    validation: Literal["held_out", "val"] = "held_out"
+    """Images that a classifier is judged on while it trains: those held out of its training data, or the val split that
+    comes with them (val: no longer a test set, if anything is chosen by it)."""
     held_out: Annotated[float, Range(at_least=0, at_most=0.9)] = 0.1
     """Share of the training images that is held out."""
     most: Annotated[int, Range(at_least=0)] = 1000
@@ -164,12 +167,15 @@ class PretrainConfig:
     """Checkpoints at multiples of so many steps are kept for good."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
-    export: Literal["auto", "teacher", "student", "both"] = "auto"
-    """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), or auto:
-    the teacher where there is one."""
+    export: Literal["auto", "teacher", "student", "both", "average"] = "auto"
+    """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), average,
+    or auto: the average where there is one, else the teacher."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    average: BelowOne | None = None
+    """Momentum of a moving average of all weights, which is judged beside them and exported in their place (DeiT:
+    0.99996); null: none. For recipes with `classification`."""
     allow_leak: bool = False
     """Train although the audit found that the answer is in the question; the checkpoint and every table say so."""
     diagnose: bool = False
@@ -186,7 +192,8 @@ class PretrainConfig:
 # What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
 MAY_CHANGE = (
     "loader.", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
-    "monitor.every", "monitor.images", "monitor.control_every", "optimizer.most_skipped", "tensorboard", "export",
+    "monitor.every", "monitor.images",
+    "monitor.validation", "monitor.control_every", "optimizer.most_skipped", "tensorboard", "export",
     "allow_leak", "diagnose", *OPTIONS.values(), "run",
 )  # fmt: skip
 MAY_GROW = ("steps", "epochs")

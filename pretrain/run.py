@@ -15,6 +15,8 @@ if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `imp
 from common.processes.launch import active_pil, entry  # first: it sets what torch reads when it is imported
 
 # isort: split
+import functools
+
 from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
 from common.printable import printable_lines
 from common.processes import group
@@ -76,7 +78,8 @@ def train(folder: Path, parts: Parts, arguments: Arguments, stop: StopSignal) ->
             run.tracker.text("recipe", written(config, parts.reasons), run.start)
         accelerator.print(printable_lines(begun(parts, folder, run.start, active_pil())))
         say = run.progress.say
-        done = fit(run, monitors.reports(parts, task, run.tracker, say), monitors.collapse_warnings(task, say))
+        best = functools.partial(checkpoints.keep_best, task)
+        done = fit(run, monitors.reports(parts, task, run.tracker, say, best), monitors.collapse_warnings(task, say))
     accelerator.print(printable_lines(ended(parts, folder, done, run.progress.share)))
     return stop.status if done < parts.steps else 0
 

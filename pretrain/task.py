@@ -44,6 +44,8 @@ class Pretraining(Task):
         self.momentum = Schedule("constant", 1.0, 1.0)  # of the teachers: who makes the task says which
         self.progress, self.measured = 0.0, True
         self.witness: Witness | None = None
+        self.average: Pretraining | None = None  # of all weights, if one is wanted: see `keep_average`
+        self.average_momentum = 1.0
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # steps that were not taken
 
     @property
@@ -89,6 +91,19 @@ class Pretraining(Task):
         trained = any(objective.pools == "class" for objective in self.objectives.values())
         return "class" if trained and self.backbone.num_prefix_tokens else "mean"
 
+    @property
+    def classifying(self) -> str | None:
+        """The objective with a classifier of the data's classes, if there is one."""
+        return next((name for name, each in self.objectives.items() if each.classifier() is not None), None)
+
+    def keep_average(self, momentum: float) -> None:
+        """Let a copy of the backbone and of the objective that classifies follow, by this share of itself a step: by
+        timm's rule, from the first step on."""
+        name = self.classifying
+        assert name is not None  # `automatic` has refused an average of what nobody judges
+        self.average_momentum = momentum
+        self.average = ema.copy_of(Pretraining(self.backbone, {name: (1.0, self.objectives[name])}))  # type: ignore[assignment]
+
     def compile_backbones(self) -> None:
         """torch.compile of the backbone and its teacher."""
         # a graph for each resolution, plan and mask, in training and in evaluation: more than the default of 8
@@ -102,6 +117,8 @@ class Pretraining(Task):
         super().train(mode)
         for teacher, _ in self.teachers():
             teacher.eval()
+        if self.average is not None:
+            self.average.eval()
         return self
 
     def teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -135,6 +152,10 @@ class Pretraining(Task):
         momentum = self.momentum.at(self.progress)
         for teacher, student in self.teachers():
             ema.follow(teacher, student, momentum)
+        if self.average is not None:
+            ema.follow(self.average.backbone, self.backbone, self.average_momentum)
+            for name, objective in self.average.objectives.items():
+                ema.follow(objective, self.objectives[name], self.average_momentum)
         for objective in self.objectives.values():
             objective.after_step(momentum)
 

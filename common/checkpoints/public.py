@@ -28,7 +28,7 @@ from ..models import Backbone, ModelConfig, create
 from ..models.create import no_architecture, refuse_arguments, shapes
 from ..models.plan import PlanSpec, TokenPlan
 from .published import differences
-from .storage import DESCRIPTION, FORMAT, HEAD, WEIGHTS, checkpoints_of, sha256, write_atomically, write_json
+from .storage import BEST_HEAD, DESCRIPTION, FORMAT, HEAD, WEIGHTS, checkpoints_of, sha256, write_atomically, write_json
 
 MOST_PIXELS = 8192  # of a side of the images that a backbone is for
 POOLINGS = ("mean", "class", "both")
@@ -259,7 +259,8 @@ def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[st
     if (not isinstance(finetuned, dict) and digest is None) or training.get("head") is False:
         return None
     run = weights_file(checkpoint).parent
-    present = [folder / HEAD for folder in (run, *checkpoints_of(run)) if (folder / HEAD).is_file()]
+    files = [*(folder / HEAD for folder in (run, *checkpoints_of(run))), run / BEST_HEAD]
+    present = [file for file in files if file.is_file()]
     fitting = [file for file in present if digest is None or sha256(file) == digest]
     if not fitting:
         reason = f"is of another backbone (SHA-256 differs from {DESCRIPTION})" if present else "is missing"

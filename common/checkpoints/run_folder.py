@@ -14,7 +14,7 @@ from typing import IO, Any
 from ..errors import Refusal
 from ..processes.launch import ROOT
 from .disk import writing
-from .storage import PUBLIC
+from .storage import BEST, BEST_HEAD, PUBLIC
 
 try:
     import fcntl
@@ -23,7 +23,7 @@ except ImportError:  # Windows has no POSIX locks: two writers are not noticed t
 
 CONFIG, LOCK = "config.yaml", "lock"
 # what a training writes into its run folder
-FILES = (CONFIG, LOCK, "metrics.jsonl", "unreadable.txt", *PUBLIC)
+FILES = (CONFIG, LOCK, "metrics.jsonl", "unreadable.txt", *PUBLIC, BEST, BEST_HEAD, "best.json")
 FOLDERS = ("state", "tb", "pictures", "flight")
 WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its checkpoint
 

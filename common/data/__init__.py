@@ -16,7 +16,17 @@ from . import arrays, folder, huggingface
 from .images import UNLABELLED, Images, Unreadable
 from .location import NAMED, Location
 
-__all__ = ["KNOWN", "SPLITS", "UNLABELLED", "Images", "Location", "Unreadable", "labelled_splits", "open_data"]
+__all__ = [
+    "KNOWN",
+    "SPLITS",
+    "UNLABELLED",
+    "Images",
+    "Location",
+    "Unreadable",
+    "labelled_splits",
+    "open_data",
+    "with_classes_of",
+]
 
 SPLITS = ("train", "test")
 

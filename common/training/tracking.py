@@ -249,7 +249,7 @@ def patient(line: str, say: Callable[[str], None], first: float = 0.0, every: fl
         thread.join()
 
 
-NAMES = {"knn": "k-NN", "ridge": "ridge", "rankme": "effective rank"}
+NAMES = {"top1": "top-1", "top5": "top-5", "knn": "k-NN", "ridge": "ridge", "rankme": "effective rank"}
 
 
 def held_out_summary(record: Mapping[str, Any]) -> str:
@@ -262,7 +262,8 @@ def held_out_summary(record: Mapping[str, Any]) -> str:
             words.append(f"{rest.removesuffix('/accuracy')} {value:.1%}")
         elif kind in NAMES:
             shown = f"{value:.1f}" if kind == "rankme" else f"{value:.1%}"
-            words.append(f"{NAMES[kind]} {f'of the {rest} ' if f'{kind}/teacher' in record else ''}{shown}")
+            several = f"{kind}/teacher" in record or f"{kind}/average" in record
+            words.append(f"{NAMES[kind]} {f'of the {rest} ' if several else ''}{shown}")
         elif kind == "control" and rest.endswith("/noise"):
             task = rest.removesuffix("/noise")
             noise.append(f"{task} on noise {value:.1%} (chance {record.get(f'control/{task}/chance', math.nan):.1%})")
@@ -277,7 +278,7 @@ def last_held_out(run: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, record) of the last measurement in metrics.jsonl that says something of images held out."""
     lines = (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []
     for line in reversed(lines):
-        if any(f'"{kind}/' in line for kind in ("val", "rankme", "test")):
+        if any(f'"{kind}/' in line for kind in ("val", "rankme", "test", "top1")):
             record = json.loads(line)
             finite = {name: value for name, value in record.items() if value is not None}
             return record["step"], finite

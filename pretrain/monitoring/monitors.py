@@ -27,6 +27,7 @@ from common.training.tracking import Tracker
 from pretrain.assemble import Parts
 from pretrain.config import MonitorConfig
 from pretrain.leaks import controls
+from pretrain.monitoring.classified import classified
 from pretrain.monitoring.pictures import board, histogram, maps
 from pretrain.monitoring.tally import Tally, blind_offsets, blind_places
 from pretrain.task import Pretraining, of_purpose
@@ -39,15 +40,31 @@ VOTERS = 2  # labelled training images for each held-out one, where monitor.imag
 OF_TRAINING = ("chance", "uniform", "teacher_temperature", "centre_norm", "prototypes_used")  # not of the images shown
 
 
-def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[str], None]) -> list[Report]:
-    """The monitors of a run, each with how often it is asked; none where nothing is held out.
+def reports(
+    parts: Parts,
+    task: Pretraining,
+    tracker: Tracker,
+    say: Callable[[str], None],
+    keep_best: Callable[[int, float], bool],
+) -> list[Report]:
+    """The monitors of a run, each with how often it is asked; those of images held out only where there are some.
 
-    Every process has `frozen`, to which each of them brings its share; the others the first one has for itself.
+    Every process has `classified` and `frozen`, to which each of them brings its share; the others the first one has
+    for itself. `keep_best(step, accuracy)` keeps a classifier that is better than those before.
     """
-    if not len(parts.held_out):
-        return []
     config, process = parts.config, parts.process
-    every, looked_at = config.monitor.every or 1, _some(parts.held_out, config.monitor.images)
+    judging: list[Report] = []
+    if parts.validation is not None:
+        images = some(parts.validation, None if config.monitor.validation == "val" else config.monitor.images)
+        looks = partial(classified, task, images, process.device, keep_best, say)
+        judging = [(config.monitor.every or 1, looks)]
+    return [*(_of_held_out(parts, task, tracker, say) if len(parts.held_out) else []), *judging]
+
+
+def _of_held_out(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[str], None]) -> list[Report]:
+    """The monitors of images held out."""
+    config, process = parts.config, parts.process
+    every, looked_at = config.monitor.every or 1, some(parts.held_out, config.monitor.images)
     probing = (every, partial(frozen, task, parts.train, looked_at, config.monitor, process.device, say))
     if not process.is_main_process:
         return [probing]
@@ -64,7 +81,7 @@ def reports(parts: Parts, task: Pretraining, tracker: Tracker, say: Callable[[st
     return [probing, *((often, alone(monitor)) for often, monitor in by_first)]
 
 
-def _some(images: Images, most: int | None) -> Images:
+def some(images: Images, most: int | None) -> Images:
     """At most so many of the images, always the same."""
     if most is None or most >= len(images):
         return images

@@ -148,9 +148,11 @@ def _costs(parts: Parts, heed: Callable[[], None]) -> Cost:
     with torch.random.fork_rng(), collectives.single_process():
         for size in (SMALL, SMALL, LARGE):  # the first warms up
             changed = {"monitor.images": min(size, len(parts.held_out)), "monitor.every": 1}
-            few = dataclasses.replace(parts, config=replaced(parts.config, changed))
+            judged = None if parts.validation is None else monitors.some(parts.validation, size)
+            few = dataclasses.replace(parts, config=replaced(parts.config, changed), validation=judged)
             times, nowhere = list[float](), SimpleNamespace(picture=lambda *_: None)
-            for _, measure in monitors.reports(few, task, nowhere, lambda line: None):  # type: ignore[arg-type]
+            silent = nowhere, lambda line: None, lambda step, share: False
+            for _, measure in monitors.reports(few, task, *silent):  # type: ignore[arg-type]
                 begun = time.perf_counter()
                 measure(0)
                 heed()

@@ -98,6 +98,14 @@ class Objective(nn.Module):
         """(teacher, student) pairs of modules; after a step that was taken, the task moves the teacher."""
         return ()
 
+    def classifier(self) -> nn.Linear | None:
+        """Linear layer on what stands for an image whose outputs are the classes of the data, if it trains one."""
+        return None
+
+    def logits(self, features: Mapping[str, Features]) -> Tensor:
+        """Scores of the classes, (B, K), float32, where it has a `classifier`."""
+        raise NotImplementedError
+
     def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
         """Judge its health by its statistics, averaged over a logged step."""
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches.mixing import mix_targets
@@ -71,6 +71,10 @@ class Classification(Objective):
         self.pools = options.pool
         self.passes = {"image": Pass(options.view, PlanSpec(position=options.position))}
         self.head = LinearHead(backbone.width, options.classes)
+
+    def classifier(self) -> nn.Linear:
+        """The layer that scores classes."""
+        return self.head.classifier
 
     def logits(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32."""
