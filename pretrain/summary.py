@@ -1,5 +1,6 @@
 """What a run says of itself before its first step and after its last."""
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from common.commands import command
 from common.models.backbone import count_parameters
 from common.training import schedules
 from common.training.ema import half_life
-from common.training.tracking import held_out_summary, last_held_out
+from common.training.tracking import held_out_summary, last_held_out, records_of
 from pretrain.assemble import Parts
 from pretrain.config import OptimizerConfig
 from pretrain.monitoring.pace import expected
@@ -95,6 +96,7 @@ def ended(parts: Parts, run: Path, done: int, looking: float) -> str:
         [
             f"done: {done} steps. The backbone is in {run}",
             *_measured(run, looking),
+            *_classified(run),
             *_judged(parts, run),
             *([f"  how it went:     tensorboard --logdir {shlex.quote(str(run.parent))}"] * parts.config.tensorboard),
         ]
@@ -108,6 +110,24 @@ def _measured(run: Path, looking: float) -> list[str]:
         return []
     share = f" (looking at them took {looking:.0%} of the time)" if looking else ""
     return [f"  at step {last[0]}:  {text}{share}"]
+
+
+def _classified(run: Path) -> list[str]:
+    """A table of how often the classifier was right after the last step and at its best, if labels trained one."""
+    records = list(records_of(run, "top1"))
+    if not records:
+        return []
+    who = "average" if "top1/average" in records[0] else "weights"
+    best = max(reversed(records), key=lambda record: record[f"top1/{who}"])
+    lines = ["  classifier               step   top-1   top-5    loss"]
+    for name, record in (("last", records[0]), ("best", best)):
+        for each in ("weights", "average"):
+            if f"top1/{each}" in record:
+                top5 = f"{record[f'top5/{each}']:.1%}" if f"top5/{each}" in record else "-"
+                loss = record[f"nll/{each}"]
+                lines.append(f"  {name + ', ' + each:20} {record['step']:>8,} {record[f'top1/{each}']:>7.1%} {top5:>7} "
+                             f"{math.nan if loss is None else loss:>7.4f}")  # fmt: skip
+    return lines
 
 
 def _judged(parts: Parts, run: Path) -> list[str]:

@@ -276,13 +276,16 @@ def held_out_summary(record: Mapping[str, Any]) -> str:
 
 def last_held_out(run: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, record) of the last measurement in metrics.jsonl that says something of images held out."""
+    last = next(records_of(run, "val", "rankme", "test", "top1"), None)
+    return None if last is None else (last["step"], {name: value for name, value in last.items() if value is not None})
+
+
+def records_of(run: Path, *kinds: str) -> Iterator[dict[str, Any]]:
+    """Yield the lines of metrics.jsonl that say something of one of these kinds, `KIND/WHAT`, the last one first."""
     lines = (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).exists() else []
     for line in reversed(lines):
-        if any(f'"{kind}/' in line for kind in ("val", "rankme", "test", "top1")):
-            record = json.loads(line)
-            finite = {name: value for name, value in record.items() if value is not None}
-            return record["step"], finite
-    return None
+        if any(f'"{kind}/' in line for kind in kinds):
+            yield json.loads(line)
 
 
 def clock(seconds: float) -> str:

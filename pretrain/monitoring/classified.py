@@ -46,7 +46,7 @@ def classified(
         for row, each in enumerate(tasks.values()):
             objective = each.objectives[name]
             passes = objective.passes.items()
-            scores = objective.logits({key: each.backbone(crops, want.plan.plan()) for key, want in passes})
+            scores = objective.scores({key: each.backbone(crops, want.plan.plan()) for key, want in passes})
             ranks = scores.argsort(1, descending=True)[:, :TOP] == right[:, None]
             loss = F.cross_entropy(scores, right, reduction="sum")
             counts = [len(right), ranks[:, 0].sum().item(), ranks.any(1).sum().item(), loss.item()]

@@ -102,7 +102,7 @@ class Objective(nn.Module):
         """Linear layer on what stands for an image whose outputs are the classes of the data, if it trains one."""
         return None
 
-    def logits(self, features: Mapping[str, Features]) -> Tensor:
+    def scores(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32, where it has a `classifier`."""
         raise NotImplementedError
 

@@ -76,7 +76,7 @@ class Classification(Objective):
         """The layer that scores classes."""
         return self.head.classifier
 
-    def logits(self, features: Mapping[str, Features]) -> Tensor:
+    def scores(self, features: Mapping[str, Features]) -> Tensor:
         """Scores of the classes, (B, K), float32."""
         return wide(self.head(features["image"].pooled(self.pools)))
 
@@ -88,7 +88,7 @@ class Classification(Objective):
         else an image would count the more, the fewer labels those beside it have. Where images are mixed, "shares"
         (B, 2): of its own label and of its partner's; right is the larger one, and of two without label neither counts.
         """
-        logits_BK, labels_B, K = self.logits(features), draws["label"], self.options.classes
+        logits_BK, labels_B, K = self.scores(features), draws["label"], self.options.classes
         count = torch.where(draws["known"] > 0, draws["known"], 1.0)
         if "shares" not in draws and self.options.loss == "ce":
             weight_B = labels_B >= 0

@@ -149,7 +149,7 @@ def one_step(processes: int, accumulate: int) -> dict[str, Any]:
             reports.append(made(batch))
             (reports[-1]["loss"] / (processes * accumulate)).backward()
             objective: Any = made.objectives["classification"]
-            logits.append(objective.logits(made.inputs("classification", batch, made.features(batch))[0]).detach())
+            logits.append(objective.scores(made.inputs("classification", batch, made.features(batch))[0]).detach())
             labels.append(batch.draws["classification/label"])
     found = {name: float(np.mean([report[name].item() for report in reports])) for name in reports[0]}
     told, known = torch.cat(labels), torch.cat(labels) >= 0
