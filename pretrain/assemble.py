@@ -14,9 +14,7 @@ from torch import Tensor
 
 from common.batches.sampler import HELD_OUT_EPOCH, StepSampler, held_out
 from common.batches.samples import Samples
-from common.batches.strong import auto_augment
 from common.batches.unreadable import LISTED, Limit, Look, look_at
-from common.batches.views import height_width
 from common.checkpoints import pretrained
 from common.data import Images, open_data, with_classes_of
 from common.data.location import location_of
@@ -134,19 +132,13 @@ def assemble(
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, resolve(config.objectives), config.views)
-    for name, view in config.views.items():
-        if view.auto_augment is not None:  # tried once, before any time is spent
-            auto_augment(view.auto_augment, height_width(view.size), config.model.mean, f"views.{name}.auto_augment=")
     if config.average is not None:
         task.keep_average(config.average)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
     verdict = _audit(config, task, process)
-    views = {name: view for name, view in config.views.items() if name in task.views}
-    colours = config.model.mean, config.model.std
-    drawn = task.draws, task.collates, task.labelled, colours
-    samples = Samples(train, views, config.seed, backbone.channels, *drawn)
+    samples = _samples(config, train, task)
     settled, pace = _measured(settled, task, samples, process, heed)
     assert config.steps is not None
     return Parts(
@@ -167,6 +159,12 @@ def assemble(
         _validation(config, images, aside, task),
         pace,
     )
+
+
+def _samples(config: PretrainConfig, train: Images, task: Pretraining) -> Samples:
+    views = {name: view for name, view in config.views.items() if name in task.views}
+    drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std)
+    return Samples(train, views, config.seed, task.backbone.channels, *drawn)
 
 
 def _validation(config: PretrainConfig, images: Images, aside: Images, task: Pretraining) -> Images | None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from common import config as configuration
+from common.batches.strong import auto_augment
 from common.batches.unreadable import Limit
-from common.batches.views import View, presets
+from common.batches.views import View, height_width, presets
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place
@@ -214,6 +215,9 @@ def check(config: PretrainConfig) -> None:
     check_limits(config)
     Limit(config.max_bad).check()
     configuration.as_yaml(config)  # what could not be stored later
+    for name, view in config.views.items():
+        if view.auto_augment is not None:  # tried once, before any time is spent
+            auto_augment(view.auto_augment, height_width(view.size), config.model.mean, f"views.{name}.auto_augment=")
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:

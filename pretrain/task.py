@@ -102,7 +102,7 @@ class Pretraining(Task):
         name = self.classifying
         assert name is not None  # `automatic` has refused an average of what nobody judges
         self.average_momentum = momentum
-        self.average = ema.copy_of(Pretraining(self.backbone, {name: (1.0, self.objectives[name])}))  # type: ignore[assignment]
+        self.average = ema.copy_of(Pretraining(self.backbone, {name: self.objectives[name]}))  # type: ignore[assignment]
 
     def compile_backbones(self) -> None:
         """torch.compile of the backbone and its teacher."""
