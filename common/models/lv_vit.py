@@ -378,11 +378,7 @@ def _grid_of(entries: int, prefix: int, grid: tuple[int, ...]) -> tuple[int, int
 # ---------------------------------------------------------------------------- the names
 
 
-def described_as(crop: float) -> dict[str, Any]:
-    """Describe a published LV-ViT or SP-ViT, see `described`."""
-    return described(crop, "patch_embed.conv1", ("head", "aux_head"))
-
-
+described_as = partial(described, first_conv="patch_embed.conv1", classifier=("head", "aux_head"))
 T = {"embed_dim": 240, "depth": 12, "num_heads": 4, "skip_lam": 1.0}
 M = {"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0}
 L = {"embed_dim": 768, "depth": 24, "num_heads": 12, "skip_lam": 3.0, "stem_width": 128}

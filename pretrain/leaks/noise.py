@@ -116,7 +116,7 @@ def accuracy_on_noise(
 def _score(head: Positional, test: "_NoiseFeatures") -> tuple[float, float, float]:
     """Accuracy on fresh noise, with its interval."""
     correct, asked = [], []
-    for images in torch.arange(len(test.features["tokens"].tokens)).split(BATCH):
+    for images in torch.arange(test.count).split(BATCH):
         answers = test.answers(head, images)
         correct.append(((answers.guesses == answers.labels) & answers.counted).sum(1))
         asked.append(answers.counted.sum(1))
@@ -151,6 +151,7 @@ class _NoiseFeatures:
     def __init__(
         self, backbone: Backbone, objective: Positional, count: int, contrast: float, rng: np.random.Generator
     ) -> None:
+        self.count = count
         parts: list[dict[str, Features]] = []
         for first in range(0, count, BATCH):
             size = min(BATCH, count - first)
@@ -182,9 +183,7 @@ class _NoiseFeatures:
     @torch.no_grad()
     def answers(self, objective: Positional, images: Tensor | None = None) -> Answers:
         """Answers of the objective, to all images or to some."""
-        return objective.answers(
-            *self.batch(torch.arange(len(self.features["tokens"].tokens)) if images is None else images)
-        )
+        return objective.answers(*self.batch(torch.arange(self.count) if images is None else images))
 
 
 def _combined(parts: list[Features], combine: Callable[[list[Tensor]], Tensor]) -> Features:
@@ -205,9 +204,8 @@ def _train_head(objective: Positional, noise: _NoiseFeatures, questions: int, rn
                 nn.init.zeros_(module.bias)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
-    count = len(noise.features["tokens"].tokens)
     for _ in range(STEPS):
-        images = torch.from_numpy(rng.permutation(count)[: min(count, max(2, QUESTIONS // questions))])
+        images = torch.from_numpy(rng.permutation(noise.count)[: max(2, QUESTIONS // questions)])
         loss = objective(*noise.batch(images))["loss"]
         optimizer.zero_grad()
         loss.backward()
