@@ -27,9 +27,9 @@ from common.training.tracking import check_tensorboard
 from pretrain.assemble import Parts, assemble, optimization_for
 from pretrain.checkpoints import PretrainCheckpoints
 from pretrain.command import Arguments, parse, read, written
-from pretrain.diagnosis import repeat
 from pretrain.dry_run import dry_run
 from pretrain.monitoring import monitors, pace
+from pretrain.monitoring.diagnosis import repeat
 from pretrain.monitoring.witness import Witness
 from pretrain.summary import begun, ended
 

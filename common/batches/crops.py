@@ -6,7 +6,7 @@ workers cannot change a single bit.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,18 +28,30 @@ BLUR, SIGMA, SOLARISE = range(2 * CROP_TRIES + 9, 2 * CROP_TRIES + 12)  # at the
 DRAWS = 2 * CROP_TRIES + 12
 
 
+class Placed(NamedTuple):
+    """Where a crop lies in its image."""
+
+    box: tuple[float, float, float, float]  # top, left, height, width, in shares of the image
+    flipped: bool  # horizontally, after it was cut
+
+
 def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) -> Tensor:
     """Cut crop number `crop` of a view out of an image at random: uint8 (C, H, W) -> contiguous uint8 (C, h, w).
 
     Always takes the same number of draws from `rng`, whatever the image, the view and the crop. The number only says
     which of the view's probabilities apply.
     """
+    return cut(image, view, rng, crop)[0]
+
+
+def cut(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) -> tuple[Tensor, Placed]:
+    """Cut a crop as `augment` does: (the crop, where it lies)."""
     draws: list[float] = rng.random(DRAWS).tolist()
     height, width = int(image.shape[1]), int(image.shape[2])
     top, left, crop_height, crop_width = crop_box(height, width, view, draws)
-    cut = image[:, top : top + crop_height, left : left + crop_width]
-    out = resize(cut, height_width(view.size), view.interpolation)
-    if draws[FLIP] < view.flip:
+    part = image[:, top : top + crop_height, left : left + crop_width]
+    out = resize(part, height_width(view.size), view.interpolation)
+    if flipped := draws[FLIP] < view.flip:
         out = out.flip(-1)
     if changes := colour_changes(view, draws, channels=int(image.shape[0])):
         out = recolour(out, changes)
@@ -49,7 +61,8 @@ def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) 
     if draws[SOLARISE] < chance(view.solarise, crop):
         out = torch.minimum(out, 255 - out)  # from 128 on, the inverse is the smaller
     # A crop of the full size is still a view of the image: the caller gets memory of its own.
-    return out.clone(memory_format=torch.contiguous_format) if out is cut else out.contiguous()
+    out = out.clone(memory_format=torch.contiguous_format) if out is part else out.contiguous()
+    return out, Placed((top / height, left / width, crop_height / height, crop_width / width), flipped)
 
 
 def chance(value: Any, crop: int) -> float:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,16 +11,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, Images, Unreadable
-from .crops import augment
+from .crops import Placed, cut
 from .loading import Loader
 from .mixing import Mixture, drawn, mix
 from .sampler import StepPart, generator
-from .strong import GREY, Colours, strengthen
+from .strong import GREY, Colours, num_moves, strengthen
 from .views import View
 
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
 Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Beside(Protocol):
+    """What is kept of every image beside its pixels, such as dense labels. It is pickled into the loader's workers."""
+
+    def read(self, i: int) -> Mapping[str, np.ndarray]:
+        """Read what there is of image `i` of the source: "what" -> an array, of one shape for all images. Raises
+        Unreadable where there is nothing."""
+        ...
+
+    def blank(self) -> Mapping[str, np.ndarray]:
+        """Return arrays of these names and shapes that say nothing."""
+        ...
 
 
 @dataclass
@@ -63,6 +76,10 @@ class Samples(Dataset):
     Each purpose in `labelled` finds among its draws "label" (B,), the class of the image that is shown, or -1, and
     "known" (), the images with a label in the whole step, divided by its parts: the same in all parts of the step.
     `colours`: mean and standard deviation of the channels, in [0, 1], for views that are strongly augmented.
+    `beside` (purpose -> source) is read for the image that is shown, and an image without it counts as unreadable. Its
+    purpose finds it among its draws, and where the first crop of the first view lies: "box" (B, 4) float32, top, left,
+    height and width in shares of the image; "flip" (B,) bool; "size" (B, 2) int64, the image's height and width; where
+    the view has a policy, also "moves" (B, M, 2) float32, what that moved the crop by: kinds, as in MOVES, and values.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -77,10 +94,14 @@ class Samples(Dataset):
         collate: Mapping[str, Collate] | None = None,
         labelled: Collection[str] = (),
         colours: Colours = GREY,
+        beside: Mapping[str, Beside] | None = None,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
         self.colours = colours
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
+        self.beside = dict(beside or {})
+        first = self.views.get(FIRST_VIEW)
+        self.num_moves = num_moves(first.auto_augment) if self.beside and first is not None else 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,24 +109,29 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """Make one batch of a list of (epoch, index)."""
         crops: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(v.count)] for name, v in self.views.items()}
-        draws: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in (*self.draws, *self.labelled)}
+        draws: dict[str, dict[str, list[np.ndarray]]] = {
+            name: {} for name in (*self.draws, *self.labelled, *self.beside)
+        }
         unreadable: list[str] = []
         hopeless = False
         for epoch, index in keys:
-            image, shown = self._read(index, unreadable)
+            image, shown, kept = self._read(index, unreadable)
             for name in self.labelled:
                 draws[name].setdefault("label", []).append(np.asarray(self._labels[shown]))
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
-                for what, value in draw(generator(self.seed, epoch, index, name)).items():
-                    draws[name].setdefault(what, []).append(value)
+                _add(draws[name], draw(generator(self.seed, epoch, index, name)))
             for name, view in self.views.items():
                 rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
                 for number, row in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
-                    row.append(augment(image, view, rng, number))
-                    where = "" if name == FIRST_VIEW and not number else f" {name} {number}"
-                    strengthen(row[-1], view, (self.seed, epoch, index), where, self.colours)
+                    crop, placed = cut(image, view, rng, number)
+                    row.append(crop)
+                    is_first = name == FIRST_VIEW and number == 0
+                    where = "" if is_first else f" {name} {number}"
+                    moves = strengthen(crop, view, (self.seed, epoch, index), where, self.colours)
+                    for purpose, values in kept.items() if is_first else ():
+                        _add(draws[purpose], {**values, **self._place(placed, image, moves)})
         stacked = self._stacked(draws)
         for name in self.labelled:
             stacked[f"{name}/known"] = torch.tensor(self._known(keys))
@@ -124,6 +150,18 @@ class Samples(Dataset):
         mixed = {name: view for name, view in self.views.items() if view.is_mixed} if step is not None else {}
         return {name: drawn(view, self.seed, step, keys) for name, view in mixed.items()}  # type: ignore[arg-type]
 
+    def _place(self, placed: Placed, image: Tensor, moves: list[tuple[int, float]]) -> dict[str, np.ndarray]:
+        """Where the first crop lies in `image`, and how it was moved."""
+        where = {
+            "box": np.array(placed.box, np.float32),
+            "flip": np.array(placed.flipped),
+            "size": np.array(image.shape[1:], np.int64),
+        }
+        if self.num_moves:
+            where["moves"] = np.zeros((self.num_moves, 2), np.float32)
+            where["moves"][: len(moves)] = np.reshape(moves, (-1, 2))
+        return where
+
     def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:
         """Return {"purpose/what": (B, ...)}: the draws, and what `collate` makes of them."""
         tensors: dict[str, Tensor] = {}
@@ -134,17 +172,18 @@ class Samples(Dataset):
             tensors |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
         return tensors
 
-    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int]:
-        """Return (image, its index): image `index` or, where it cannot be read, another one, always the same; None if
-        no other can be read. Where labels are asked for, the other one has a label if this one has, so that as many
-        images of a step have one as was known before."""
+    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int, dict[str, Mapping]]:
+        """Return (image, its index, what is kept beside it): image `index` or, where it cannot be read, another one,
+        always the same; None if no other can be read. Where labels are asked for, the other one has a label if this one
+        has, so that as many images of a step have one as was known before."""
         for attempt in range(self.ATTEMPTS):
             at = self._instead(index, attempt) if attempt else index
             try:  # layout is left to the decoder: augment copies what it crops
-                return self.images.read(at, self.channels, contiguous=False), at
+                kept = {name: source.read(self.images.source_index(at)) for name, source in self.beside.items()}
+                return self.images.read(at, self.channels, contiguous=False), at, kept
             except Unreadable as error:
                 unreadable.append(str(error))
-        return None, index
+        return None, index, {name: source.blank() for name, source in self.beside.items()}
 
     def _instead(self, index: int, attempt: int) -> int:
         """Return the index of the image that stands for image `index` at this attempt, counted from 1."""
@@ -164,6 +203,11 @@ class Samples(Dataset):
         `StepPart` are a whole step."""
         step = keys.step if isinstance(keys, StepPart) else np.array([index for _, index in keys])
         return int((self._labels[step] >= 0).sum()) * len(keys) / len(step)
+
+
+def _add(draws: dict[str, list[np.ndarray]], values: Mapping[str, np.ndarray]) -> None:
+    for what, value in values.items():
+        draws.setdefault(what, []).append(value)
 
 
 def loader(samples: Samples, sampler: Any, workers: int, pin: bool) -> Loader:

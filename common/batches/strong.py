@@ -28,6 +28,8 @@ from .views import View
 Colours = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of the channels, in [0, 1]
 GREY: Colours = ((0.5,) * 3, (0.25,) * 3)
 
+# Kinds of moves of a policy, with one value each: degrees, a slope, shares of a side; 0 is none.
+MOVES = ("", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)
 ERASED_RATIO = (0.3, 1 / 0.3)  # narrowest and widest height:width
 ERASING_TRIES = 10
@@ -49,12 +51,17 @@ def auto_augment(
         "img_mean": fill if len(fill) == 3 else fill[0],
         "interpolation": Image.Resampling.BICUBIC,
     }
+    moves: list[tuple[int, float]] = []
     try:
         kind = KINDS.get(spec.partition("-")[0], auto_augment_transform)
         made = kind(spec, options)
         for operation in _operations(made):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
+            elif (kind_of_move := operation.name.removesuffix("Rel")) in MOVES:
+                in_pixels = operation.name.startswith("Translate") and not operation.name.endswith("Rel")
+                operation.aug_fn = functools.partial(_noted, kind_of_move, in_pixels, operation.aug_fn, moves)
+        made.moves = moves
         with seeded(np.random.default_rng(0)):
             made(Image.new("RGB" if len(fill) == 3 else "L", (size[1], size[0])))
     except Exception as error:  # timm asserts, and looks names up
@@ -64,6 +71,19 @@ def auto_augment(
             "augmix-m3-w3 or 3a, or null"
         ) from None
     return made
+
+
+def num_moves(spec: str | None) -> int:
+    """Count the moves that policy `spec` makes of an image at most. Raises Refusal where they cannot be said."""
+    if spec is None:
+        return 0
+    if spec.startswith("augmix"):
+        raise Refusal(
+            f"auto_augment={spec}: it lays differently moved pictures over each other, and no dense labels can follow; "
+            "expected a policy such as rand-m9-mstd0.5-inc1 beside dense labels"
+        )
+    made: Any = _made(spec, (32, 32), GREY[0])
+    return max(map(len, made.policy)) if hasattr(made, "policy") else made.num_layers
 
 
 KINDS = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}  # by how a spec begins
@@ -80,6 +100,16 @@ def _operations(made: Any) -> Iterator[Any]:
 def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
     """Posterise. timm's strongest leaves no bits: that was a black picture, and Pillow 13 raises ValueError."""
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _noted(
+    kind: str, in_pixels: bool, move: Callable[..., Image.Image], moves: list[tuple[int, float]], image: Image.Image,
+    value: float, **options: Any,
+) -> Image.Image:  # fmt: skip
+    """Move an image, and note by what."""
+    side = image.width if kind.endswith("X") else image.height
+    moves.append((MOVES.index(kind), value / side if in_pixels else value))
+    return move(image, value, **options)
 
 
 @contextlib.contextmanager
@@ -121,18 +151,25 @@ def erase(
     return image
 
 
-def strengthen(crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours) -> None:
-    """Change one crop of a view in place, uint8 (C, h, w): its policy, then random erasing, as the view says.
+def strengthen(
+    crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours
+) -> list[tuple[int, float]]:
+    """Change one crop of a view in place, uint8 (C, h, w): its policy, then random erasing, as the view says. Returns
+    what the policy moved it by: (kind, in MOVES; value).
 
     `key`: (seed, epoch, index) of the sample; `where`: "" for the first crop of the first view, else which it is.
     """
     mean, std = colours
+    moves: list[tuple[int, float]] = []
     if view.auto_augment is not None:
-        operation = _made(view.auto_augment, tuple(crop.shape[1:]), tuple(mean))
+        operation: Any = _made(view.auto_augment, tuple(crop.shape[1:]), tuple(mean))
+        operation.moves.clear()
         with seeded(generator(*key, f"rand_augment{where}")):
             crop.copy_(pil_to_tensor(operation(to_pil_image(crop))))
+        moves = list(operation.moves)
     if view.erasing > 0:
         erase(crop, generator(*key, f"erasing{where}"), view.erasing, mean, std)
+    return moves
 
 
 _made = functools.lru_cache(maxsize=4)(auto_augment)  # once in every worker: it cannot be pickled on every platform

@@ -44,7 +44,7 @@ def timm_model(
     with as many classes as it was published with, else it is left out. Raises Refusal, which names what `asked` for it
     and the `option` that names a file.
     """
-    file, _ = published.split_branch(weights) if weights is not None else (_fetched(name, asked, option), None)
+    file, _ = published.split_branch(weights) if weights is not None else (fetched(name, asked, option), None)
     if not file.exists():
         raise Refusal(f"{option}{weights}: no such file; expected weights of {name} as published for timm")
     try:
@@ -56,7 +56,7 @@ def timm_model(
     return model, published.load(model, weights or str(file), where), file
 
 
-def _fetched(name: str, asked: str, option: str) -> Path:
+def fetched(name: str, asked: str, option: str) -> Path:
     """Return the file that timm publishes for `name`: from its cache, or fetched now. Raises Refusal."""
     _notice_missing_network()
     try:

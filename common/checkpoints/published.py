@@ -239,7 +239,7 @@ def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, at how timm interpolates tables
-            state = _filter_of(model)(dict(source))
+            state = filter_of(model)(dict(source))
     except Refusal:
         raise
     except Exception as error:  # of another model: timm looks for what is not there
@@ -268,7 +268,7 @@ def _adapted(raw: dict[str, Tensor], model: Any, where: str) -> tuple[dict[str, 
     return state, notes
 
 
-def _filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def filter_of(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Return the function that brings a published state dict to the names and shapes of `model`."""
     architecture = model.pretrained_cfg["architecture"]
     module = importlib.import_module(timm.model_entrypoint(architecture).__module__)

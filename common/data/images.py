@@ -106,6 +106,10 @@ class Images:
         """Return the index of each image in its source."""
         return list(range(len(self))) if self._indices is None else self._indices.tolist()
 
+    def source_index(self, i: int) -> int:
+        """Return the index of image `i` in its source."""
+        return self._locate(i)
+
     def _locate(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)} in {self.where}")

@@ -167,7 +167,8 @@ def active_pil() -> str:
 def scripts() -> dict[str, Path]:
     """Return the entry scripts by the names that `poslabel NAME` takes."""
     named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("[!_]*.py"))}
-    return {"pretrain": ROOT / "pretrain" / "run.py", "audit": ROOT / "pretrain" / "audit.py", **named}
+    others = {name: ROOT / "pretrain" / f"{name}.py" for name in ("audit", "generate_labels")}
+    return {"pretrain": ROOT / "pretrain" / "run.py", **others, **named}
 
 
 # set by a launcher for this process, and not for those that it starts
