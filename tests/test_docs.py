@@ -95,7 +95,11 @@ def test_readme_names_every_page_and_every_script() -> None:
     text = README.read_text()
     assert [path.name for path in PAGES[1:] if f"(docs/{path.name})" not in text] == []
     scripts = [f"evaluate/{path.name}" for path in (ROOT / "evaluate").glob("[!_]*.py")]
-    assert [name for name in [*scripts, "pretrain/run.py", "pretrain/audit.py"] if f"`{name}`" not in text] == []
+    assert [
+        name
+        for name in [*scripts, *(f"pretrain/{name}.py" for name in ("run", "audit", "generate_labels"))]
+        if f"`{name}`" not in text
+    ] == []
 
 
 def test_the_results_of_readme_are_those_of_results_md() -> None:

@@ -175,7 +175,10 @@ def test_what_we_depend_on_does_not_import_a_package_named_evaluate() -> None:
 
 def test_entry_scripts_mend_the_path_first() -> None:
     """`python evaluate/knn.py` puts evaluate/ first on sys.path: mended before the first import of ours."""
-    for path in [*scripts("evaluate"), *(ROOT / "pretrain" / name for name in ("run.py", "audit.py"))]:
+    for path in [
+        *scripts("evaluate"),
+        *(ROOT / "pretrain" / name for name in ("run.py", "audit.py", "generate_labels.py")),
+    ]:
         text = path.read_text()
         mending = text.find("if not __package__:")
         ours = re.search(r"^from (common|pretrain|evaluate)\b", text, re.MULTILINE)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from documented.commands import call, module_of, part, small, split
 from runs.children import Run, training_here
 
@@ -87,3 +89,18 @@ def test_an_audit_runs(
     out = capsys.readouterr().out
     assert f"absolute: {'leak' if leaks else 'clean'}: " in out
     assert ("position embedding" in out) == leaks and ("high-pass residue" in out) == ("--input" in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", part("pretrain/generate_labels.py"))
+def test_labels_are_generated(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a small annotator in place of the one that is named, of the photos here."""
+    script, words = split(command)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), home / "annotator.pth")
+    small_one = ["--annotator", "timm:test_resnet", "--weights", "annotator.pth", "--size", "64", "--data", "~/photos"]
+    assert call(module_of(script), [*words, *small_one], monkeypatch) == 0
+    out = words[words.index("--out") + 1]
+    assert f"done: the labels are in {out}" in capsys.readouterr().out and (home / out).is_file()
+    assert (home / f"{out}.png").is_file() == ("--preview" in words)
