@@ -47,7 +47,11 @@ from evaluate.validating.images import judged_images, numbered, real_labels
 TOP = 5
 KIND = "logits"  # what is judged, beside the kinds of features of other reports
 OF_PICKLES = (".pth", ".pt", ".bin", ".tar", ".npz")
-WEIGHTS = {"average": "average of the weights (EMA)", "last": "weights of the last step"}
+WEIGHTS = {  # as a finetuning says, or a pretraining with labels
+    "average": "average of the weights (EMA)",
+    "last": "weights of the last step",
+    "student": "the weights themselves, no average of them",
+}
 
 
 @dataclass
@@ -61,7 +65,8 @@ class Judged:
     @property
     def weights(self) -> str:
         """Which weights these are, where there may be several."""
-        return str(self.job.subject.description["training"].get("weights", ""))
+        training = self.job.subject.description["training"]
+        return str(training.get("weights", training.get("exported", "")))
 
 
 def main(argv: list[str]) -> int:

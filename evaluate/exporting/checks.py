@@ -134,7 +134,7 @@ def write_checkpoint(file: Path, source: Source) -> tuple[Backbone, TokenPlan, d
     if source.head is not None:
         save_file(source.head, file.parent / HEAD)
         description["training"] = description["training"] | {"head_sha256": sha256(file.parent / HEAD)}
-    elif "finetuned" in description.get("training", {}):
+    elif {"finetuned", "head_sha256"} & description.get("training", {}).keys():
         description["training"] = description["training"] | {"head": False}
     public.export(file.parent, source.backbone, description)
     again, plan, description = public.load_backbone(file)

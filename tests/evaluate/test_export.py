@@ -183,6 +183,21 @@ def test_a_classifier_keeps_its_head(name, pooling, pools, run_of, script, monke
     assert "3: kind 0, kind 1, kind 2" in (run / "export" / "README.md").read_text()
 
 
+def test_a_classifier_of_a_pretraining_is_kept_or_left_out(run_of, script):
+    """It says no "finetuned": only that there is a head, and which classes it tells apart."""
+    run, export = run_of("vit", pooling="class", classes=3), script("export")
+    description = json.loads((run / "backbone.json").read_text())
+    del description["training"]["finetuned"]
+    (run / "backbone.json").write_text(json.dumps(description))
+    assert export.main(["--ckpt", str(run), *CALM]) == 0
+    model, _ = timm_files.read(run / "export")
+    assert torch.equal(model.head.weight, load_file(run / HEAD)["weight"])
+    assert export.main(["--ckpt", str(run), "--no-head", "--to", "safetensors", "--out", str(run / "bare"), *CALM]) == 0
+    bare = run / "bare"
+    assert public.load_head(bare, json.loads((bare / "backbone.json").read_text())) is None
+    assert public.load_head(run, description) is not None
+
+
 @pytest.mark.parametrize("name, status", [("cait_xxs24_224", 0), ("xcit_nano_12_p16_224", 1)])
 def test_class_tokens_that_come_in_above_the_patches(name, status, run_of, script, monkeypatch, capsys):
     small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
