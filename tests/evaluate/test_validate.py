@@ -100,6 +100,20 @@ def test_what_finetuning_judged_is_found_again(ema, make_run, script, report_of,
     assert "top5" not in entry and "top-5" not in out  # of three classes
 
 
+def test_what_a_pretraining_with_labels_judged_is_found_again(inside, tiny, data, script, report_of, tmp_path, capsys):
+    """Weights and their average, on the data's own test images."""
+    run = tmp_path / "run"
+    words = ["objectives={classification: {}}", "average=0.5", "monitor.validation=val", "monitor.held_out=0"]
+    words += ["monitor.every=6", "steps=6", "batch=12", "optimizer.lr=0.02", "tensorboard=false"]
+    assert inside(*tiny, f"data={data}", *words, f"run={run}") == 0
+    own = [json.loads(line) for line in (run / "metrics.jsonl").open()][-1]["top1/average"]
+    capsys.readouterr()
+    assert script("validate").main(["--ckpt", str(run), *CALM]) == 0
+    report = report_of(run, "validate")
+    assert report["data"]["test"]["judged"] == 21 and entry_of(report)["accuracy"] == pytest.approx(own, abs=1e-9)
+    assert "average of the weights (EMA)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pooling, position", [("class", "full"), ("mean", "none"), ("both", "full")])
 def test_top_five_and_real_are_those_of_a_hand_count(
     pooling, position, classified, animals, script, report_of, tmp_path, capsys
