@@ -15,6 +15,7 @@ WEIGHTS, DESCRIPTION, STATE, MANIFEST = "backbone.safetensors", "backbone.json",
 STUDENT = "student.safetensors"  # with its student.json: beside the teacher's, where both are exported
 HEAD = "head.safetensors"  # of a classifier: its linear layer, beside the backbone it belongs to
 BEST, BEST_HEAD = "best.safetensors", "best_head.safetensors"  # with best.json: of a classifier that was judged best
+BESIDE = {STUDENT: "student", BEST: "best"}  # weights beside the newest ones, and the folder of their reports
 PUBLIC = (HEAD, WEIGHTS, DESCRIPTION, STUDENT, "student.json")  # what of a checkpoint is copied to the run folder
 
 

@@ -98,7 +98,7 @@ class Run:
     def folder(self) -> Path:
         """Folder of its reports."""
         folder = self.weights.parent / "evaluate"
-        return folder / "student" if self.weights.name == storage.STUDENT else folder
+        return folder / storage.BESIDE.get(self.weights.name, "")
 
     @property
     def home(self) -> Path:

@@ -106,6 +106,12 @@ class FinetuneTraining(Training):
         return {f"test/accuracy{'' if name == 'raw' else '_ema'}": share for name, share in shares.items()}
 
 
+def begins_with(description: Mapping[str, Any], pooling: str, classes: Sequence[str]) -> bool:
+    """Whether a checkpoint's classifier fits these classes, in their order, on features pooled so."""
+    names = description.get("training", {}).get("label_names")
+    return description.get("pooling") == pooling and names == list(classes)
+
+
 def view_of(config: FinetuneConfig, size: Sequence[int]) -> View:
     """How a training crop is made."""
     return View(
@@ -138,6 +144,12 @@ def finetune(
     was added to the backbone). `identity`: what all trainings of this report have in common."""
     backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
     classifier = Classifier(backbone, identity["pooling"], len(job.classes))
+    head = subject.head() if subject.state is not None else None
+    if head is not None and begins_with(subject.description, identity["pooling"], job.classes):
+        classifier.head.load_state_dict(head)
+        note = "; ".join(
+            filter(None, (note, "begins with the checkpoint's own classifier, as the classes are its own"))
+        )
     steps, per_epoch = num_steps(config, len(job.train)), len(job.train) // config.batch
     task = Finetuning(classifier, config)
     weights = digest(subject.state) if subject.state is not None else None

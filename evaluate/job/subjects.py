@@ -119,8 +119,8 @@ def subject_of(ckpt: str, like: str | None = None, weights: str | None = None, r
     file = Path(ckpt) / storage.WEIGHTS if Path(ckpt).is_dir() else Path(ckpt)
     run, folder = file.parent.resolve().name, file.parent / "evaluate"
     name = run if file.name == storage.WEIGHTS else file.stem
-    if file.name == storage.STUDENT:  # what is found of the teacher stays
-        name, folder = f"{run} student", folder / "student"
+    if (beside := storage.BESIDE.get(file.name)) is not None:  # what was measured of the newest weights stays
+        name, folder = f"{run} {beside}", folder / beside
     return Subject(name, description, backbone.model.state_dict(), folder, file)
 
 

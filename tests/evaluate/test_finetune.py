@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,3 +371,23 @@ def test_killed_it_goes_on_to_the_last_bit(make_run, run_script, tmp_path, proce
     done = run_script("finetune", *words, "--resume", processes=processes)
     assert done.returncode == 0 and "resumed after step" in done.stdout, done.stderr
     assert losses(folder) == losses(tmp_path / "peaceful" / "finetune" / "trained-seed0")
+
+
+def test_a_classifier_of_the_same_classes_goes_on(make_run, script, report_of, capsys, data, tmp_path):
+    """A step too small to change an answer is judged as what it began from; other classes get a fresh layer."""
+    run = make_run("none")
+    words = ["--batch", "12", "--warmup", "0", "--no-baselines", "--threads", "1", "--device", "cpu"]
+    assert script("finetune").main(["--ckpt", str(run), "--steps", "8", "--lr", "0.02", *words]) == 0
+    first = report_of(run, "finetune")["values"]["subject"]["mean"]["accuracy"]
+    again = ["--ckpt", str(run / "evaluate" / "finetune" / "trained-seed0"), "--steps", "1", "--lr", "1e-12", *words]
+    capsys.readouterr()
+    assert script("finetune").main([*again, "--out", str(tmp_path / "same.json")]) == 0
+    assert "begins with the checkpoint's own classifier" in capsys.readouterr().out
+    assert json.loads((tmp_path / "same.json").read_text())["values"]["subject"]["mean"]["accuracy"] == first
+    others = tmp_path / "others"
+    shutil.copytree(data, others)
+    for split in ("train", "test"):
+        for number, folder in enumerate(sorted((others / split).iterdir())):
+            folder.rename(folder.with_name(f"other{number}"))
+    assert script("finetune").main([*again, "--data", str(others), "--out", str(tmp_path / "other.json")]) == 0
+    assert "begins with the checkpoint's own classifier" not in capsys.readouterr().out
