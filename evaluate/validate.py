@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a classifier, class by class: a finetuned run, authors' files by their published names, timm's.
+"""Top-1 and top-5 of a classifier, class by class: runs with labels, authors' files by their published names, timm's.
 
     accelerate launch evaluate/validate.py --ckpt runs/quickstart-001/evaluate/finetune/trained-seed0
     accelerate launch evaluate/validate.py --ckpt RUN OTHER --data PATH --size 384 --crop 1.0

@@ -112,6 +112,13 @@ def test_what_a_pretraining_with_labels_judged_is_found_again(inside, tiny, data
     report = report_of(run, "validate")
     assert report["data"]["test"]["judged"] == 21 and entry_of(report)["accuracy"] == pytest.approx(own, abs=1e-9)
     assert "average of the weights (EMA)" in capsys.readouterr().out
+    both = ["--ckpt", str(run), str(run / "best.safetensors"), "--out", str(tmp_path / "both"), *CALM]
+    assert script("validate").main(both) == 0
+    with (tmp_path / "both" / "validate.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    best = json.loads((run / "best.json").read_text())["training"]["right"]
+    assert [float(row["top1"]) for row in rows] == pytest.approx([own, best], abs=1e-9)
+    assert len({row["checkpoint"] for row in rows}) == 2
 
 
 @pytest.mark.parametrize("pooling, position", [("class", "full"), ("mean", "none"), ("both", "full")])
