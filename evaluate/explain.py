@@ -3,11 +3,11 @@
     python evaluate/explain.py --ckpt runs/quickstart-001
     python evaluate/explain.py --ckpt runs/quickstart-001 --images 12 --seed 1 --target class
 
-Draws into RUN/evaluate/explain/: maps.png (attention of what stands for the image, rollout, gradient x attention, for
-ViT, DeiT and LV-ViT transformer attribution, and patch features as colours), heads.png (attention by head),
-neighbors.png and deletion.png; and TensorBoard images if the run has tb/. Attributions are of the cosine between an
-image's feature and the mean of its neighbours' in the training images, both seen from the mean feature; with --target
-class, of the class that its classifier finds or, where labels trained none, ridge regression.
+Draws into RUN/evaluate/explain/: maps.png (attention of what stands for the image, rollout, gradient x attention,
+transformer attribution, and patch features as colours), heads.png (attention by head), neighbors.png and deletion.png;
+and TensorBoard images if the run has tb/. Attributions are of the cosine between an image's feature and the mean of its
+neighbours' in the training images, both seen from the mean feature; with --target class, of the class that its
+classifier finds or, where labels trained none, ridge regression.
 
 They are judged: where the patches that matter go first, the score should fall faster than where random ones do. The
 curves, their areas and the gap to random, with an interval over images, are printed and written to explain.json.

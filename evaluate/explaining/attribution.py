@@ -78,7 +78,7 @@ def attend(
         features,
         pooled.detach(),
         None if scores is None else scores.detach(),
-        relevances,
+        [_padded(maps, T) for maps in relevances],
     )
 
 

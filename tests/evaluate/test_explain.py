@@ -61,7 +61,7 @@ def test_training_images_are_extracted_once(make_run, script, report_of, capsys)
 
 def test_what_cannot_be_attributed_is_left_out_with_the_reason(make_run, script, report_of, capsys):
     run = make_run(depth=2)
-    bare = create(ModelConfig("vit_tiny_patch16_224", dict(TINY), irpe={"on": "k", "method": "product"}, crop=1.0), 8)
+    bare = create(ModelConfig("eva02_tiny_patch14_224", dict(TINY), crop=1.0), 8)
     training = json.loads((run / "backbone.json").read_text())["training"]
     public.export(run, bare, public.describe(bare, "full", "mean", training))
     assert script("explain").main(["--ckpt", str(run), "--images", "2", *CALM]) == 0

@@ -3,23 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from backbones import ROWS
+from backbones import IRPE, LV_AND_SP, ROWS
+from by_hand import relevance
 from by_hand import vit as by_hand
 
 from common.models import ModelConfig, create
+from common.models.irpe import bucket_ids
 from common.models.plan import TokenPlan
 from evaluate.explaining import lrp
 from evaluate.explaining.attribution import attend, attributions, generic, to_patches, unsupported
 
 RULED = ["vit", "vit, no class token", "vit, registers", "vit, qk norm", "deit, distilled", "lv-vit"]
+RULED += [*IRPE, "sp-vit", "sp-vit, dynamic", "sp-vit, legacy"]
 
 
-def made(name, depth=2):
+def made(name, depth=None, width=12):
     """A row of the matrix in float64, whose parameters hide nothing, and three images for it."""
     row = ROWS[name]
-    kwargs = {**row.kwargs, "depth": depth, "embed_dim": 12} | ({"skip_lam": 2.0} if name == "lv-vit" else {})
+    kwargs = {**row.kwargs, "depth": depth or (3 if "sp-vit" in name else 2), "embed_dim": width}
+    kwargs |= {"num_heads": 2} | ({"skip_lam": 2.0} if name in LV_AND_SP else {})
     torch.manual_seed(0)
-    backbone = create(ModelConfig(row.name, kwargs), list(row.size)).double().eval()
+    backbone = create(ModelConfig(row.name, kwargs, irpe=row.irpe), list(row.size)).double().eval()
     for parameter in backbone.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return backbone, torch.randn(3, 3, *row.size, generator=torch.Generator().manual_seed(1)).double()
@@ -34,107 +38,43 @@ def target(width=12):
 # ------------------------------------------------------------------------------------- written out, a number at a time
 
 
-def over(numerator, denominator):
-    return 0.0 if denominator == 0 else numerator / (denominator + 1e-9 * np.sign(denominator))
+def shape_of(name, backbone):
+    """What the walk by hand has to know beside the parameters."""
+    ids = np.zeros((0, 0, 0))
+    if (irpe := ROWS[name].irpe) is not None:
+        ids = bucket_ids(irpe["method"], backbone.grid, irpe.get("ratio", 1.9), backbone.num_prefix_tokens).numpy()
+        ids = ids.reshape(-1, *ids.shape[-2:])
+    return relevance.Shape(2, 2.0 if name in LV_AND_SP else 1.0, backbone.grid, ids)
 
 
-def through_linear(R, x, weight):
-    found = np.zeros_like(x)
-    for t in range(len(x)):
-        for o in range(len(weight)):
-            terms = [x[t, i] * weight[o, i] for i in range(len(x[t]))]
-            whole = sum(term for term in terms if term > 0)
-            for i, term in enumerate(terms):
-                found[t, i] += over(R[t, o], whole) * max(term, 0)
-    return found
+DEEP = {"vit": 2, "deit, distilled": 2, "lv-vit": 2, "sp-vit": 3, "sp-vit, legacy": 3}
+DEEP |= {"irpe, qkv": 2, "irpe, cross": 1, "irpe, bias": 2, "irpe, per head": 1}
 
 
-def through_product(R, a, b):
-    of_a, of_b = np.zeros_like(a), np.zeros_like(b)
-    for i, k in np.ndindex(*R.shape):
-        share = over(R[i, k], sum(a[i, j] * b[j, k] for j in range(len(b))))
-        for j in range(len(b)):
-            of_a[i, j] += a[i, j] * b[j, k] * share / 2
-            of_b[j, k] += a[i, j] * b[j, k] * share / 2
-    return of_a, of_b
+POOLED = [*((name, "class") for name in DEEP), ("vit", "mean"), ("sp-vit", "mean")]
 
 
-def through_sum(R, a, b):
-    parts = [np.zeros_like(a), np.zeros_like(a)]
-    for t, i in np.ndindex(*R.shape):
-        for part, x in zip(parts, (a, b), strict=True):
-            part[t, i] = x[t, i] * over(R[t, i], a[t, i] + b[t, i])
-    sums = [part.sum() for part in parts]
-    wanted = [over(abs(own) * R.sum(), abs(sums[0]) + abs(sums[1])) for own in sums]
-    return [part * over(to, own) for part, to, own in zip(parts, wanted, sums, strict=True)]
-
-
-def through_copies(R, S, x):
-    found = np.zeros_like(x)
-    for at in np.ndindex(*x.shape):
-        found[at] = x[at] * (over(R[at], x[at]) + over(S[at], x[at]))
-    return found
-
-
-def by_hand_forward(state, name, x, heads, skip_lam):
-    """What goes through a block of T tokens of D numbers, on the way up."""
-    D = x.shape[1]
-    d, seen = D // heads, {"x": x}
-    seen["normed"] = by_hand.layer_norm(state, f"{name}.norm1", x)
-    rows = by_hand.linear(state, f"{name}.attn.qkv", seen["normed"])
-    seen["qkv"] = np.array([[rows[:, p * D + h * d : p * D + (h + 1) * d] for h in range(heads)] for p in range(3)])
-    scores = np.array([q @ k.T / np.sqrt(d) for q, k in zip(*seen["qkv"][:2], strict=True)])
-    seen["A"] = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    seen["mixed"] = np.concatenate([A @ v for A, v in zip(seen["A"], seen["qkv"][2], strict=True)], 1)
-    seen["branch"] = by_hand.linear(state, f"{name}.attn.proj", seen["mixed"]) / skip_lam
-    seen["y"] = x + seen["branch"]
-    seen["normed2"] = by_hand.layer_norm(state, f"{name}.norm2", seen["y"])
-    hidden = by_hand.linear(state, f"{name}.mlp.fc1", seen["normed2"])
-    seen["hidden"] = hidden * 0.5 * (1 + by_hand.erf(hidden / np.sqrt(2)))
-    seen["branch2"] = by_hand.linear(state, f"{name}.mlp.fc2", seen["hidden"]) / skip_lam
-    return seen["y"] + seen["branch2"], seen
-
-
-def by_hand_back(state, name, R, seen, heads):
-    """(relevance of what entered the block (T, D), of its attention (heads, T, T))."""
-    T, D = R.shape
-    d = D // heads
-    direct, branch = through_sum(R, seen["y"], seen["branch2"])
-    hidden = through_linear(branch, seen["hidden"], state[f"{name}.mlp.fc2.weight"])
-    R = through_linear(hidden, seen["normed2"], state[f"{name}.mlp.fc1.weight"])
-    R = through_copies(direct, R, seen["y"])
-    direct, branch = through_sum(R, seen["x"], seen["branch"])
-    mixed = through_linear(branch, seen["mixed"], state[f"{name}.attn.proj.weight"])
-    of_A, of_rows = np.zeros((heads, T, T)), np.zeros((T, 3 * D))
-    for h in range(heads):
-        q, k, v = seen["qkv"][:, h]
-        of_A[h], of_v = through_product(mixed[:, h * d : (h + 1) * d], seen["A"][h], v)
-        of_q, of_k = through_product(of_A[h], q / np.sqrt(d), k.T)
-        for part, own in enumerate((of_q, of_k.T, of_v)):
-            of_rows[:, part * D + h * d : part * D + (h + 1) * d] = own
-    R = through_linear(of_rows, seen["normed"], state[f"{name}.attn.qkv.weight"])
-    return through_copies(direct, R, seen["x"]), of_A
-
-
-@pytest.mark.parametrize("pooling", ["class", "mean"])
-@pytest.mark.parametrize("name, depth", [("vit", 1), ("vit", 2), ("deit, distilled", 2), ("lv-vit", 2)])
-def test_relevance_and_map_are_those_of_the_rules_written_out(name, depth, pooling):
+@pytest.mark.parametrize("name, pooling", POOLED)
+def test_relevance_and_map_are_those_of_the_rules_written_out(name, pooling):
+    depth = DEEP[name]
     backbone, images = made(name, depth)
-    model, heads, skip_lam = backbone.model, 2, 2.0 if name == "lv-vit" else 1.0
+    model, shape, joins = backbone.model, shape_of(name, backbone), getattr(backbone.model, "local_blocks", 0)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-5  # that of LV-ViT and of the norms written out
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     attended = attend(backbone, images, None, pooling, target())
-    P = attended.features.prefix.shape[1]
+    P, N = attended.features.prefix.shape[1], attended.features.tokens.shape[1]
     weight = np.array([(target()(torch.eye(12).double()[i]) - 0.3).item() for i in range(12)])
     prefix = [state[part][0] for part in ("cls_token", "dist_token") if part in state]
     for b in range(len(images)):
         patches = model.patch_embed(images[b : b + 1])[0].detach().numpy()
-        x = np.concatenate([*prefix, patches]) + state["pos_embed"][0]
+        x = np.concatenate([*prefix, patches][joins and 1 :]) + state["pos_embed"][0]
         above = []
         for i in range(depth):
-            x, seen = by_hand_forward(state, f"blocks.{i}", x, heads, skip_lam)
+            x = np.concatenate([*prefix, x]) if 0 < i == joins else x
+            x, seen = relevance.forward(state, f"blocks.{i}", x, shape)
+            x = convolved(state, f"blocks.{i}", x, shape.grid)
             above.append(seen)
         x = by_hand.layer_norm(state, "norm", x)
         R = np.zeros_like(x)  # of the head on the pooled token: one linear layer of all tokens that are pooled
@@ -143,18 +83,32 @@ def test_relevance_and_map_are_those_of_the_rules_written_out(name, depth, pooli
         R, C = R / R.sum(), np.eye(len(x))
         found = []
         for i in reversed(range(depth)):
-            R, of_A = by_hand_back(state, f"blocks.{i}", R, above[i], heads)
+            R, of_A = relevance.back(state, f"blocks.{i}", R, above[i], shape)
             found.insert(0, of_A)
         for i in range(depth):
-            np.testing.assert_allclose(attended.probabilities[i][b], above[i]["A"], rtol=0, atol=1e-10)
-            np.testing.assert_allclose(attended.relevances[i][b], found[i], rtol=1e-8, atol=1e-8)
+            late = P + N - len(found[i][0])  # tokens that are not there yet
+            seen, of_A = (np.pad(each, ((0, 0), (late, 0), (late, 0))) for each in (above[i]["A"], found[i]))
+            np.testing.assert_allclose(attended.probabilities[i][b], seen, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(attended.relevances[i][b], of_A, rtol=1e-8, atol=1e-8)
             slope = attended.gradients[i][b].numpy()  # checked by finite differences in test_attribution.py
-            C = (np.eye(len(x)) + sum(np.maximum(slope[h] * found[i][h], 0) for h in range(heads)) / heads) @ C
+            C = (np.eye(len(x)) + sum(np.maximum(slope[h] * of_A[h], 0) for h in range(2)) / 2) @ C
         row = C[0, P:] if pooling == "class" else C[P:, P:].mean(0)
         found_row = attributions(attended, pooling)["transformer attribution"][b].numpy()
         np.testing.assert_allclose(found_row, row, rtol=0, atol=1e-8)
         np.testing.assert_allclose(found_row - found_row.mean(), row - row.mean(), rtol=1e-5, atol=1e-11)
         assert np.ptp(row) > 1e-9
+
+
+def convolved(state, name, x, grid):
+    """What SP-ViT's convolution makes of the patches after a block; nothing happens elsewhere."""
+    if f"{name}.pos_block.proj.0.weight" not in state:
+        return x
+    h, w = grid
+    prefix, patches = x[: len(x) - h * w], x[len(x) - h * w :]
+    padded, moved = np.pad(patches.reshape(h, w, -1), ((1, 1), (1, 1), (0, 0))), patches.copy()
+    for n, i, j in np.ndindex(h * w, 3, 3):
+        moved[n] += padded[n // w + i, n % w + j] * state[f"{name}.pos_block.proj.0.weight"][:, 0, i, j]
+    return np.concatenate([prefix, moved + state[f"{name}.pos_block.proj.0.bias"]])
 
 
 # ------------------------------------------------------------------------------------------------- what rules promise
@@ -210,6 +164,23 @@ def test_the_score_starts_with_one_on_the_tokens_that_are_pooled():
 
 
 @pytest.mark.parametrize("name", RULED)
+def test_no_block_makes_or_loses_relevance(name):
+    """Wide enough that no output of a layer lacks a positive contribution: such a one's relevance would end there."""
+    backbone, images = made(name, width=64)
+    for block in backbone.model.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad(), lrp.recording(backbone.model) as records:
+        features = backbone(images)
+    tokens = torch.cat([features.prefix, features.tokens], 1)
+    relevance = lrp.start(tokens, torch.randn(tokens.shape, generator=torch.Generator().manual_seed(5)).double())
+    for of_tokens, of_attention in lrp.walk(backbone.model, records, relevance):
+        entered = relevance[:, -of_tokens.shape[1] :].sum((1, 2))
+        torch.testing.assert_close(of_tokens.sum((1, 2)), entered, rtol=1e-6, atol=0)
+        assert entered.abs().min() > 0.05 and of_attention.abs().sum((1, 2, 3)).min() > 1e-3
+        relevance = of_tokens
+
+
+@pytest.mark.parametrize("name", RULED)
 def test_batches_do_not_mix_and_nothing_is_left_behind(name):
     backbone, images = made(name)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -238,13 +209,12 @@ def test_float32_and_fused_attention_give_the_same_map():
     )
 
 
-@pytest.mark.parametrize("name", ["irpe, qkv", "sp-vit", "sp-vit, legacy"])
-def test_other_blocks_are_left_out_with_the_reason(name):
-    row = ROWS[name]
-    backbone = create(ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe), list(row.size))
+def test_other_blocks_are_left_out_with_the_reason():
+    row = ROWS["eva"]
+    backbone = create(ModelConfig(row.name, dict(row.kwargs)), list(row.size))
     reason = unsupported(backbone)
-    assert reason is not None and "its rules are known for the blocks of ViT, DeiT and LV-ViT; here they are" in reason
-    assert ("RelativeAttention" if "irpe" in name else "SpBlock") in reason
+    assert reason is not None and "its rules are known for the blocks of ViT, DeiT, iRPE, LV-ViT and SP-ViT" in reason
+    assert "here they are EvaBlock" in reason
     attended = attend(backbone, torch.zeros(1, 3, *row.size), None, "mean", lambda pooled: pooled.sum(-1))
     assert not attended.relevances and attributions(attended, "mean").keys() == {
         "attention",
