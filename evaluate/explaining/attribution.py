@@ -97,29 +97,35 @@ def _start(features: Features, pooling: str, score: Score) -> Tensor:
     return lrp.start(tokens.detach(), slope)
 
 
-@contextlib.contextmanager
-def _watched(backbone: Backbone, probabilities: list[Tensor]) -> Iterator[None]:
-    """Append the probabilities of every block to `probabilities`; afterwards attention is computed as before."""
-    attentions = [getattr(block, "attn", None) for block in getattr(backbone.model, "blocks", None) or ()]
-    complete = [hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn") for attention in attentions]
+def attentions(backbone: Backbone) -> list[Any]:
+    """Attention of each block of `backbone`. Raises Refusal if its blocks are none of a plain ViT's."""
+    found = [getattr(block, "attn", None) for block in getattr(backbone.model, "blocks", None) or ()]
+    complete = [hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn") for attention in found]
     if not complete or not all(complete):
         raise Refusal(
             f"{backbone.config.name} ({type(backbone.model).__name__}) has no attention of every patch to every patch "
             "that could be shown: use a plain ViT, a DeiT, iRPE, LV-ViT or SP-ViT"
         )
-    fused = [attention.fused_attn for attention in attentions]  # type: ignore[union-attr]
+    return found
+
+
+@contextlib.contextmanager
+def _watched(backbone: Backbone, probabilities: list[Tensor]) -> Iterator[None]:
+    """Append the probabilities of every block to `probabilities`; afterwards attention is computed as before."""
+    watched = attentions(backbone)
+    fused = [attention.fused_attn for attention in watched]
     hooks = []
     try:
-        for attention in attentions:
-            attention.fused_attn = False  # type: ignore[union-attr]
-            hook = attention.attn_drop.register_forward_hook(lambda _module, _input, out: probabilities.append(out))  # type: ignore[union-attr]
+        for attention in watched:
+            attention.fused_attn = False
+            hook = attention.attn_drop.register_forward_hook(lambda _module, _input, out: probabilities.append(out))
             hooks.append(hook)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for attention, was in zip(attentions, fused, strict=True):
-            attention.fused_attn = was  # type: ignore[union-attr]
+        for attention, was in zip(watched, fused, strict=True):
+            attention.fused_attn = was
 
 
 def _padded(maps: Tensor, tokens: int) -> Tensor:

@@ -37,6 +37,7 @@ class Observation:
     target: list[Score]  # for every batch of BATCH images
     target_in_words: str
     by_class: bool  # whether the class token stands for an image, or the mean of the patches
+    grid: tuple[int, int]  # of the N patches
 
 
 def observe(job: Evaluation, backbone: Backbone) -> Observation:
@@ -65,7 +66,7 @@ def observe(job: Evaluation, backbone: Backbone) -> Observation:
     joined = {name: torch.cat([part[name] for part in maps]) for name in maps[0]}
     parts = torch.cat(tokens[: -(-k // BATCH)])[:k], torch.cat(heads)[:k]
     return Observation(
-        images, index, pooled, *parts, joined, references, near, target, target_in_words, kind == "class"
+        images, index, pooled, *parts, joined, references, near, target, target_in_words, kind == "class", backbone.grid
     )
 
 

@@ -34,13 +34,12 @@ CURVES = {
 
 def draw_sheets(
     job: Evaluation,
-    grid: tuple[int, int],
     observation: Observation,
     areas: Mapping[str, Any],
     curves: Mapping[str, Tensor],
 ) -> dict[str, Figure]:
     """Draw all sheets, by name."""
-    name = job.subject.name if job.subject.state is not None else f"{job.subject.description['name']}, untrained"
+    name, grid = named(job), observation.grid
     whole = "class token" if observation.by_class else "patches, on average"
     pictures = [cell(image) for image in observation.images[: len(observation.tokens)]]
     colours = [enlarged(patches.view(*grid, 3)) for patches in components(observation.tokens)]
@@ -66,6 +65,30 @@ def draw_sheets(
         areas, curves, f"{name}: {observation.target_in_words}", len(observation.images)
     )
     return sheets
+
+
+def named(job: Evaluation) -> str:
+    """Name of a backbone on a sheet, which says where it is untrained."""
+    return job.subject.name if job.subject.state is not None else f"{job.subject.description['name']}, untrained"
+
+
+def beside(observations: Mapping[str, Observation]) -> Figure:
+    """Draw backbones, by name, side by side: the last attribution of each, over what it saw of the image."""
+    methods = {name: list(observation.maps)[-1] for name, observation in observations.items()}
+    first = next(iter(observations.values()))
+    rows = [[cell(image)] for image in first.images[: len(first.tokens)]]
+    for name, observation in observations.items():
+        for row, image, heat in zip(rows, observation.images, observation.maps[methods[name]], strict=False):
+            row.append(overlaid(cell(image), heat.view(observation.grid)))
+    targets = {name: observation.target_in_words for name, observation in observations.items()}
+    about = f"{_once(methods)}. Bright is most, in each image. Target: {_once(targets)}."
+    return mosaic(rows, ["image", *methods], "What matters to each", about[0].upper() + about[1:])
+
+
+def _once(words: Mapping[str, str]) -> str:
+    """What all say, or what each says."""
+    said = set(words.values())
+    return said.pop() if len(said) == 1 else "; ".join(f"{name}: {each}" for name, each in words.items())
 
 
 def neighbors(job: Evaluation, observation: Observation, name: str) -> Figure:

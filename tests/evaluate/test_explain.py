@@ -1,6 +1,7 @@
 """evaluate/explain.py: sheets and report as a user gets them, targets, and one line for each mistake."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,69 @@ def test_training_images_are_extracted_once(make_run, script, report_of, capsys)
         values.append(report_of(run, "explain")["values"])
         extracted.append("features of 36 training images" in capsys.readouterr().out)
     assert extracted == [True, False, False] and values[1] == values[2] != values[0]
+
+
+@pytest.fixture
+def three(make_run, tmp_path):
+    """three("spvit_s", ...): runs of a DeiT, an iRPE and further backbones, side by side in a folder."""
+
+    def make(*names):
+        made = []
+        for name in ("deit", "irpe", *names):
+            run = make_run("full", depth=2)
+            if name != "deit":
+                kwargs = TINY | {"irpe": {"on": "qkv", "method": "product"}} if name == "irpe" else OTHERS[name]
+                irpe, size = kwargs.pop("irpe", None), 8 if name == "irpe" else 32
+                model = "vit_tiny_patch16_224" if name == "irpe" else name
+                backbone = create(ModelConfig(model, dict(kwargs), irpe=irpe, crop=1.0), size)
+                training = json.loads((run / "backbone.json").read_text())["training"]
+                shutil.rmtree(run)
+                run.mkdir()
+                public.export(run, backbone, public.describe(backbone, "full", "mean", training))
+            made.append(run.rename(tmp_path / name))
+        return made
+
+    return make
+
+
+OTHERS = {
+    "spvit_s": {"embed_dim": 32, "depth": 3, "num_heads": 2, "stem_width": 8},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
+}
+
+
+def test_three_models_side_by_side(three, script, report_of, tmp_path, capsys):
+    runs, out = three("spvit_s"), tmp_path / "sheets"
+    words = ["--images", "3", "--judged", "4", "--out", str(out), *CALM]
+    assert script("explain").main(["--ckpt", *map(str, runs), *words]) == 0
+    told = capsys.readouterr().out
+    assert f"side by side: {out / 'beside.png'}" in told and told.count("\nreport: ") == 3
+    found = np.asarray(Image.open(out / "beside.png").convert("RGB")).astype(int)
+    assert found.shape[1] == 6 + 4 * 118
+    for number, run in enumerate(runs, 1):
+        assert report_of(run, "explain")["values"]["subject"]["deletion"].keys() == {*METHODS, "random"}
+        own = np.asarray(Image.open(run / "evaluate" / "explain" / "maps.png").convert("RGB")).astype(int)
+        theirs, here = own[-3 * 118 :, 6 + 4 * 118 : 5 * 118], found[-3 * 118 :, 6 + number * 118 : (number + 1) * 118]
+        assert abs(theirs - here).max() <= 1 and np.ptp(here) > 100, run.name
+
+
+def test_several_are_refused_before_anything_is_written(three, script, data, tmp_path):
+    (deit, irpe, swin), explain = three("swin_tiny_patch4_window7_224"), script("explain")
+    about = json.loads((irpe / "backbone.json").read_text())
+    about["training"]["data"] = str(data / "test")
+    (irpe / "backbone.json").write_text(json.dumps(about))
+    given = ["--data", str(data)]
+    for words, told in (
+        (["--ckpt", deit, irpe], "say on which images both are explained with --data"),
+        (["--ckpt", deit, swin, *given], "no attention of every patch to every patch"),
+        (["--ckpt", deit, deit / "backbone.safetensors", *given], "two reports would lie in"),
+        (["--ckpt", deit, irpe, *given, "--weights", "w.pth"], "--weights w.pth: of which checkpoint"),
+        (["--ckpt", deit, irpe, *given, "--like", "quickstart"], "--like quickstart: of which checkpoint"),
+        ([], "nothing to explain: give --ckpt RUN"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            explain.main([*map(str, words), "--out", str(tmp_path / "out"), *CALM])
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("explain*"))
 
 
 def test_what_cannot_be_attributed_is_left_out_with_the_reason(make_run, script, report_of, capsys):
