@@ -1,7 +1,7 @@
 """Samples: what each image of a step looks like, and the batches that are made of them in the loader's workers."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from .crops import Placed, cut
 from .loading import Loader
 from .mixing import Mixture, drawn, mix
 from .sampler import StepPart, generator
-from .strong import GREY, Colours, num_moves, strengthen
+from .strong import GREY, Colours, Moves, num_moves, strengthen
 from .views import View
 
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
@@ -113,6 +113,7 @@ class Samples(Dataset):
             name: {} for name in (*self.draws, *self.labelled, *self.beside)
         }
         unreadable: list[str] = []
+        places: list[tuple[Placed, torch.Size, Moves]] = []
         hopeless = False
         for epoch, index in keys:
             image, shown, kept = self._read(index, unreadable)
@@ -122,6 +123,8 @@ class Samples(Dataset):
                 hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
             for name, draw in self.draws.items():
                 _add(draws[name], draw(generator(self.seed, epoch, index, name)))
+            for name, values in kept.items():
+                _add(draws[name], values)
             for name, view in self.views.items():
                 rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
                 for number, row in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
@@ -130,9 +133,11 @@ class Samples(Dataset):
                     is_first = name == FIRST_VIEW and number == 0
                     where = "" if is_first else f" {name} {number}"
                     moves = strengthen(crop, view, (self.seed, epoch, index), where, self.colours)
-                    for purpose, values in kept.items() if is_first else ():
-                        _add(draws[purpose], {**values, **self._place(placed, image, moves)})
+                    if is_first and self.beside:
+                        places.append((placed, image.shape[1:], moves))
         stacked = self._stacked(draws)
+        for what, tensor in self._where(places).items():
+            stacked |= {f"{name}/{what}": tensor for name in self.beside}
         for name in self.labelled:
             stacked[f"{name}/known"] = torch.tensor(self._known(keys))
         return Batch(
@@ -150,16 +155,19 @@ class Samples(Dataset):
         mixed = {name: view for name, view in self.views.items() if view.is_mixed} if step is not None else {}
         return {name: drawn(view, self.seed, step, keys) for name, view in mixed.items()}  # type: ignore[arg-type]
 
-    def _place(self, placed: Placed, image: Tensor, moves: list[tuple[int, float]]) -> dict[str, np.ndarray]:
-        """Where the first crop lies in `image`, and how it was moved."""
+    def _where(self, places: Sequence[tuple[Placed, torch.Size, Moves]]) -> dict[str, Tensor]:
+        """Return where the first crops lie in their images, and how they were moved."""
+        if not places:  # the first view is not looked at
+            return {}
+        placed, sizes, moves = zip(*places, strict=True)
         where = {
-            "box": np.array(placed.box, np.float32),
-            "flip": np.array(placed.flipped),
-            "size": np.array(image.shape[1:], np.int64),
+            "box": torch.tensor([each.box for each in placed]),
+            "flip": torch.tensor([each.flipped for each in placed]),
+            "size": torch.tensor(sizes),
         }
         if self.num_moves:
-            where["moves"] = np.zeros((self.num_moves, 2), np.float32)
-            where["moves"][: len(moves)] = np.reshape(moves, (-1, 2))
+            none = [(0, 0.0)] * self.num_moves
+            where["moves"] = torch.tensor([[*each, *none[len(each) :]] for each in moves], dtype=torch.float32)
         return where
 
     def _stacked(self, draws: Mapping[str, Mapping[str, list[np.ndarray]]]) -> dict[str, Tensor]:

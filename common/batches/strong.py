@@ -30,6 +30,7 @@ GREY: Colours = ((0.5,) * 3, (0.25,) * 3)
 
 # Kinds of moves of a policy, with one value each: degrees, a slope, shares of a side; 0 is none.
 MOVES = ("", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+Moves = list[tuple[int, float]]
 ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)
 ERASED_RATIO = (0.3, 1 / 0.3)  # narrowest and widest height:width
 ERASING_TRIES = 10
@@ -51,7 +52,7 @@ def auto_augment(
         "img_mean": fill if len(fill) == 3 else fill[0],
         "interpolation": Image.Resampling.BICUBIC,
     }
-    moves: list[tuple[int, float]] = []
+    moves: Moves = []
     try:
         kind = KINDS.get(spec.partition("-")[0], auto_augment_transform)
         made = kind(spec, options)
@@ -103,7 +104,7 @@ def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: 
 
 
 def _noted(
-    kind: str, in_pixels: bool, move: Callable[..., Image.Image], moves: list[tuple[int, float]], image: Image.Image,
+    kind: str, in_pixels: bool, move: Callable[..., Image.Image], moves: Moves, image: Image.Image,
     value: float, **options: Any,
 ) -> Image.Image:  # fmt: skip
     """Move an image, and note by what."""
@@ -151,16 +152,14 @@ def erase(
     return image
 
 
-def strengthen(
-    crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours
-) -> list[tuple[int, float]]:
+def strengthen(crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours) -> Moves:
     """Change one crop of a view in place, uint8 (C, h, w): its policy, then random erasing, as the view says. Returns
     what the policy moved it by: (kind, in MOVES; value).
 
     `key`: (seed, epoch, index) of the sample; `where`: "" for the first crop of the first view, else which it is.
     """
     mean, std = colours
-    moves: list[tuple[int, float]] = []
+    moves: Moves = []
     if view.auto_augment is not None:
         operation: Any = _made(view.auto_augment, tuple(crop.shape[1:]), tuple(mean))
         operation.moves.clear()

@@ -28,6 +28,11 @@ class Targets:
     tokens: Tensor  # (B, N, C) row-major
 
 
+def unpack(records: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits float16, class numbers int64), (B, k, H, W) each, of records int16 (B, 2, k, H, W)."""
+    return records[:, 0].view(torch.float16), records[:, 1].long() & 0xFFFF
+
+
 def scatter(scores: Tensor, ids: Tensor, classes: int) -> Tensor:
     """Logits of all classes, (B, k, H, W) scores and class numbers -> float32 (B, C, H, W); absent classes have 0."""
     B, _, H, W = scores.shape

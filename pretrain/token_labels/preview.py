@@ -1,7 +1,7 @@
 """Pictures of images beside their label maps, to look at before anything is trained on them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from common.batches.unreadable import NO_LIMIT
 from common.checkpoints.storage import write_atomically
 from common.data import Images, Unreadable
 from common.data.folder import evenly
+from pretrain.token_labels.maps import unpack
 from pretrain.token_labels.packed import header_of
 from pretrain.token_labels.reader import PackedLabels, open_labels
 
@@ -56,14 +57,14 @@ def draw(file: Path, images: Images, count: int) -> Path:
 def _draw_map(axes: "Axes", legend: "Axes", pixels: np.ndarray, labels: PackedLabels, i: int) -> None:
     import matplotlib
 
-    record: dict[str, Any] = labels.read(i)
-    scores, ids = torch.from_numpy(record["scores"]).float(), record["ids"]
+    scores, ids = (each[0] for each in unpack(torch.from_numpy(np.array(labels.read(i)["record"]))[None]))
+    scores, best_ids = scores.float(), ids[0].numpy()
     rest = labels.classes - labels.top  # classes with logit 0, as a training sees them
     sure = (scores[0].exp() / (scores.exp().sum(0) + rest)).nan_to_num(1.0).numpy()
-    best, counts = np.unique(ids[0], return_counts=True)
+    best, counts = np.unique(best_ids, return_counts=True)
     order = best[np.argsort(-counts, kind="stable")].tolist()
     colour_of = {each: matplotlib.colormaps["tab10"](rank)[:3] for rank, each in enumerate(order[:COLOURS])}
-    cells = np.array([[colour_of.get(each, (0.5, 0.5, 0.5)) for each in row] for row in ids[0].tolist()])
+    cells = np.array([[colour_of.get(each, (0.5, 0.5, 0.5)) for each in row] for row in best_ids.tolist()])
     top, left, height, width = _extent(labels, *pixels.shape[:2])
     axes.imshow(pixels.mean(-1), cmap="gray", vmin=0, vmax=255)
     extent = (left - 0.5, left + width - 0.5, top + height - 0.5, top - 0.5)
@@ -72,7 +73,7 @@ def _draw_map(axes: "Axes", legend: "Axes", pixels: np.ndarray, labels: PackedLa
     axes.set_ylim(pixels.shape[0] - 0.5, -0.5)
     names = labels.packed.header.class_names
     for line, each in enumerate(order[:NAMED]):
-        share, mean = (ids[0] == each).mean(), sure[ids[0] == each].mean()
+        share, mean = (best_ids == each).mean(), sure[best_ids == each].mean()
         name = f"{each} {names[each]}" if names else f"class {each}"
         legend.text(0, 0.9 - 0.17 * line, "■", color=colour_of[each], fontsize=12, va="center")
         legend.text(0.1, 0.9 - 0.17 * line, f"{name}: {share:.0%} of cells, {mean:.0%} sure", fontsize=7, va="center")

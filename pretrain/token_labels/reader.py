@@ -1,9 +1,10 @@
 """Dense labels of a data set's images: from a packed file, or from the published layout of one .pt file an image.
 
 labels = open_labels("labels.bin", images, classes=1000)
-labels.read(17)                   # {"scores": float16 (k, H, W), "ids": int32 (k, H, W)} of image 17 of the source
+labels.read(17)                   # {"record": int16 (2, k, H, W)} of image 17 of the source, see `maps.unpack`
 
-Both are `Beside` of a loader's samples. Letters: k classes of each cell, H x W cells of a map.
+Both are `Beside` of a loader's samples. An image's labels stay one array of 16 bits up to the device, because what the
+loader pays for is mostly fresh memory. Letters: k classes of each cell, H x W cells of a map.
 """
 
 import os
@@ -22,7 +23,7 @@ from common.data import Images, Unreadable
 from common.data.folder import Files, evenly
 from common.errors import Refusal
 from common.printable import printable
-from pretrain.token_labels.packed import LABELLED, Packed
+from pretrain.token_labels.packed import LABELLED, MOST_CLASSES, Packed
 
 CHECKED = 8  # images whose pixels are compared with what was labelled
 LOOKED = 64  # of one file an image: files whose classes and shapes are looked at
@@ -43,36 +44,34 @@ class Labels:
     images: Images  # none of them, of that source: to name an image by
     missing: list[str]  # names of the images that have none
 
-    def read(self, i: int) -> dict[str, np.ndarray]:
-        """Read the labels of image `i` of the source: {"scores": float16, "ids": int32}, (k, H, W) each. Raises
-        Unreadable."""
-        name = self.images.source.name(i)
-        try:
-            scores, ids = self.record(i)
-        except (LookupError, Refusal, OSError) as error:
-            raise Unreadable(name, str(error)) from None
-        if unlike := self.unlike(scores, ids):
-            raise Unreadable(name, f"its labels in {self.where} {unlike}")
-        return {"scores": scores, "ids": ids}
+    def __post_init__(self) -> None:
+        self.shape = (2, self.top, *self.grid)  # of a record
 
-    def unlike(self, scores: np.ndarray, ids: np.ndarray) -> str:
-        """What is wrong with labels; nothing if nothing is."""
-        shape = (self.top, *self.grid)
-        if scores.shape != shape:
-            return f"have the shape {scores.shape}: expected {shape} as in the others"
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
-            worst = int(ids.max() if ids.max() >= self.classes else ids.min())
-            return f"name class {worst}: expected 0 to {self.classes - 1}, the model's {self.classes:,} classes"
+    def read(self, i: int) -> dict[str, np.ndarray]:
+        """Read the labels of image `i` of the source: {"record": int16 (2, k, H, W)}. Raises Unreadable."""
+        try:
+            record = self.record(i)
+        except (LookupError, Refusal, OSError) as error:
+            raise Unreadable(self.images.source.name(i), str(error)) from None
+        if unlike := self.unlike(record):
+            raise Unreadable(self.images.source.name(i), f"its labels in {self.where} {unlike}")
+        return {"record": record.view(np.int16)}
+
+    def unlike(self, record: np.ndarray) -> str:
+        """What is wrong with a record; nothing if nothing is."""
+        if record.shape != self.shape:
+            return f"have the shape {record.shape}: expected {self.shape} as in the others"
+        if (most := int(record[1].max())) >= self.classes:
+            return f"name class {most}: expected 0 to {self.classes - 1}, the model's {self.classes:,} classes"
         return ""
 
-    def record(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits float16 and classes int32 of image `i`. Raises LookupError if it has none."""
+    def record(self, i: int) -> np.ndarray:
+        """Record of image `i`, uint16 (2, k, H, W): logits as float16, classes. Raises LookupError if it has none."""
         raise NotImplementedError
 
     def blank(self) -> dict[str, np.ndarray]:
         """Return labels that say nothing."""
-        shape = (self.top, *self.grid)
-        return {"scores": np.zeros(shape, np.float16), "ids": np.zeros(shape, np.int32)}
+        return {"record": np.zeros(self.shape, np.int16)}
 
     def __str__(self) -> str:
         cells = f"{self.grid[0]}x{self.grid[1]}"
@@ -133,12 +132,11 @@ class PackedLabels(Labels):
     packed: Packed
     rows: np.ndarray  # int64, for each image of the source; -1: it has none
 
-    def record(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and classes of image `i`."""
+    def record(self, i: int) -> np.ndarray:
+        """Record of image `i`."""
         if self.rows[i] < 0:
             raise LookupError(f"it has no labels in {self.where}")
-        scores, ids = self.packed.record(int(self.rows[i]))
-        return scores, ids.astype(np.int32)
+        return self.packed.record(int(self.rows[i]))
 
 
 def _packed(path: Path, images: Images, classes: int) -> PackedLabels:
@@ -203,8 +201,8 @@ class ImageLabels(Labels):
         """The file with the labels of image `i`."""
         return Path(self.where) / (self.others.get(i) or usual(_relative(self.images, i)))
 
-    def record(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and classes of image `i`."""
+    def record(self, i: int) -> np.ndarray:
+        """Record of image `i`."""
         if i in self.absent:
             raise LookupError(f"it has no labels in {self.where}")
         return load(self.file(i))
@@ -226,8 +224,9 @@ def published(name: str) -> str:
     return f"{os.path.basename(folder)}/{file.partition('.')[0]}.pt"
 
 
-def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(logits float16, classes int32), (k, H, W) each, of one .pt file; nothing in it is run. Raises Refusal."""
+def load(file: Path) -> np.ndarray:
+    """The record of one .pt file, uint16 (2, k, H, W): logits as float16, classes. Nothing in it is run. Raises
+    Refusal."""
     try:
         tensor = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -238,10 +237,10 @@ def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or len(tensor) != 2 or not tensor.numel():
         what = f"{tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise Refusal(f"labels {file} hold {what}: expected a tensor (2, k, H, W) of logits and classes")
-    scores, ids = tensor.float()
-    if not bool((tensor.isfinite()).all()) or not torch.equal(ids, ids.round()):
+    scores, ids = tensor.to(torch.float16).numpy(), tensor[1].float().numpy()
+    if not (np.isfinite(scores[0]) & (ids >= 0) & (ids < MOST_CLASSES) & (ids == np.floor(ids))).all():
         raise Refusal(f"labels {file} hold numbers that are no logits and classes")
-    return scores.to(torch.float16).numpy(), ids.to(torch.int32).numpy()
+    return np.stack([scores[0].view(np.uint16), ids.astype(np.uint16)])
 
 
 def _per_image(root: Path, images: Images, classes: int) -> ImageLabels:
@@ -271,10 +270,10 @@ def _per_image(root: Path, images: Images, classes: int) -> ImageLabels:
             f"{len(present):,} files (such as {printable(min(present))}); give the labels of these"
         )
     about = str(root), "an unknown annotator, one file an image"
-    shape = load(root / (others.get(have[0]) or usual(names[have[0]])))[0].shape
-    grid = (shape[1], shape[2])
-    labels = ImageLabels(*about, shape[0], grid, None, grid, classes, images.subset([]), missing, others, absent)
+    shape = load(root / (others.get(have[0]) or usual(names[have[0]]))).shape
+    grid = (shape[2], shape[3])
+    labels = ImageLabels(*about, shape[1], grid, None, grid, classes, images.subset([]), missing, others, absent)
     for at in [have[k] for k in evenly(len(have), LOOKED)]:
-        if unlike := labels.unlike(*load(labels.file(at))):
+        if unlike := labels.unlike(load(labels.file(at))):
             raise Refusal(f"labels {labels.file(at)} {unlike}")
     return labels

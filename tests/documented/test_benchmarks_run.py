@@ -17,6 +17,7 @@ FEW = {
     "dino_step": ["--model", "vit_tiny_patch16_224", "--size", "64", "--local-size", "32", "--local-crops", "2",
                   "--batch", "2", "--prototypes", "256", "--rounds", "1", "--threads", "1", "--precision", "fp32"],
     "loader": ["--images", "8", "--rounds", "1"],
+    "labels": ["--images", "8", "--rounds", "1"],
     "launch": ["--steps", "12", "--rounds", "1"],
     "probe": ["--images", "64", "--batch", "32", "--rounds", "1"],
 }  # fmt: skip  # words that shorten a benchmark
@@ -41,6 +42,7 @@ ROWS = {
         "decoding, files as they are, 3 channels",
         "decoding, 32x32, 1 channel ",
     ],
+    "python benchmarks/labels.py": ["  one packed file +[0-9]+ +[01].[0-9]+", "bound: 0.95 .* packed: [01].[0-9]+"],
     "python benchmarks/launch.py": [r"start-up to the first step +\d+\.\d s", r"two processes.* \d+ img/s +\d\.\d\dx"],
     "python benchmarks/probe.py --threads 1 --images 640 --rounds 3": [r'\{"heads": \d+\.\d+, "cache_52": '],
 }  # lines that are printed

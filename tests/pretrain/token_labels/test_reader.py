@@ -39,7 +39,7 @@ def write_files(labelled: Path, folder: Path, images: Images, name: Callable[[Pa
         scores, ids = packed.record(i)
         file = folder / name(Path(images.name(i)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.from_numpy(np.stack([scores, ids.astype(np.float16)])), file)
+        torch.save(torch.from_numpy(np.stack([scores.view(np.float16), ids.astype(np.float16)])), file)
     return folder
 
 
@@ -56,7 +56,7 @@ def test_a_packed_file_and_one_file_an_image_say_the_same(labelled: Path, images
     folder = write_files(labelled, tmp_path, images, lambda path: f"{path.parent.name}/{path.stem}.pt")
     files = open_labels(folder, images, CLASSES, NONE)
     assert all(same(packed, files, i) for i in range(IMAGES))
-    assert packed.read(3)["ids"].shape == packed.blank()["ids"].shape == (5, GRID, GRID)
+    assert packed.read(3)["record"].shape == packed.blank()["record"].shape == (2, 5, GRID, GRID)
     assert (packed.top, packed.grid, packed.crop, files.grid) == (5, (GRID, GRID), None, (GRID, GRID))
 
 
@@ -86,7 +86,7 @@ def test_labels_are_found_by_name_wherever_the_images_are(labelled: Path, images
     for i in (5, 2, 19):
         name = "/".join(Path(some.name(i)).parts[-2:])
         there = next(j for j in range(IMAGES) if images.name(j).endswith(name))
-        assert np.array_equal(fewer.read(i)["scores"], whole.read(there)["scores"])
+        assert np.array_equal(fewer.read(i)["record"], whole.read(there)["record"])
     with pytest.raises(Unreadable, match="it has no labels"):
         fewer.read(0)
 
@@ -132,14 +132,13 @@ def test_a_batch_has_labels_and_places_and_the_crops_it_had_without_them(labelle
     plain, made = batch(images, None, keys), batch(images, labels, keys)
     assert torch.equal(plain.views["global"], made.views["global"]) and not plain.draws
     assert {name: (tuple(draw.shape), draw.dtype) for name, draw in made.draws.items()} == {
-        "dense/scores": ((4, 5, GRID, GRID), torch.float16),
-        "dense/ids": ((4, 5, GRID, GRID), torch.int32),
+        "dense/record": ((4, 2, 5, GRID, GRID), torch.int16),
         "dense/box": ((4, 4), torch.float32),
         "dense/flip": ((4,), torch.bool),
         "dense/size": ((4, 2), torch.int64),
     }
     for row, (_, index) in enumerate(keys):
-        assert np.array_equal(made.draws["dense/ids"][row].numpy(), labels.read(index)["ids"])
+        assert np.array_equal(made.draws["dense/record"][row].numpy(), labels.read(index)["record"])
         assert made.draws["dense/size"][row].tolist() == [12, 20 + index_in_folder(index) % 3]
     assert len(set(map(tuple, made.draws["dense/box"].tolist()))) == 4 and made.draws["dense/flip"].any()
 
@@ -196,17 +195,27 @@ def test_an_image_without_labels_counts_as_unreadable(labelled: Path, images: Im
     assert labels.missing == [images.name(3)]
     made = batch(images, labels, [(0, 3), (0, 4)])
     assert len(made.unreadable) == 1 and "picture.06.png: it has no labels" in made.unreadable[0]
-    other = [i for i in range(IMAGES) if i != 3 and np.array_equal(labels.read(i)["ids"], made.draws["dense/ids"][0])]
+    other = [
+        i for i in range(IMAGES) if i != 3 and np.array_equal(labels.read(i)["record"], made.draws["dense/record"][0])
+    ]
     assert other
     shutil.rmtree(folder)
     made = batch(images, labels, [(0, 3), (0, 4)])
-    assert made.hopeless and made.draws["dense/scores"].shape == (2, 5, GRID, GRID)
+    assert made.hopeless and made.draws["dense/record"].shape == (2, 2, 5, GRID, GRID)
+
+
+def test_a_record_unpacks_to_any_class_of_16_bits() -> None:
+    scores, ids = np.array([[[1.5, -60000.0]]], np.float16), np.array([[[0, 65535]]], np.uint16)
+    record = torch.from_numpy(np.stack([scores.view(np.uint16), ids]).view(np.int16))
+    made, classes = maps.unpack(record[None])
+    assert made[0].tolist() == scores.tolist() and classes[0].tolist() == ids.tolist()
 
 
 def test_targets_are_made_of_a_batch(labelled: Path, images: Images) -> None:
     made = batch(images, open_labels(labelled, images, CLASSES, NONE), [(0, i) for i in range(8)])
     draws = {name.removeprefix("dense/"): draw for name, draw in made.draws.items()}
-    targets = maps.targets(draws["scores"], draws["ids"], CLASSES, draws["box"], draws["flip"], (3, 4), 0.1)
+    scores, ids = maps.unpack(draws["record"])
+    targets = maps.targets(scores, ids, CLASSES, draws["box"], draws["flip"], (3, 4), 0.1)
     assert targets.image.shape == (8, CLASSES) and targets.tokens.shape == (8, 12, CLASSES)
     torch.testing.assert_close(targets.tokens.sum(-1), torch.full((8, 12), 1 + 0.1 / CLASSES))
 
@@ -243,6 +252,13 @@ def test_a_file_that_is_not_whole_is_refused(
     with pytest.raises(Refusal, match=rf"labels .*altered\.labels: .*{message}") as refused:
         open_labels(altered(labelled, tmp_path, change), images, CLASSES, SOME)
     assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_record_names_no_class_that_is_not_there(labelled: Path, images: Images, tmp_path: Path) -> None:
+    path = altered(labelled, tmp_path, lambda data: data[:-2] + b"\xff\x00")  # the last number of the last record
+    labels = open_labels(path, images, CLASSES, NONE)
+    with pytest.raises(Unreadable, match=r"picture\.21\.png: its labels in .* name class 255: expected 0 to 6"):
+        labels.read(IMAGES - 1)
 
 
 def test_labels_of_others_are_refused(labelled: Path, images: Images, tmp_path: Path, pictures: Path) -> None:
@@ -288,10 +304,10 @@ class Unsafe:
     ("content", "message"),
     [
         (torch.full((2, 5, GRID, GRID), 9.0), "name class 9: expected 0 to 6, the model's 7 classes"),
-        (torch.full((2, 5, GRID, GRID), -1.0), "name class -1: expected 0 to 6"),
+        (torch.full((2, 5, GRID, GRID), -1.0), "hold numbers that are no logits and classes"),
         (torch.full((2, 5, GRID, GRID), 0.5), "hold numbers that are no logits and classes"),
         (torch.full((2, 5, GRID, GRID), torch.nan), "hold numbers that are no logits and classes"),
-        (torch.zeros(2, 5, GRID, GRID + 1), r"have the shape \(5, 2, 3\): expected \(5, 2, 2\) as in the others"),
+        (torch.zeros(2, 5, GRID, GRID + 1), r"have the shape \(2, 5, 2, 3\): expected \(2, 5, 2, 2\) as in"),
         (torch.zeros(5, GRID, GRID), r"hold \(5, 2, 2\): expected a tensor \(2, k, H, W\) of logits and classes"),
         ({"a": torch.zeros(1)}, "hold dict: expected a tensor"),
         (Unsafe(), r"cannot be read: .*"),
