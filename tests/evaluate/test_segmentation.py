@@ -5,9 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from common.checkpoints import public
 from common.errors import Refusal
+from common.models import ModelConfig, create
 from evaluate.job import report
 from evaluate.segmenting.scores import mean_iou, pixel_accuracy
 
@@ -104,6 +108,36 @@ def test_upernet_trains_the_backbone(run):
     place = folder / "evaluate" / "segmentation_upernet" / "trained-seed0"
     before, after = ((path / "backbone.safetensors").read_bytes() for path in (folder, place))
     assert before != after and json.loads((place / "backbone.json").read_text())["training"]["step"] == 2
+
+
+@pytest.mark.slow  # sixteen blocks, and a map of 2048 channels
+def test_the_recipe_of_spvit_s_end_to_end_at_several_scales(make_run, scenes, script, capsys):
+    """SP-ViT-S but for its width: three of the recipe's blocks come before the class token, and all of them learn."""
+    pytest.importorskip("segmentation_models_pytorch")
+    folder = make_run("full")
+    kwargs = {"embed_dim": 24, "num_heads": 2, "stem_width": 8}
+    torch.manual_seed(7)
+    backbone = create(ModelConfig("spvit_s", kwargs, crop=1.0), 32)
+    training = json.loads((folder / "backbone.json").read_text())["training"]
+    public.export(folder, backbone, public.describe(backbone, "full", "class", training))
+    words = ["segmentation_spvit_s", "--ckpt", str(folder), "--data", str(scenes), *CALM, *QUICK, "--no-baselines"]
+    words += ["--channels", "16", "--size", "32", "--short", "32", "--long", "128", "--stride", "21", "--warmup", "0"]
+    words += ["--steps", "30", "--batch", "9", "--lr", "0.003", "--log-every", "1", "--multi-scale"]
+    assert script("segmentation").main(words) == 0
+    content, outcomes = report.read(folder / "evaluate" / "segmentation_upernet.json")
+    agree(content, outcomes, "upernet")
+    found = content["values"]["subject"]["upernet"]
+    majority = content["values"]["majority"]["majority"]["accuracy"]
+    assert found["accuracy"] > majority + 0.1 and found["multi_scale"]["accuracy"] > majority + 0.1
+    assert "multi-scale" in capsys.readouterr().out and content["protocol"]["frozen"] is False
+    place = folder / "evaluate" / "segmentation_upernet" / "trained-seed0"
+    losses = [json.loads(line).get("loss") for line in (place / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    before, after = (load_file(path / "backbone.safetensors") for path in (folder, place))
+    assert before.keys() == after.keys()
+    for name in ("blocks.0.attn.w2", "blocks.13.attn.w2", "blocks.15.attn.qkv.weight", "cls_token"):
+        assert not torch.equal(before[name], after[name]), name
 
 
 def test_upernet_on_a_frozen_backbone_has_no_row_of_pixels(run):
