@@ -4,6 +4,9 @@ A field's docstring is the string below it in the source; `--help` prints it wit
 the range beside its type: see `limits`. A text option (`str`, or a choice of words) is exactly what was typed, in words
 and in recipes: 007, on and 1e3 are texts, and so is null where the option may not be null. A value may refer to another
 option, ${model.name}; it never calls a resolver of OmegaConf, ${oc.env:NAME}.
+
+A recipe may begin with `base: deit_small.yaml`, a file beside it (or a path from its folder): what that file says holds
+wherever this one says nothing. Mappings are merged, lists replaced.
 """
 
 import ast
@@ -29,6 +32,7 @@ from .printable import printable
 from .processes.launch import ROOT
 
 T = TypeVar("T")
+BASE = "base"  # of a recipe: the one that it inherits from
 OPTIONS_OF = "options_of"  # metadata of a dict[str, Any]: name of an entry -> the dataclass of its options, or None
 REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # to another option
 
@@ -45,15 +49,18 @@ def load(
     defaults and the recipe: presets. Raises Refusal for an unknown key (with the nearest known), a value of
     the wrong type, or a file that is no recipe.
     """
-    given = OmegaConf.create() if recipe is None else read_yaml(recipe, schema)
+    given = [] if recipe is None else _with_bases(recipe, schema)
 
-    def above(lower: DictConfig) -> DictConfig:
-        return override(merge(lower, given, str(recipe), schema), words, schema)
+    def above(config: DictConfig) -> DictConfig:
+        for path, content in given:
+            config = merge(config, content, str(path), schema)
+        return override(config, words, schema)
 
     defaults = OmegaConf.structured(schema)
     config = above(defaults)
     if beneath is not None:
-        said = OmegaConf.to_container(OmegaConf.merge(given, *(_typed(word, schema) for word in words)))
+        typed = (_typed(word, schema) for word in words)
+        said = OmegaConf.to_container(OmegaConf.merge({}, *(content for _, content in given), *typed))
         config = above(merge(defaults, beneath(_as_read(said, _container(config))) or {}, "a preset", schema))
     return to_object(config, schema)
 
@@ -204,8 +211,38 @@ def as_yaml(options: Any) -> str:
 
 
 def read_yaml(path: Path, schema: Any = None) -> DictConfig:
-    """A YAML mapping, in which the text options of `schema` are as they were written. Raises Refusal if it is missing,
-    unreadable or no mapping, or calls a resolver."""
+    """A YAML mapping over that of its `base`, in which the text options of `schema` are as they were written. Raises
+    Refusal if one of them is missing, unreadable or no mapping, or calls a resolver."""
+    try:
+        merged = OmegaConf.merge({}, *(content for _, content in _with_bases(path, schema)))
+    except OmegaConfBaseException as error:
+        raise Refusal(f"{path} does not fit its base: {' '.join(str(error).split())}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _with_bases(path: Path, schema: Any, above: tuple[Path, ...] = ()) -> list[tuple[Path, DictConfig]]:
+    """The recipe and those it inherits from, the lowest first. `above`: those that inherit from it. Raises Refusal."""
+    if path.resolve() in [each.resolve() for each in above]:
+        way = " -> ".join(str(each) for each in (*above, path))
+        raise Refusal(f"{BASE} goes in a circle, {way}: a recipe cannot inherit from itself")
+    if above and not path.is_file():
+        raise Refusal(
+            f"no recipe at {path}, which {above[-1]} names as its {BASE}: expected a YAML file, its path relative to "
+            f"that recipe's folder{_recipes_nearby(path)}"
+        )
+    content = _read_one(path, schema)
+    if BASE not in content:
+        return [(path, content)]
+    values: Any = OmegaConf.to_container(content)
+    base = values.pop(BASE)
+    if not isinstance(base, str) or not base:
+        raise Refusal(f"{BASE}={base!r} in {path}: expected the file of a recipe beside it, such as deit_small.yaml")
+    return [*_with_bases(path.parent / expanded(base), schema, (*above, path)), (path, OmegaConf.create(values))]
+
+
+def _read_one(path: Path, schema: Any) -> DictConfig:
+    """The YAML mapping of one file, as `read_yaml` has it."""
     try:
         content = OmegaConf.create(_texts_quoted(path.read_text(encoding="utf-8-sig"), schema))
     except FileNotFoundError:
@@ -284,9 +321,8 @@ def run_or_recipe(word: str) -> str:
 
 def _recipes_nearby(path: Path) -> str:
     shipped = sorted((ROOT / "configs").glob("*/*.yaml"))
-    return (
-        f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {', '.join(p.stem for p in shipped)}"
-    )
+    listed = ", ".join(item.stem for item in shipped if item.parent.name != "supervised")
+    return f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {listed}, configs/supervised"
 
 
 def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
