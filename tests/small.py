@@ -1,5 +1,8 @@
-"""Small backbones, and tasks on images of noise, for tests of objectives and of the audit."""
+"""Small backbones, and tasks on images of noise, for tests of objectives and of the audit; options of recipes."""
 
+import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from common.data import Images
 from common.models import Backbone, ModelConfig, create
 from common.models.plan import TokenPlan
 from pretrain.automatic import suited
+from pretrain.config import PretrainConfig, load
 from pretrain.task import Pretraining, build, resolve
 
 NONE = TokenPlan("none")
@@ -42,6 +46,14 @@ def options_for(wanted: dict[str, Any], made: Any) -> dict[str, Any]:
 def task(wanted: dict[str, Any], name: str = "vit 3x3") -> Pretraining:
     made = backbone(name)
     return build(made, options_for(wanted, made), {"global": View(size=list(made.size))})
+
+
+def loaded(recipe: Path) -> PretrainConfig:
+    """Options of a pretraining recipe, of which many tests ask: it is read once."""
+    return copy.deepcopy(_read(recipe))
+
+
+_read = functools.cache(functools.partial(load, words=[]))
 
 
 class Noise:

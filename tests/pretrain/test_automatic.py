@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from small import loaded
 
 from common.config import flat
 from common.errors import Refusal
@@ -26,7 +27,7 @@ from pretrain.automatic import (
     suited,
     temperature_for,
 )
-from pretrain.config import OptimizerConfig, PretrainConfig, TeacherConfig, load
+from pretrain.config import OptimizerConfig, PretrainConfig, TeacherConfig
 from pretrain.task import resolve as options_of
 
 AUTO = {"prototypes": "auto", "teacher_temperature": "auto", "freeze_last_layer": "auto"}
@@ -72,23 +73,65 @@ pretrain/jigsaw                 14 class 375300  0.0167  0.996129  student   all
 pretrain/mp3                    14 class 125000    0.05  0.992274  student   all
 pretrain/quickstart              4 -     360324     0.1    0.9995  student   all
 pretrain/vit_small              14 class 500400    0.05  0.999031  student   all   784
-supervised/deit_small           14 class 375300  0.0167  0.996129  student  1000 class
-supervised/deit_small_absolute  14 class 375300  0.0167  0.996129  student  1000 class   all
-supervised/deit_small_relative  14 class 375300  0.0167  0.996129  student  1000 class   784
-supervised/nest_tiny            14 -     375300  0.0667  0.996129  student  1000  mean
-supervised/nest_tiny_absolute   14 -     375300  0.0667  0.996129  student  1000  mean   all
-supervised/nest_tiny_relative   14 -     375300  0.0667  0.996129  student  1000  mean   784
-supervised/swin_tiny_absolute   14 -     375300  0.0667  0.998063  student  1000  mean   all
-supervised/swin_tiny_conv        7 -     375300   0.133  0.998063  student  1000  mean
-supervised/swin_tiny_conv_14    14 -     375300  0.0667  0.998063  student  1000  mean
-supervised/swin_tiny_relative    7 -     375300   0.133  0.998063  student  1000  mean   all
+supervised/deit_base                14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_base_absolute       14 class 375300  0.0167  0.996129  average  1000  class   all
+supervised/deit_base_absolute_mini  14 class 1501200  0.0167  0.999031  average  1000  class   all
+supervised/deit_base_irpe_k         14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_base_irpe_qk        14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_base_irpe_qkv       14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_base_mini           14 class 1501200  0.0167  0.999031  average  1000  class
+supervised/deit_base_relative       14 class 375300  0.0167  0.996129  average  1000  class   784
+supervised/deit_base_relative_mini  14 class 1501200  0.0167  0.999031  average  1000  class   784
+supervised/deit_small               14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_small_absolute      14 class 375300  0.0167  0.996129  average  1000  class   all
+supervised/deit_small_irpe_k        14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_small_irpe_qk       14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_small_irpe_qkv      14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_small_relative      14 class 375300  0.0167  0.996129  average  1000  class   784
+supervised/deit_tiny                14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_tiny_irpe_k         14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_tiny_irpe_qk        14 class 375300  0.0167  0.996129  average  1000  class
+supervised/deit_tiny_irpe_qkv       14 class 375300  0.0167  0.996129  average  1000  class
+supervised/nest_base                14 -     375300  0.0667  0.996129  student  1000   mean
+supervised/nest_base_absolute       14 -     375300  0.0667  0.996129  student  1000   mean   all
+supervised/nest_base_absolute_mini  14 -     1501200  0.0667  0.999031  student  1000   mean   all
+supervised/nest_base_mini           14 -     1501200  0.0667  0.999031  student  1000   mean
+supervised/nest_base_relative       14 -     375300  0.0667  0.996129  student  1000   mean   784
+supervised/nest_base_relative_mini  14 -     1501200  0.0667  0.999031  student  1000   mean   784
+supervised/nest_small               14 -     375300  0.0667  0.996129  student  1000   mean
+supervised/nest_small_absolute      14 -     375300  0.0667  0.996129  student  1000   mean   all
+supervised/nest_small_relative      14 -     375300  0.0667  0.996129  student  1000   mean   784
+supervised/nest_tiny                14 -     375300  0.0667  0.996129  student  1000   mean
+supervised/nest_tiny_absolute       14 -     375300  0.0667  0.996129  student  1000   mean   all
+supervised/nest_tiny_relative       14 -     375300  0.0667  0.996129  student  1000   mean   784
+supervised/swin_base                 7 -     375300  0.0667  0.996129  student  1000   mean
+supervised/swin_base_absolute       14 -     375300  0.0667  0.998063  student  1000   mean   all
+supervised/swin_base_absolute_mini  14 -     750600  0.0667  0.999031  student  1000   mean   all
+supervised/swin_base_conv            7 -     375300   0.133  0.998063  student  1000   mean
+supervised/swin_base_conv_14        14 -     375300  0.0667  0.998063  student  1000   mean
+supervised/swin_base_conv_14_mini   14 -     750600  0.0667  0.999031  student  1000   mean
+supervised/swin_base_conv_mini       7 -     750600   0.133  0.999031  student  1000   mean
+supervised/swin_base_mini            7 -     1501200  0.0667  0.999031  student  1000   mean
+supervised/swin_base_relative        7 -     375300   0.133  0.998063  student  1000   mean   all
+supervised/swin_base_relative_mini   7 -     750600   0.133  0.999031  student  1000   mean   all
+supervised/swin_tiny                 7 -     375300  0.0667  0.996129  student  1000   mean
+supervised/swin_tiny_absolute       14 -     375300  0.0667  0.998063  student  1000   mean   all
+supervised/swin_tiny_conv            7 -     375300   0.133  0.998063  student  1000   mean
+supervised/swin_tiny_conv_14        14 -     375300  0.0667  0.998063  student  1000   mean
+supervised/swin_tiny_relative        7 -     375300   0.133  0.998063  student  1000   mean   all
+supervised/vit_base                 14 -     375300  0.0667  0.998063  student  1000   mean
+supervised/vit_base_absolute        14 -     375300  0.0667  0.998063  student  1000   mean   all
+supervised/vit_base_absolute_mini   14 -     750600  0.0667  0.999031  student  1000   mean   all
+supervised/vit_base_mini            14 -     750600  0.0667  0.999031  student  1000   mean
+supervised/vit_base_relative        14 -     375300  0.0667  0.998063  student  1000   mean   784
+supervised/vit_base_relative_mini   14 -     750600  0.0667  0.999031  student  1000   mean   784
 """
 
 
 @pytest.mark.parametrize("line", IMAGENET.strip().splitlines())
 def test_automatic_values_of_a_recipe(line: str) -> None:
     name, rows, token, *values = line.split()
-    given = load(ROOT / "configs" / f"{name}.yaml", [])
+    given = loaded(ROOT / "configs" / f"{name}.yaml")
     before = asdict(given)
     facts = Facts(
         1_281_167,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs.children import ROOT, Run
-from small import options_for
+from small import loaded, options_for
 
 from common.batches.sampler import held_out
 from common.batches.views import View, height_width
@@ -19,7 +19,6 @@ from common.models.plan import PlanSpec
 from common.training.optim import parameter_groups
 from evaluate.job.subjects import subject_of
 from pretrain.automatic import momentum_for, prototypes_for, temperature_for
-from pretrain.config import load
 from pretrain.heads import HalfHead
 from pretrain.task import build
 
@@ -70,7 +69,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_comment_says_of_the_schedule_is_what_the_recipe_does(name: str) -> None:
     """Epochs, images a step, learning rate, warm-up, decay, clip and grid, wherever a comment names them."""
-    comment, config = comment_of(RECIPES[name]), load(RECIPES[name], [])
+    comment, config = comment_of(RECIPES[name]), loaded(RECIPES[name])
     command = re.match(r"(?:accelerate launch|python) (?:pretrain/run|benchmarks/results).py ?(\S*)", comment)
     assert command is not None and command[1].rpartition("/")[2].removesuffix(".yaml") in (
         name,
@@ -100,14 +99,13 @@ def test_what_a_comment_says_of_the_schedule_is_what_the_recipe_does(name: str) 
 
 
 def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
-    kept, out = held_out(len(open_data("builtin")), 0.1, load(RECIPES["quickstart"], []).monitor.most)
+    kept, out = held_out(len(open_data("builtin")), 0.1, loaded(RECIPES["quickstart"]).monitor.most)
     training, test, _ = labelled_splits("builtin")
     small = (ROOT / "configs" / "evaluate" / "finetune_small.yaml").read_text()
     readme = (ROOT / "README.md").read_text()
     for text, said in (
         (comment_of(RECIPES["quickstart"]), f"{len(kept):,} built-in images to train on, {len(out):,} held out"),
         (readme, f"builtin: {len(kept):,} images to train on, {len(out):,} held out"),
-        (readme, f"length     {9 * (len(kept) // 32):,} steps of 32 images, {len(kept) // 32} steps an epoch"),
         (small, f"For the {len(training):,} built-in images"),
     ):
         assert said in text
@@ -118,7 +116,7 @@ def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
     assert f"the other {keep - told} have" in said
     head = HalfHead(768, 14 * 14)
     assert f"({sum(p.numel() for p in head.parameters()):,} parameters)" in comment_of(RECIPES["apl"])
-    images, batch = 1_281_167, load(RECIPES["dino"], []).batch  # ImageNet
+    images, batch = 1_281_167, loaded(RECIPES["dino"]).batch  # ImageNet
     sizes = f"({prototypes_for(images):,}; 0.04 to {temperature_for(images)}; {momentum_for(images, batch):.3f}"
     assert f"{sizes} at batch {batch})" in comment_of(RECIPES["dino"])
 
@@ -130,7 +128,7 @@ def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
     """DINO, DINOv2, iBOT, DropPos: all of two dimensions and more decays. In their code tokens have three, or two."""
     names = ("dino", "dino_absolute", "dino_relative", "dinov2", "dinov2_absolute", "droppos")
     for recipe in RECIPES:
-        config = load(RECIPES[recipe], []).optimizer
+        config = loaded(RECIPES[recipe]).optimizer
         assert config.decay_tokens == (recipe in names), recipe
     small = {"patch_size": 8, "embed_dim": 16, "depth": 12, "num_heads": 2, "dynamic_img_size": True}
     head = {"prototypes": 8, "hidden": 8, "bottleneck": 4, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
@@ -139,7 +137,7 @@ def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
     backbone = create(ModelConfig("vit_tiny_patch16_224", small), 16)
     made = build(backbone, options_for(wanted, backbone), {"global": View(size=16, count=2)})
     assert not made.objectives["ibot"].mask_token.any()  # iBOT and DINOv2 begin with zeros
-    options = load(RECIPES["dinov2"], []).optimizer
+    options = loaded(RECIPES["dinov2"]).optimizer
     learned = {id(parameter): name for name, parameter in made.named_parameters()}
     tokens = {"backbone.model.cls_token", "backbone.model.pos_embed"}
     tokens |= {"objectives.ibot.mask_token", "objectives.absolute.hidden_position"}
