@@ -23,7 +23,9 @@ from common.processes.launch import entry, set_threads  # first: it sets what to
 
 # isort: split
 import argparse
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
 from accelerate import PartialState
 from filelock import FileLock, Timeout
@@ -63,29 +65,45 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def label(arguments: argparse.Namespace, annotator: Annotator, images: Images, process: PartialState, say) -> None:
+def label(
+    arguments: argparse.Namespace,
+    annotator: Annotator,
+    images: Images,
+    process: PartialState,
+    say: Callable[[str], None],
+) -> None:
     """Write the labels of all images to --out."""
     out, limit = arguments.out, Limit(arguments.max_bad, option="--max-bad ").check()
     how = How(arguments.top, arguments.centre, arguments.batch, arguments.precision)
     labelling = Labelling(annotator, images, how, out, limit, arguments.workers, process)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
     if process.is_main_process:
         say(f"data       {images.where}: {len(images):,} images")
         say(in_words(labelling.header, out))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise Refusal(f"--out {out}: another process is writing it") from None
-        refuse_no_room(labelling.header, out)
-        packed.begin(out, labelling.header, *names_of(images)[:2])
+    with only_writer(out) if process.is_main_process else contextlib.nullcontext():
+        if process.is_main_process:
+            refuse_no_room(labelling.header, out)
+            packed.begin(out, labelling.header, *names_of(images)[:2])
+        process.wait_for_everyone()
+        labelling.run(say)
+        if process.is_main_process:
+            packed.finish(out)
+    say(f"done: the labels are in {out}")
     process.wait_for_everyone()
-    labelling.run(say)
-    if process.is_main_process:
-        packed.finish(out)
-        lock.release()
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing `out` inside. Raises Refusal if one does."""
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise Refusal(f"--out {out}: another process is writing it; wait for it, or choose another name") from None
+    try:
+        yield
+    finally:
         Path(lock.lock_file).unlink(missing_ok=True)
-        say(f"done: the labels are in {out}")
-    process.wait_for_everyone()
+        lock.release()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -1,5 +1,7 @@
 """Pictures of images beside their label maps, to look at before anything is trained on them."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,9 @@ def draw(file: Path, images: Images, count: int) -> Path:
 
     labels = open_labels(file, images, header_of(file)[0].classes, NO_LIMIT)
     assert isinstance(labels, PackedLabels)
+    names = labels.packed.header.class_names or []
+    if not names and len(images.classes or ()) == labels.classes:  # probably the same, in the same order
+        names = [f"({name})" for name in images.classes or ()]
     chosen = evenly(len(images), count)
     figure = Figure(figsize=(9, 2.6 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 3, squeeze=False, width_ratios=(1, 1, 0.9))
@@ -45,7 +50,7 @@ def draw(file: Path, images: Images, count: int) -> Path:
         try:
             pixels = images.read(i, 3).permute(1, 2, 0).numpy()
             left.imshow(pixels)
-            _draw_map(right, text, pixels, labels, images.source_index(i))
+            _draw_map(right, text, pixels, labels, images.source_index(i), names)
         except Unreadable as error:
             text.text(0, 0.5, error.reason, fontsize=7, wrap=True)
     figure.suptitle(f"{labels.annotator}, {labels.grid[0]}x{labels.grid[1]} cells", fontsize=9)
@@ -54,13 +59,16 @@ def draw(file: Path, images: Images, count: int) -> Path:
     return path
 
 
-def _draw_map(axes: "Axes", legend: "Axes", pixels: np.ndarray, labels: PackedLabels, i: int) -> None:
+def _draw_map(
+    axes: "Axes", legend: "Axes", pixels: np.ndarray, labels: PackedLabels, i: int, names: Sequence[str]
+) -> None:
     import matplotlib
 
     scores, ids = (each[0] for each in unpack(torch.from_numpy(np.array(labels.read(i)["record"]))[None]))
     scores, best_ids = scores.float(), ids[0].numpy()
-    rest = labels.classes - labels.top  # classes with logit 0, as a training sees them
-    sure = (scores[0].exp() / (scores.exp().sum(0) + rest)).nan_to_num(1.0).numpy()
+    if rest := labels.classes - labels.top:  # classes that are not kept have logit 0, as a training sees them
+        scores = torch.cat([scores, torch.full_like(scores[:1], math.log(rest))])
+    sure = scores.softmax(0)[0].numpy()
     best, counts = np.unique(best_ids, return_counts=True)
     order = best[np.argsort(-counts, kind="stable")].tolist()
     colour_of = {each: matplotlib.colormaps["tab10"](rank)[:3] for rank, each in enumerate(order[:COLOURS])}
@@ -71,7 +79,6 @@ def _draw_map(axes: "Axes", legend: "Axes", pixels: np.ndarray, labels: PackedLa
     axes.imshow(np.dstack([cells, 0.2 + 0.6 * sure]), extent=extent, interpolation="nearest")
     axes.set_xlim(-0.5, pixels.shape[1] - 0.5)
     axes.set_ylim(pixels.shape[0] - 0.5, -0.5)
-    names = labels.packed.header.class_names
     for line, each in enumerate(order[:NAMED]):
         share, mean = (best_ids == each).mean(), sure[best_ids == each].mean()
         name = f"{each} {names[each]}" if names else f"class {each}"

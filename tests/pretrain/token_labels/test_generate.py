@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from common.batches.crops import resize
+from common.batches.crops import evaluation, resize
 from common.checkpoints.public import describe, export
 from common.checkpoints.storage import sha256
 from common.data import open_data
@@ -172,6 +172,37 @@ def test_an_interrupted_file_of_another_command_is_refused(
     ):
         generate_labels.main([*words(pictures, weights, out), "--top", "3"])
     assert part_of(out).read_bytes() == before and not out.exists()
+
+
+def test_a_second_writer_of_a_file_is_refused(pictures: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.labels"
+    with generate_labels.only_writer(out), pytest.raises(Refusal, match="another process is writing it"):
+        generate_labels.main(words(pictures, weights, out))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    pictures: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(Refusal, match=r"[\d,]+ bytes are needed and 1,000 are free: make room"):
+        generate_labels.main(words(pictures, weights, tmp_path / "mine.labels"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_centre_alone_is_labelled_where_that_is_asked_for(
+    pictures: Path, weights: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out, images = tmp_path / "centre.labels", open_data(str(pictures))
+    assert generate_labels.main([*words(pictures, weights, out), "--centre", "0.75"]) == 0
+    packed = Packed(out)
+    assert packed.header.crop == 0.75 and Packed(labelled).header.crop is None
+    annotator = open_annotator(f"timm:{NAME}", str(weights), (SIZE, SIZE))
+    seen = evaluation(images.read(5), (SIZE, SIZE), 0.75, annotator.interpolation)
+    with torch.no_grad():
+        scores = annotator.dense(seen[None])[0].topk(5, 0).values
+    np.testing.assert_allclose(packed.record(5)[0].view(np.float16), scores.numpy(), rtol=2e-3, atol=2e-3)
 
 
 def test_pictures_that_cannot_be_read_are_listed_and_counted(

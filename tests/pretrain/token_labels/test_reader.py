@@ -143,6 +143,14 @@ def test_a_batch_has_labels_and_places_and_the_crops_it_had_without_them(labelle
     assert len(set(map(tuple, made.draws["dense/box"].tolist()))) == 4 and made.draws["dense/flip"].any()
 
 
+def test_a_part_of_the_images_has_its_own_labels(labelled: Path, images: Images) -> None:
+    """Such as those that are trained on, and those held out."""
+    labels = open_labels(labelled, images, CLASSES, NONE)
+    made = batch(images.subset([5, 20, 2]), labels, [(0, 0), (0, 1), (0, 2)])
+    for row, index in enumerate((5, 20, 2)):
+        assert np.array_equal(made.draws["dense/record"][row].numpy(), labels.read(index)["record"])
+
+
 def index_in_folder(index: int) -> int:
     """Number of a picture by that of its place in the list: those of folder a come first."""
     return 2 * index if index < IMAGES // 2 else 2 * (index - IMAGES // 2) + 1
