@@ -183,7 +183,8 @@ class Labelling:
         writer.commit()
 
     def _loaded(self, todo: Sequence[range]) -> Iterator[list[Any]]:
-        yield from Loader(_Shown(self.images, self.annotator, self.how.crop), todo, self.workers)
+        if todo:  # of few images a process may have none
+            yield from Loader(_Shown(self.images, self.annotator, self.how.crop), todo, self.workers)
 
     @torch.no_grad()
     def _write(self, rows: range, items: Sequence[tuple[Tensor, int] | str], writer: Writer) -> None:

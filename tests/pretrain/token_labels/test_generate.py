@@ -11,6 +11,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -159,6 +160,19 @@ def test_an_interrupted_file_looks_unfinished_and_resumes_to_the_byte(
     assert f"{12 if committed else 8} of {IMAGES} images are labelled already" in capsys.readouterr().out
     assert out.read_bytes() == labelled.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.labels", "renamed"]
+
+
+def test_a_file_that_lacks_only_its_name_gets_it(
+    labelled: Path, pictures: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last record, with nothing left to label."""
+    out = tmp_path / "mine.labels"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pretrain.token_labels.packed.finish", Mock(side_effect=KeyboardInterrupt))
+        generate_labels.main(words(pictures, weights, out))
+    assert not out.exists()
+    assert generate_labels.main([*words(pictures, weights, out), "--workers", "1"]) == 0
+    assert out.read_bytes() == labelled.read_bytes()
 
 
 def test_an_interrupted_file_of_another_command_is_refused(
