@@ -227,9 +227,10 @@ def _with_bases(path: Path, schema: Any, above: tuple[Path, ...] = ()) -> list[t
         way = " -> ".join(str(each) for each in (*above, path))
         raise Refusal(f"{BASE} goes in a circle, {way}: a recipe cannot inherit from itself")
     if above and not path.is_file():
+        others = {each.name for each in path.parent.glob("*.yaml")} - {each.name for each in above}
         raise Refusal(
             f"no recipe at {path}, which {above[-1]} names as its {BASE}: expected a YAML file, its path relative to "
-            f"that recipe's folder{_recipes_nearby(path)}"
+            f"that recipe's folder{nearest(path.name, sorted(others))}"
         )
     content = _read_one(path, schema)
     if BASE not in content:
@@ -321,8 +322,12 @@ def run_or_recipe(word: str) -> str:
 
 def _recipes_nearby(path: Path) -> str:
     shipped = sorted((ROOT / "configs").glob("*/*.yaml"))
-    listed = ", ".join(item.stem for item in shipped if item.parent.name != "supervised")
-    return f"{nearest(path.stem, [item.stem for item in shipped])}; shipped recipes: {listed}, configs/supervised"
+    supervised = [item.stem for item in shipped if item.parent.name == "supervised"]
+    others = [item.stem for item in shipped if item.parent.name != "supervised"]
+    meant = nearest(path.stem, [*others, *supervised])
+    if path.stem in supervised:  # of that folder, which has to be said
+        meant = f"; did you mean 'supervised/{path.stem}'?"
+    return f"{meant}; shipped recipes: {', '.join(others)}, configs/supervised"
 
 
 def fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:

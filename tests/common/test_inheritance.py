@@ -105,11 +105,14 @@ def test_a_base_is_found_from_the_folder_of_its_recipe(tmp_path: Path, monkeypat
             r"base goes in a circle, .*/a\.yaml -> .*/b\.yaml -> .*/c\.yaml -> .*/a\.yaml: ",
         ),
         (
-            {"a": "base: deit_smal.yaml\n"},
-            r"no recipe at .*/deit_smal\.yaml, which .*/a\.yaml names as its base: expected a YAML file, .*"
-            r"did you mean 'deit_small'",
+            {"deit_small": "wheels: 1\n", "a": "base: deit_smal.yaml\n"},
+            r"no recipe at .*/deit_smal\.yaml, which .*/a\.yaml names as its base: expected a YAML file, .*folder; "
+            r"did you mean 'deit_small\.yaml'\?$",
         ),
-        ({"a": "base: deit_small\n"}, r"no recipe at .*/deit_small, which .*/a\.yaml names as its base"),
+        (
+            {"deit_small": "wheels: 1\n", "a": "base: deit_small\n"},
+            r"no recipe at .*/deit_small, which .*/a\.yaml names as its base: .*; did you mean 'deit_small\.yaml'\?$",
+        ),
         ({"a": "base: ''\n"}, r"base='' in .*/a\.yaml: expected the file of a recipe beside it, such as deit_sm"),
         ({"a": "base:\n"}, r"base=None in .*/a\.yaml: expected the file of a recipe"),
         ({"b": "wheels: 1\n", "a": "base: [b.yaml]\n"}, r"base=\['b\.yaml'\] in .*/a\.yaml: expected the file"),
@@ -127,6 +130,11 @@ def test_mistakes_are_refused_in_a_line_that_names_the_file(files: dict[str, str
     with pytest.raises(Refusal) as refused:
         config.load(Car, written(tmp_path, **files), [])
     assert re.match(told, str(refused.value)) and "\n" not in str(refused.value)
+
+
+def test_a_supervised_recipe_is_named_with_its_folder() -> None:
+    with pytest.raises(Refusal, match=r"no recipe at deit_base: .*did you mean 'supervised/deit_base'\?"):
+        config.load(Car, config.find_recipe("deit_base", "pretrain"), [])
 
 
 def test_a_base_is_no_option_of_the_command_line() -> None:
