@@ -12,7 +12,8 @@ from documented.commands import FENCE, PAGES, README, ROOT, SCRIPTED, SHELL, cal
 
 from common.errors import Refusal
 
-MADE = ("accelerate launch evaluate/", "python benchmarks/")  # how a command begins that makes figures
+# how a command begins that makes figures
+MADE = ("accelerate launch evaluate/", "accelerate launch pretrain/", "python benchmarks/")
 
 
 class Understood(Exception):
