@@ -187,6 +187,7 @@ def test_entry_scripts_mend_the_path_first() -> None:
 
 def test_names_say_something() -> None:
     assert not [name_of(path) for path in files() if path.stem in NAMELESS or path.parent.name in NAMELESS]
+    assert not [name_of(path) for path in files() if not re.fullmatch(r"[\w./-]+", name_of(path))]
 
 
 def test_text_files_name_their_encoding() -> None:
