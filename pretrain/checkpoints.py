@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from common import commands
 from common import config as configuration
@@ -46,6 +45,7 @@ class PretrainCheckpoints(Checkpoints):
         self.changed = ""  # where another version went on, and what it does otherwise
         self.commit = commit()
         self.name: str | None = None  # of the run that wrote what is resumed
+        self.best: float | None = None  # share that the best classifier got right; None: not read from its file yet
         self.left = MOST - len(list((run / FLIGHT).glob("step_*")))
 
     def is_milestone(self, step: int) -> bool:
@@ -131,25 +131,25 @@ class PretrainCheckpoints(Checkpoints):
             objective = holder.objectives[holder.classifying]
             layer = objective.classifier()
             assert layer is not None
-            weights = {key: tensor.detach().cpu().contiguous() for key, tensor in layer.state_dict().items()}
-            storage.write_atomically(folder / head, lambda aside: save_file(weights, aside))
             names = list(self.parts.images.classes or ())
             names += [str(label) for label in range(len(names), layer.out_features)]
-            training |= {"label_names": names, "head_sha256": storage.sha256(folder / head)}
+            training |= {"label_names": names, "head_sha256": public.write_weights(folder / head, layer)}
             pooling = objective.pools
         public.export(folder, backbone, public.describe(backbone, task.position, pooling, training), name)
 
     def keep_best(self, task: Pretraining, step: int, share: float) -> bool:
         """Write the backbone and its classifier as the best ones, if they are: `share` of the judged images are right.
         The first process calls it."""
-        try:
-            best = public.read_description(self.folder / storage.BEST)["training"]["right"]
-        except (Refusal, KeyError):  # none yet, or a process was killed between two of its files
-            best = -1.0
-        if share <= best:
+        if self.best is None:
+            try:
+                self.best = public.read_description(self.folder / storage.BEST)["training"]["right"]
+            except (Refusal, KeyError):  # none yet, or a process was killed between two of its files
+                self.best = -1.0
+        if share <= self.best:
             return False
         who = "average" if task.average is not None else "student"
         self._write(self.folder, task, step, who, storage.BEST, storage.BEST_HEAD, right=share)
+        self.best = share
         return True
 
     def _training(self, step: int) -> dict[str, Any]:

@@ -67,10 +67,16 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
 def export(folder: Path, backbone: Backbone, description: dict[str, Any], name: str = WEIGHTS) -> None:
     """Write the weights `name` and the .json of that name into `folder`, each atomically, tied together by the weights'
     hash."""
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in backbone.model.state_dict().items()}
     file = folder / name
-    write_atomically(file, lambda path: save_file(weights, path))
-    write_json(file.with_suffix(".json"), description | {"weights_sha256": sha256(file)})
+    digest = write_weights(file, backbone.model)
+    write_json(file.with_suffix(".json"), description | {"weights_sha256": digest})
+
+
+def write_weights(file: Path, module: torch.nn.Module) -> str:
+    """Write the state of a module as safetensors, atomically; returns the file's SHA-256."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(file, lambda aside: save_file(weights, aside))
+    return sha256(file)
 
 
 def weights_file(checkpoint: str | Path) -> Path:

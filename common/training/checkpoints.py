@@ -103,11 +103,10 @@ class Checkpoints:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none. Raises Refusal for that of
         another training."""
         folder = private.newest_whole(self.folder, lambda line: self.accelerator.print(f"warning: {line}"))
-        return 0 if folder is None else self.load(folder, task, optimizer, steps)
+        return 0 if folder is None else self.put(read_checkpoint(folder), folder, task, optimizer, steps)
 
-    def load(self, folder: Path, task: nn.Module, optimizer: Any, steps: int) -> int:
-        """Put the state in a checkpoint's `folder` into a prepared task and its optimizer; returns its step."""
-        state = read_checkpoint(folder)
+    def put(self, state: dict[str, Any], folder: Path, task: nn.Module, optimizer: Any, steps: int) -> int:
+        """Put a state, read from a checkpoint's `folder`, into a prepared task and its optimizer; returns its step."""
         self.accept(folder, state)
         module = self.accelerator.unwrap_model(task)
         return restore(state, module, optimizer, self.averages, self.accelerator, steps, folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from common.batches import mixing
 from common.batches.sampler import StepSampler
 from common.batches.samples import FIRST_VIEW, Batch, Samples
 from common.batches.views import View
-from common.checkpoints import public, storage
+from common.checkpoints import public
 from common.checkpoints.storage import HEAD
 from common.features.extraction import digest
 from common.processes import collectives
@@ -78,12 +77,10 @@ class FinetuneTraining(Training):
     def export(self, folder: Path, task: Finetuning, step: int) -> None:
         """Write the finetuned backbone and its head: the average's, where there is one."""
         classifier = task.average if task.average is not None else task.classifier
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
-        storage.write_atomically(folder / HEAD, lambda aside: save_file(head, aside))
         training = {
             "finetuned": self.identity,
             "label_names": list(self.job.classes),
-            "head_sha256": storage.sha256(folder / HEAD),
+            "head_sha256": public.write_weights(folder / HEAD, classifier.head),
             "step": step,
             "data": self.identity["data"],
             "precision": self.job.precision,

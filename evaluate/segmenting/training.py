@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,8 +107,7 @@ class SegmentationTraining(Training):
             position = segmenter.plan.position if segmenter.plan is not None else "full"
             about = public.describe(segmenter.backbone, position, "mean", training)
             public.export(folder, segmenter.backbone, about)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in segmenter.decoder.state_dict().items()}
-        storage.write_atomically(folder / DECODER, lambda aside: save_file(state, aside))
+        public.write_weights(folder / DECODER, segmenter.decoder)
 
     def finish(self) -> None:
         """Keep the counts, the result and the newest weights; the first process calls it."""

@@ -40,7 +40,7 @@ def repeat(folder: Path, last: int | None, parts: Parts, stop: StopSignal) -> in
     optimization = optimization_for(parts.config, parts.task, parts.steps)
     task, optimizer = accelerator.prepare(parts.task, optimization.optimizer)
     checkpoints = _Unwritten(folder.parents[1], parts, accelerator, "")
-    checkpoints.load(folder, task, optimizer, parts.steps)
+    checkpoints.put(stored, folder, task, optimizer, parts.steps)
     optimization = dataclasses.replace(optimization, optimizer=optimizer)
     accelerator.print(f"again      {folder}: step {start + 1}" + (f" to {last}" if last > start + 1 else "") +
                       f" of {parts.steps}; nothing is written")  # fmt: skip

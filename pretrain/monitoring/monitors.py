@@ -27,12 +27,11 @@ from common.training.tracking import Tracker
 from pretrain.assemble import Parts
 from pretrain.config import MonitorConfig
 from pretrain.leaks import controls
-from pretrain.monitoring.classified import classified
+from pretrain.monitoring.classified import Numbers, classified
 from pretrain.monitoring.pictures import board, histogram, maps
 from pretrain.monitoring.tally import Tally, blind_offsets, blind_places
 from pretrain.task import Pretraining, of_purpose
 
-Numbers = dict[str, float | str]  # for a line of the log
 SHOWN = 8  # images on the board
 CONTROLLED = 64  # images of a control: three passes over them, which on a CPU cost more than a step
 NEIGHBORS = 20  # DINO's k
