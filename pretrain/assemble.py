@@ -98,7 +98,7 @@ class Parts:
     def held_out_samples(self, images: Images) -> Samples:
         """Held-out images, cropped and drawn for as the training images are."""
         task, samples = self.task, self.samples
-        options = task.draws, task.collates, task.labelled, samples.colours
+        options = task.draws, task.collates, task.labelled, samples.colours, samples.beside
         return Samples(images, samples.views, 0, samples.channels, *options)
 
 
@@ -132,13 +132,15 @@ def assemble(
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, resolve(config.objectives), config.views)
+        if init:
+            init = "; ".join(filter(None, (init, _begin_classifier(config, task, images))))
     if config.average is not None:
         task.keep_average(config.average)
     task.momentum = schedules.parse(config.teacher.momentum, "teacher.momentum")
     heed = (lambda: None) if stop is None else stop.heed
     look = _look(config, images, backbone.channels, process, lambda: stop is not None and stop.received is not None)
     verdict = _audit(config, task, process)
-    samples = _samples(config, train, task)
+    samples = _samples(config, train, task, images)
     settled, pace = _measured(settled, task, samples, process, heed)
     assert config.steps is not None
     return Parts(
@@ -161,10 +163,22 @@ def assemble(
     )
 
 
-def _samples(config: PretrainConfig, train: Images, task: Pretraining) -> Samples:
+def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: Images) -> Samples:
+    """Training samples. What is read beside the pixels is opened for all `images`, those held out among them."""
     views = {name: view for name, view in config.views.items() if name in task.views}
-    drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std)
+    opened = {name: each.beside(images, Limit(config.max_bad)) for name, each in task.objectives.items()}
+    beside = {name: source for name, source in opened.items() if source is not None}
+    drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std), beside
     return Samples(train, views, config.seed, task.backbone.channels, *drawn)
+
+
+def _begin_classifier(config: PretrainConfig, task: Pretraining, images: Images) -> str:
+    """Let a classifier begin as that of model.init, if they have the same classes; what was done, in a line."""
+    name = task.classifying
+    layer = None if name is None else task.objectives[name].classifier()
+    if name is None or layer is None or config.model.init is None:
+        return ""
+    return pretrained.begin_classifier(layer, config.model.init, task.objectives[name].pools, images.classes or ())
 
 
 def _validation(config: PretrainConfig, images: Images, aside: Images, task: Pretraining) -> Images | None:

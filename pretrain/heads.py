@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common.errors import Refusal
+from common.numerics import wide
 
 NORM_EPS = 1e-6  # of DropPos's decoder
 LastLayer = Literal["normed", "weight_norm", "linear"]
@@ -125,11 +126,6 @@ def _pick(tokens: Tensor, indices: Tensor) -> Tensor:
     B, K, D = tokens.shape
     first = torch.arange(B, device=tokens.device)[:, None] * K
     return tokens.reshape(B * K, D).index_select(0, (indices + first).flatten()).view(B, -1, D)
-
-
-def wide(values: Tensor) -> Tensor:
-    """float32, or float64 where it already is: what losses are computed in."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class Decoder(nn.Module):

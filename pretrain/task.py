@@ -169,7 +169,8 @@ class Pretraining(Task):
             passes = list(dict.fromkeys(want for name in names for want in self.objectives[name].passes.values()))
         groups: dict[Any, list[Pass]] = {}
         for want in passes:
-            drawn = want.mask_of or not want.plan.whole  # what is drawn belongs to one view
+            # what is drawn belongs to one view
+            drawn = want.mask_of or not want.plan.whole or batch.tokens_of(want.view) is not None
             alike = dataclasses.replace(want, view=want.view if drawn else "", crops=None)
             groups.setdefault((alike, batch.views[want.view].shape[-2:]), []).append(want)
         features: dict[Pass, Features] = {}
@@ -195,7 +196,8 @@ class Pretraining(Task):
             masked = masks[: len(images)], self.objectives[like.mask_of].mask_token
         backbone: Any = self.teacher if like.network == "teacher" else self.backbone
         with contextlib.nullcontext() if like.grad else torch.no_grad():
-            features = backbone(images, like.plan.plan(of_purpose(batch.draws, like.purpose)), hidden, masked)
+            plan = like.plan.plan(of_purpose(batch.draws, like.purpose))
+            features = backbone(images, plan, hidden, masked, batch.tokens_of(like.view))
         first = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
         return {want: _rows(features, first[want.view], count) for want, count in counts.items()}
 
@@ -203,9 +205,11 @@ class Pretraining(Task):
         """Arguments of objective `name`: its features and its draws."""
         objective, draws = self.objectives[name], of_purpose(batch.draws, name)
         view: Any = objective.options.view if objective.labelled else None
+        own = {key: features[want] for key, want in objective.passes.items()}
         if mixtures := batch.mixtures.get(view):
-            draws["shares"] = mixing.shares(mixtures, len(batch.index)).to(draws["label"].device)
-        return {key: features[want] for key, want in objective.passes.items()}, draws
+            grid = next(iter(own.values())).grid
+            draws["shares"] = mixing.shares(mixtures, len(batch.index), grid).to(draws["label"].device)
+        return own, draws
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": weighted sum, "absolute/loss": ..., "absolute/accuracy": ..., ...}; all but the loss without
@@ -280,6 +284,12 @@ def _check_passes(backbone: Backbone, built: Mapping[str, Objective], views: Map
                 raise Refusal(
                     f"objectives.{name} looks at {want.crops} crops of view {want.view}, which has "
                     f"{views[want.view].count}: set views.{want.view}.count"
+                )
+            if views[want.view].mix_token > 0 and not (backbone.takes_mixture and want.plan.keep == 1):
+                raise Refusal(
+                    f"views.{want.view}.mix_token exchanges patches of whole grids of a ViT, LV-ViT or SP-ViT, and "
+                    f"objectives.{name} runs {backbone.config.name} with keep={want.plan.keep:g}: use cutmix, or give "
+                    "the objective a view of its own"
                 )
             if want.crops != 1 and not want.plan.whole:
                 raise ValueError(f"{name}: plans are drawn for one crop of an image, and {want} has several")

@@ -61,6 +61,11 @@ class Batch:
         views = {name: mix(self.views[name], mixtures) for name, mixtures in self.mixtures.items()}
         return replace(self, views=self.views | views)
 
+    def tokens_of(self, view: str) -> Mixture | None:
+        """Return by what patches of `view` are exchanged between images, if they are."""
+        mixture = next(iter(self.mixtures.get(view, ())), None)
+        return None if mixture is None or mixture.centre is None else mixture
+
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
         self.views = {name: view.pin_memory() for name, view in self.views.items()}

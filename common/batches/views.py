@@ -75,18 +75,28 @@ class View:
     """Probability of CutMix where both are on."""
     mix_by: Literal["batch", "pair", "element"] = "batch"
     """Who shares a draw: all images of a step (batch), two partners (pair), or nobody (element)."""
+    mix_token: NotNegative = 0.0
+    """Alpha of MixToken, in which the neighbour's patches are put in place of a box of the image's, after the patch
+    embedding and in place of mixup and CutMix (LV-ViT: 1.0); 0 is off. Of plain ViTs, LV-ViT and SP-ViT."""
 
     @property
     def is_mixed(self) -> bool:
         """Whether its images are mixed with each other."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix > 0
+        return max(self.mixup, self.cutmix, self.mix_token) > 0 and self.mix > 0
 
     def __post_init__(self) -> None:
         """Raises Refusal that names the field when a value is impossible."""
         check(self, "view: ")
         height_width(self.size)
+        by = f"mixup={self.mixup} and cutmix={self.cutmix}"
+        if self.mix_token > 0 and (self.mixup > 0 or self.cutmix > 0 or self.mix_by != "batch"):
+            raise Refusal(
+                f"view: mix_token={self.mix_token} stands in place of mixup and CutMix, once a step: expected "
+                f"mixup=0, cutmix=0 and mix_by=batch, and here are {by}, mix_by={self.mix_by}"
+            )
         if self.is_mixed and self.count != 1:
-            raise Refusal(f"view: mixup={self.mixup} and cutmix={self.cutmix} need count=1, and count={self.count}")
+            by = f"mix_token={self.mix_token}" if self.mix_token > 0 else by
+            raise Refusal(f"view: {by} need count=1, and count={self.count}")
         for name, chances in (("blur", self.blur), ("solarise", self.solarise)):
             if hasattr(chances, "__iter__") and len(chances) != self.count:
                 raise Refusal(

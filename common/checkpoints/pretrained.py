@@ -3,7 +3,7 @@
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,25 @@ def _notice_missing_network() -> None:
         socket.getaddrinfo(address.hostname, address.port or 443)
     except OSError:
         hub.HF_HUB_OFFLINE = True
+
+
+def begin_classifier(layer: nn.Linear, init: str, pooling: str, classes: Sequence[str]) -> str:
+    """Give a fresh classifier of these `classes`, in their order, on features of this `pooling`, the weights of the
+    classifier of model.init, if that is such a one. Returns what was done, in a line; nothing where there is none.
+
+    A layer on patches comes with it, if both have one (`common.features.classes`). Raises Refusal for a damaged one.
+    """
+    if init.startswith(TIMM):
+        return ""
+    description = public.read_description(public.weights_file(init))
+    head = public.load_head(init, description)
+    if head is None:
+        return ""
+    if description.get("training", {}).get("label_names") != list(classes) or description.get("pooling") != pooling:
+        return f"its classifier, of {len(head['bias'])} classes, is left out"
+    own = layer.state_dict()
+    layer.load_state_dict(own | {name: tensor for name, tensor in head.items() if name in own})
+    return "its classifier, too, as the classes are the same"
 
 
 def begin_from(backbone: Backbone, init: str | None, weights: str | None = None) -> str:

@@ -255,8 +255,9 @@ def load_exactly(module: torch.nn.Module, state: dict[str, Any], where: str) -> 
 
 
 def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Read the linear layer of a classifier that labels trained, {"weight": (K, D or 2 D), "bias": (K,)}; None for a
-    backbone that has none, or was exported without it.
+    """Read the linear layer of a classifier that labels trained, {"weight": (K, D or 2 D), "bias": (K,)} and, of one
+    that classifies patches too, {"dense.weight": (K, D), "dense.bias": (K,)} (see `common.features.classes`); None for
+    a backbone that has none, or was exported without it.
 
     Raises Refusal where it is missing, of another backbone, or fits neither its width nor its number of classes.
     """
@@ -281,10 +282,12 @@ def load_head(checkpoint: str | Path, description: Mapping[str, Any]) -> dict[st
     names = training.get("label_names")
     counted = len(names) if isinstance(names, list) else None
     num_classes = finetuned.get("classes") if isinstance(finetuned, dict) else counted
-    pooling = description.get("pooling")
-    width = description.get("width", 0) * (2 if pooling == "both" else 1)
+    pooling, of_patches = description.get("pooling"), description.get("width", 0)
+    width = of_patches * (2 if pooling == "both" else 1)
     shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-    if shapes != {"weight": (num_classes, width), "bias": (num_classes,)}:
+    of_image = {"weight": (num_classes, width), "bias": (num_classes,)}
+    dense = {"dense.weight": (num_classes, of_patches), "dense.bias": (num_classes,)}
+    if shapes not in (of_image, of_image | dense):
         raise Refusal(
             f"{fitting[0]} is not the classifier of {run / WEIGHTS}: expected weight ({num_classes}, {width}) and bias "
             f"({num_classes},) for {num_classes} classes and pooling {pooling}, found {shapes}"

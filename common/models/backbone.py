@@ -5,7 +5,7 @@ Letters: B images, N = h*w patches, P prefix tokens (class, distillation, regist
 
 import inspect
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..batches.mixing import NO_BOX, Box, Mixture, swap_box
 from ..errors import Refusal
 from ..limits import Share
 from ..paths import if_there, path_option
@@ -66,8 +67,8 @@ class ModelConfig:
     init: str | None = field(
         default=None, metadata=path_option(lambda init: init if _is_name(init) else if_there(init))
     )
-    """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors; heads are
-    fresh. null: from scratch."""
+    """Begin from these weights of the same architecture: timm:NAME, a run folder or a backbone.safetensors, and from
+    the classifier beside them where it is of the same classes; other heads are fresh. null: from scratch."""
     weights: str | None = field(default=None, metadata=path_option(if_there))
     """With init=timm:NAME: a local file with those weights, instead of timm's cache or the hub; of a file that holds
     several models FILE::PART, such as FILE::student (default: the teacher, else an average, else the model)."""
@@ -85,6 +86,12 @@ class Features:
     prefix: Tensor  # (B, P, D) class, distillation, register tokens; P may be 0
     grid: tuple[int, int]  # (h, w), N = h*w
     plan: TokenPlan = WHOLE  # which patches these are, and what they knew of their place
+    box: Box = NO_BOX  # patches that were exchanged between neighbours before the blocks
+
+    @property
+    def own_tokens(self) -> Tensor:
+        """Tokens (B, N, D), where those that were exchanged are back with the image that they show."""
+        return swap_box(self.tokens, self.grid, self.box)
 
     def pooled(self, kind: str = "class") -> Tensor:
         """One vector for each image: the "class" token (B, D), or the mean patch of a backbone without one; the "mean"
@@ -139,6 +146,16 @@ class Backbone(nn.Module):
         return getattr(self.model, "cls_token", None) is not None
 
     @property
+    def takes_mixture(self) -> bool:
+        """Whether its patches can be exchanged between images after the patch embedding (MixToken)."""
+        return isinstance(self.model, VisionTransformer)
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the patches' largest logit that joins those of a classifier: of LV-ViT and SP-ViT."""
+        return getattr(self.model, "dense_share", 0.0)
+
+    @property
     def channels(self) -> int:
         """Number of input channels."""
         return len(self.config.mean)
@@ -149,13 +166,15 @@ class Backbone(nn.Module):
         plan: TokenPlan | None = None,
         hidden: Tensor | None = None,
         masked: token_plans.Masked | None = None,
+        mixture: Mixture | None = None,
     ) -> Features:
         """Final-norm features. `plan=None`: every patch, with position encoding unless `use_plans` removed it.
 
         `hidden` (D,): stands for the position embeddings that a plan with position "partial" hides. `masked`: (B, N)
-        bool and (D,): patches that are not shown, and the mask token in their place; plain ViTs only.
+        bool and (D,): patches that are not shown, and the mask token in their place; plain ViTs only. `mixture`: of
+        MixToken; where `takes_mixture`, and whole grids.
         """
-        return self.layers(images, 1, plan, hidden, masked)[0]
+        return self.layers(images, 1, plan, hidden, masked, mixture=mixture)[0]
 
     def layers(
         self,
@@ -165,6 +184,7 @@ class Backbone(nn.Module):
         hidden: Tensor | None = None,
         masked: token_plans.Masked | None = None,
         norm: bool = True,
+        mixture: Mixture | None = None,
     ) -> list[Features]:
         """Features of the `last` blocks (of a hierarchical model: stages), shallowest first; the final norm is applied
         to each of a plain ViT's and, elsewhere, where timm applies it. `last` may also be the blocks themselves, from
@@ -177,13 +197,20 @@ class Backbone(nn.Module):
         blocks = self._wanted(last) if isinstance(self.model, VisionTransformer) else []
         if not self.plain and (masked is not None or not plan.whole):
             raise ValueError(f"{self.config.name} runs whole grids only, and takes no mask token")
+        if mixture is not None and not (self.takes_mixture and plan.kept is None):
+            raise ValueError(f"{self.config.name} cannot exchange patches between images under this plan")
+        deep: Iterable[tuple[Tensor, int, tuple[int, int]]] = ()
         if isinstance(self.model, SpVit):
-            deep = self.model.run(images, blocks, plan.position == "full", norm)
-            return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, P, grid in deep]
-        if isinstance(self.model, VisionTransformer):
+            deep = self.model.run(images, blocks, plan.position == "full", norm, mixture)
+        elif isinstance(self.model, VisionTransformer):
             P = self.model.num_prefix_tokens
-            outputs = token_plans.run(self.model, images, blocks, plan, hidden, masked, norm)
-            return [Features(tokens[:, P:], tokens[:, :P], grid, plan) for tokens, grid in outputs]
+            outputs = token_plans.run(self.model, images, blocks, plan, hidden, masked, norm, mixture)
+            deep = ((tokens, P, grid) for tokens, grid in outputs)
+        if isinstance(self.model, VisionTransformer):
+            return [
+                Features(tokens[:, P:], tokens[:, :P], grid, plan, NO_BOX if mixture is None else mixture.tokens(grid))
+                for tokens, P, grid in deep
+            ]
         if (plan.position == "none") != self.without_position and not self.has_no_encoding:
             raise ValueError(
                 f"{self.config.name} was prepared for whole grids "

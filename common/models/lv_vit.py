@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..batches.mixing import NO_BOX, Box, mix_box, swap_box
 from ..errors import Refusal
 from .embeddings import resize_embedding
 from .names import described, register
@@ -26,53 +27,6 @@ from .names import described, register
 _logger = logging.getLogger(__name__)
 
 STRIDE = 16  # of the stem, in pixels: one token
-Box = tuple[int, int, int, int]  # tokens in rows [top, bottom) and columns [left, right): (top, left, bottom, right)
-NO_BOX = (0, 0, 0, 0)
-
-
-# ---------------------------------------------------------------------------- MixToken
-
-
-def mix_box(grid: tuple[int, int], lam: float, centre: tuple[int, int]) -> Box:
-    """The tokens (top, left, bottom, right) that MixToken takes from another image (arXiv 2104.10858, section 3.2).
-
-    About sqrt(1 - lam) of each side of `grid` (h, w) around `centre` (row, column), cut off at the border; ends are
-    exclusive. `lam` in [0, 1] is the share to keep; the share kept is `kept(grid, box)`.
-    """
-    extents = [int(side * (1 - lam) ** 0.5) // 2 for side in grid]
-    top, left = (max(middle - extent, 0) for middle, extent in zip(centre, extents, strict=True))
-    bottom, right = (min(middle + extent, side) for middle, extent, side in zip(centre, extents, grid, strict=True))
-    return top, left, bottom, right
-
-
-def draw_box(grid: tuple[int, int], generator: torch.Generator | None = None) -> Box:
-    """One box for a batch: lam ~ Beta(1, 1), which is uniform, and a centre uniform on `grid` (h, w), from torch's
-    generator (a CPU one, or the default)."""
-    lam = torch.rand((), generator=generator, dtype=torch.float64).item()
-    row, column = (int(torch.randint(side, (), generator=generator)) for side in grid)
-    return mix_box(grid, lam, (row, column))
-
-
-def kept(grid: tuple[int, int], box: Box) -> float:
-    """Share of the N tokens outside of the box: the weight of an image's own class target."""
-    top, left, bottom, right = box
-    return 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])
-
-
-def swap_box(tokens: Tensor, grid: tuple[int, int], box: Box) -> Tensor:
-    """Swap tokens (B, N, D) or (B, h, w, D): those of the box in image b become image B-1-b's.
-
-    Of an even number of images it is its own inverse: what was mixed before the blocks, the same call puts back after.
-    Raises ValueError for a box that leaves the grid.
-    """
-    top, left, bottom, right = box
-    if not (0 <= top <= bottom <= grid[0] and 0 <= left <= right <= grid[1]):
-        raise ValueError(f"box {tuple(box)} (top, left, bottom, right) leaves the grid of {grid[0]}x{grid[1]} patches")
-    if top >= bottom or left >= right:
-        return tokens
-    mixed = tokens.reshape(tokens.shape[0], *grid, -1).clone()
-    mixed[:, top:bottom, left:right] = tokens.reshape(mixed.shape)[:, top:bottom, left:right].flip(0)
-    return mixed.view(tokens.shape)
 
 
 # ---------------------------------------------------------------------------- the parts
@@ -157,6 +111,14 @@ class Scale(nn.Module):
 # ---------------------------------------------------------------------------- the model
 
 
+def draw_box(grid: tuple[int, int]) -> Box:
+    """One box for a batch: lam ~ Beta(1, 1), which is uniform, and a centre uniform on `grid` (h, w), from torch's
+    default generator."""
+    lam = torch.rand((), dtype=torch.float64).item()
+    row, column = (int(torch.randint(side, ())) for side in grid)
+    return mix_box(grid, lam, (row, column))
+
+
 USUAL: dict[str, Any] = {  # arguments of timm's; those of LV-ViT-S
     "embed_dim": 384,
     "depth": 16,
@@ -180,6 +142,8 @@ class LvVit(VisionTransformer):
 
     Raises Refusal for `mix_token` without `return_dense` and for options that take patches away.
     """
+
+    dense_share = 0.5  # of the patches' largest logit that joins those of the class token in eval
 
     def __init__(
         self,
@@ -288,7 +252,7 @@ class LvVit(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, box: Box = NO_BOX) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, 1+N, D) after the final norm, class token first. Masks as timm's.
 
-        `box`: the tokens that are exchanged with those of image B-1-b after the stem, as `swap_box` does.
+        `box`: the tokens that are exchanged between neighbours in the batch after the stem, as `swap_box` does.
         """
         tokens = swap_box(self.patch_embed(x), self.grid_of(x), box)
         tokens = self.norm_pre(self._pos_embed(tokens))
@@ -308,7 +272,7 @@ class LvVit(VisionTransformer):
         logits = super().forward_head(x, pre_logits)
         if self.training or pre_logits or self.aux_head is None or not self.global_pool:
             return logits
-        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        return logits + self.dense_share * self.aux_head(x[:, 1:]).amax(1)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, box: Box | None = None

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..batches.mixing import NO_BOX, Box, Mixture, swap_box
 from ..errors import Refusal
 from .attention import Encoding, relative_attention
-from .lv_vit import NO_BOX, STRIDE, Box, L, LvVit, M, Stem, checkpoint_filter_fn, described_as, swap_box
+from .lv_vit import STRIDE, L, LvVit, M, Stem, checkpoint_filter_fn, described_as
 from .names import register
 
 Grid = tuple[int, int]
@@ -252,13 +253,19 @@ class SpVit(LvVit):
             yield tokens, int(i >= self.local_blocks), grid
 
     def run(
-        self, images: Tensor, wanted: Sequence[int], position: bool = True, norm: bool = True
+        self,
+        images: Tensor,
+        wanted: Sequence[int],
+        position: bool = True,
+        norm: bool = True,
+        mixture: Mixture | None = None,
     ) -> Iterator[tuple[Tensor, int, Grid]]:
         """Run images: (tokens (B, P+N, D), P, grid) of each of the `wanted` blocks, counted from 0 and shallowest
         first, the final norm applied if `norm`; P is 0 before the class token joins, and blocks above the deepest are
         not run. position=False: no position embedding, no prior and no convolution; what is left is what the zeros
-        around the image tell in the stem."""
-        for i, (tokens, P, grid) in enumerate(self._layers(images, position)):
+        around the image tell in the stem. `mixture`: by which patches are exchanged after the stem."""
+        box = NO_BOX if mixture is None else mixture.tokens(self.grid_of(images))
+        for i, (tokens, P, grid) in enumerate(self._layers(images, position, box)):
             if i in wanted:
                 yield self.norm(tokens) if norm else tokens, P, grid
             if i == wanted[-1]:

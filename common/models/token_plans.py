@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..batches.mixing import Mixture, swap_box
 from .attention import project
 from .embeddings import resize_embedding
 from .irpe import RelativeAttention, Where
@@ -34,15 +35,17 @@ def run(
     hidden: Tensor | None = None,
     masked: Masked | None = None,
     norm: bool = True,
+    mixture: Mixture | None = None,
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Run images: (tokens (B, T, D), grid) of each of the `wanted` blocks, counted from 0 and shallowest first; the
     final norm is applied to each if `norm`. Prefix tokens are always kept and always keys; blocks above the deepest are
     not run.
 
     `hidden` (D,): what stands for a hidden position embedding, with position "partial" (DropPos, arXiv 2309.03576).
-    `masked`: patches that are not shown (iBOT, arXiv 2111.07832); their position embeddings are.
+    `masked`: patches that are not shown (iBOT, arXiv 2111.07832); their position embeddings are. `mixture`: by which
+    embedded patches are exchanged between images, of whole grids only (MixToken, arXiv 2104.10858).
     """
-    tokens, grid = embed(model, images, plan, hidden, masked)
+    tokens, grid = embed(model, images, plan, hidden, masked, mixture)
     tokens = model.norm_pre(model.pos_drop(tokens))
     keys = None
     if plan.context is not None:
@@ -62,12 +65,19 @@ def run(
 
 
 def embed(
-    model: Any, images: Tensor, plan: TokenPlan, hidden: Tensor | None, masked: Masked | None = None
+    model: Any,
+    images: Tensor,
+    plan: TokenPlan,
+    hidden: Tensor | None,
+    masked: Masked | None = None,
+    mixture: Mixture | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
     """Embed images: (prefix and kept patches with their position embeddings (B, T, D), grid)."""
     tokens = model.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
     grid = tuple(tokens.shape[1:3]) if tokens.ndim == 4 else tuple(model.patch_embed.grid_size)
     tokens = tokens.flatten(1, -2)
+    if mixture is not None:  # before its place is added to a patch: that stays
+        tokens = swap_box(tokens, grid, mixture.tokens(grid))
     if masked is not None:
         where_BN, token = masked
         tokens = torch.where(where_BN[..., None], token.to(tokens.dtype), tokens)

@@ -6,6 +6,7 @@ import timm
 import torch
 
 from common import config as configuration
+from common.features.classes import DENSE
 from evaluate.exporting import timm_files
 from evaluate.exporting.checks import Check, Source
 from evaluate.job.report import leak_note
@@ -62,7 +63,12 @@ def rows_of(source: Source) -> dict[str, str]:
     if source.head is not None:
         names = training.get("label_names")
         named = f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}" if names else "names not recorded"
-        rows["Classes"] = f"{len(source.head['bias'])}: {named}; a linear layer on the pooled tokens"
+        patches = (
+            ", and half of the largest logit of a patch"
+            if source.backbone.dense_share and DENSE[0] in source.head
+            else ""
+        )
+        rows["Classes"] = f"{len(source.head['bias'])}: {named}; a linear layer on the pooled tokens{patches}"
     if "segmentation" in training:
         rows["Decoder"] = "of segmentation, which is in none of these files"
     return rows

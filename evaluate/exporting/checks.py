@@ -107,7 +107,7 @@ def write_and_compare(kind: str, folder: Path, source: Source, sample: Sample) -
         features = again(images, plan)
         tokens, prefix = features.tokens, features.prefix
         output = tokens
-        logits = scores(features, description["pooling"], same) if head is not None else None
+        logits = scores(again, features, description["pooling"], same) if head is not None else None
     elif kind == "timm":
         assert source.recipe is not None
         source.recipe = timm_files.write(folder, source.recipe, source.backbone, description, head)
@@ -124,7 +124,8 @@ def write_and_compare(kind: str, folder: Path, source: Source, sample: Sample) -
     if any(a.shape != b.shape for a, b in pairs):
         raise RuntimeError(f"{file.name} gives {tokens.shape}, {prefix.shape}: expected {[b.shape for _, b in pairs]}")
     largest = max((a - b).abs().max().item() for a, b in pairs if b.numel())
-    of_logits = None if logits is None else difference(logits, scores(expected, description["pooling"], head))
+    said = scores(source.backbone, expected, description["pooling"], head)
+    of_logits = None if logits is None else difference(logits, said)
     return Check(kind, file, largest, of_logits, sha256(file), tuple(output.shape[1:]), by_timm)
 
 

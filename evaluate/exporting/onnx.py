@@ -46,7 +46,7 @@ class Pixels(nn.Module):
         backbone = self.backbone
         features = backbone((images.float() / 255 - backbone.mean) / backbone.std, self.plan)
         prefix = (features.prefix,) if features.prefix.shape[1] else ()
-        logits = (scores(features, str(self.pooling), self.head),) if self.head is not None else ()
+        logits = (scores(backbone, features, str(self.pooling), self.head),) if self.head is not None else ()
         return (features.tokens, *prefix, *logits)
 
 

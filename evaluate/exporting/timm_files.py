@@ -18,14 +18,15 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.batches.crops import evaluation
 from common.checkpoints import public
 from common.errors import Refusal
+from common.features.classes import DENSE, class_logits
 from common.models import Backbone, Features
 from common.models.create import timm_arguments
 from common.models.irpe import PUBLISHED
+from common.models.lv_vit import LvVit
 
 FILES = ("model.safetensors", "config.json")
 SWIN_AS_IN_TIMM = {"swin_conv": False, "swin_bias": True, "swin_merge_last": True}
@@ -153,15 +154,18 @@ def _built(
 
 
 def _head_for_timm(model: nn.Module, classifiers: Any, head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The linear layer under timm's names. Further heads, of distillation or of patches, are zero: where timm averages
-    two of them, the first is doubled."""
+    """The linear layer under timm's names, and that on patches where timm's model has one. Further heads are zero:
+    where timm averages two of them, the first is doubled."""
     names = [classifiers] if isinstance(classifiers, str) else list(classifiers)
     state_of_model = model.state_dict()
     state = {
         name: torch.zeros_like(state_of_model[name]) for name in state_of_model if name.rpartition(".")[0] in names
     }
     factor = 2 if isinstance(model, VisionTransformerDistilled) else 1
-    return state | {f"{names[0]}.{which}": factor * tensor.float() for which, tensor in head.items()}
+    state |= {f"{names[0]}.{which}": factor * head[which].float() for which in ("weight", "bias")}
+    if isinstance(model, LvVit):
+        state |= {f"aux_head.{name.removeprefix('dense.')}": head[name].float() for name in DENSE if name in head}
+    return state
 
 
 @torch.no_grad()
@@ -169,15 +173,17 @@ def _pools(model: Any, backbone: Backbone, description: Mapping[str, Any], head:
     """Whether model(images) is the pooled feature (B, D), or the logits (B, K), that were trained."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, backbone.channels, *backbone.size, generator=generator)
-    expected = scores(backbone(images, public.TokenPlan(description["position"])), description["pooling"], head)
+    features = backbone(images, public.TokenPlan(description["position"]))
+    expected = scores(backbone, features, description["pooling"], head)
     output = model(images)
     return output.shape == expected.shape and difference(output, expected) <= SAME
 
 
-def scores(features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
+def scores(backbone: Backbone, features: Features, pooling: str, head: Mapping[str, Tensor] | None) -> Tensor:
     """Pooled features (B, D), or with a `head` its logits (B, K)."""
-    pooled = features.pooled(pooling)
-    return pooled if head is None else F.linear(pooled, head["weight"].float(), head["bias"].float())
+    if head is None:
+        return features.pooled(pooling)
+    return class_logits(features, pooling, {name: each.float() for name, each in head.items()}, backbone.dense_share)
 
 
 def difference(output: Tensor, expected: Tensor) -> float:

@@ -143,7 +143,7 @@ def finetune(
     classifier = Classifier(backbone, identity["pooling"], len(job.classes))
     head = subject.head() if subject.state is not None else None
     if head is not None and begins_with(subject.description, identity["pooling"], job.classes):
-        classifier.head.load_state_dict(head)
+        classifier.head.load_state_dict({name: head[name] for name in ("weight", "bias")})
         note = "; ".join(
             filter(None, (note, "begins with the checkpoint's own classifier, as the classes are its own"))
         )

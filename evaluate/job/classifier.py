@@ -20,6 +20,7 @@ from common.checkpoints import storage
 from common.checkpoints.pretrained import TIMM, timm_model
 from common.commands import command
 from common.errors import Refusal
+from common.features.classes import DENSE, ClassHead, class_logits
 from common.features.extraction import Eye, shown
 from common.features.finite import IN_FP32, not_finite, refuse_spoiled
 from common.models import Backbone
@@ -33,16 +34,17 @@ OPTION = "--weights "  # the option that names a file
 
 
 class Classifier(nn.Module):
-    """A backbone, its pooled final-norm tokens, and a linear layer."""
+    """A backbone, its pooled final-norm tokens, and a linear layer; `dense`: with another on its patches."""
 
-    def __init__(self, backbone: Backbone, pooling: str, num_classes: int, plan: TokenPlan | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, pooling: str, num_classes: int, plan: TokenPlan | None = None, dense: bool = False
+    ) -> None:
         super().__init__()
         if pooling != "mean" and not backbone.num_prefix_tokens:
             raise Refusal(f"--pool {pooling}: {backbone.config.name} has no class token; use --pool mean")
         self.backbone, self.pooling, self.plan = backbone, pooling, plan
-        self.head = nn.Linear(backbone.width * (2 if pooling == "both" else 1), num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        width = backbone.width * (2 if pooling == "both" else 1)
+        self.head = ClassHead(width, num_classes, 0.01, backbone.width if dense else None)
 
     @property
     def num_classes(self) -> int:
@@ -51,7 +53,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify uint8 (B, C, H, W): logits (B, K), float32."""
-        return self.head(self.backbone(images, self.plan).pooled(self.pooling)).float()
+        features = self.backbone(images, self.plan)
+        return class_logits(features, self.pooling, self.head.tensors, self.backbone.dense_share).float()
 
 
 class Network(nn.Module):
@@ -107,7 +110,7 @@ def _trained(ckpt: str, weights: str | None, size: Any, crop: float | None) -> t
     if note:
         subject.description["loaded"] = [*subject.notes, note]
     pooling = subject.description["pooling"]
-    network = Classifier(subject.backbone(), pooling, len(head["bias"]), subject.plan)
+    network = Classifier(subject.backbone(), pooling, len(head["bias"]), subject.plan, DENSE[0] in head)
     network.head.load_state_dict(head)
     return subject, network
 

@@ -18,8 +18,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from common.batches.samples import Beside
+from common.batches.unreadable import Limit
 from common.batches.views import View
 from common.config import merge, to_object
+from common.data import Images
 from common.errors import Refusal, nearest
 from common.limits import check
 from common.models import Backbone, Features
@@ -84,6 +87,11 @@ class Objective(nn.Module):
     def connect(self, others: Mapping[str, "Objective"], views: Mapping[str, View]) -> None:
         """Complete `passes`, share a pass or a head: called once, when every objective of the recipe is made."""
 
+    def beside(self, images: Images, limit: Limit) -> Beside | None:
+        """Open what it reads of each of `images` beside its pixels, which it finds among its draws; of so many as
+        `limit` allows there may be nothing. Raises Refusal."""
+        return None
+
     def begin_step(self, progress: float, measured: bool) -> None:
         """Forget what a step that was not taken left behind: called before every step."""
         self.progress, self.measured = progress, measured
@@ -99,7 +107,7 @@ class Objective(nn.Module):
         return ()
 
     def classifier(self) -> nn.Linear | None:
-        """Linear layer on what stands for an image whose outputs are the classes of the data, if it trains one."""
+        """Layer on what stands for an image whose outputs are the classes of the data, if it trains one."""
         return None
 
     def scores(self, features: Mapping[str, Features]) -> Tensor:

@@ -17,8 +17,9 @@ from common.errors import Refusal
 from common.limits import BelowOne, Count, NotNegative, PatchShare, Range
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
+from common.numerics import wide
 from common.processes import collectives
-from pretrain.heads import Decoder, HalfHead, LinearHead, MlpHead, wide
+from pretrain.heads import Decoder, HalfHead, LinearHead, MlpHead
 from pretrain.objectives import Answers, Pass, Positional
 
 HEADS = {"linear": LinearHead, "mlp": MlpHead, "half": HalfHead}

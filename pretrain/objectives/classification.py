@@ -21,7 +21,8 @@ from common.errors import Refusal
 from common.limits import AutoCount, BelowOne, NotNegative
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec
-from pretrain.heads import LinearHead, wide
+from common.numerics import wide
+from pretrain.heads import LinearHead
 from pretrain.objectives import Objective, Pass
 
 EPSILON = 1e-8  # in place of the known share of labels where it is 0

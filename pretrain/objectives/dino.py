@@ -16,10 +16,10 @@ from common.batches.views import View
 from common.errors import Refusal
 from common.features.metrics import rankme
 from common.models import Backbone, Features
+from common.numerics import wide
 from common.processes import collectives
 from pretrain.distillation.objective import Distillation, DistillationOptions
 from pretrain.distillation.prototypes import crops_cross_entropy, entropy, marginal_entropy
-from pretrain.heads import wide
 from pretrain.objectives import Objective, Pass
 
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them

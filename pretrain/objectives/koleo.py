@@ -16,8 +16,8 @@ from common.batches.views import View
 from common.errors import Refusal
 from common.limits import NotNegative
 from common.models import Backbone, Features
+from common.numerics import wide
 from common.processes import collectives
-from pretrain.heads import wide
 from pretrain.objectives import Objective, Pass
 
 EPSILON = 1e-8  # what is added to a distance, and the smallest length that a token is divided by (DINOv2)

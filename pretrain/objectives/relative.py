@@ -21,7 +21,8 @@ from common.errors import Refusal
 from common.limits import NotNegative, PatchShare, Range
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
-from pretrain.heads import PairHead, pair_outputs, wide
+from common.numerics import wide
+from pretrain.heads import PairHead, pair_outputs
 from pretrain.objectives import Answers, Pass, Positional
 
 # Bytes of the pairs that are worked on at a time. On a CPU few enough for its caches, and for memory that is used again

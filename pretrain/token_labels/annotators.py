@@ -2,7 +2,8 @@
 
 A cell is classified by the model's own head, as an image of that one cell would be: for a linear classifier after
 average pooling that is the classifier as a 1x1 convolution on the map (Re-labelling ImageNet, arXiv 2101.05022; Token
-Labeling, arXiv 2104.10858). Of a vision transformer patch tokens are classified, by its `aux_head` if it has one.
+Labeling, arXiv 2104.10858). Of a vision transformer patch tokens are classified, by the layer that was trained on
+them if it has one (`aux_head`, or that of a run with token labels).
 
 Letters: B images, C classes, h x w cells, P prefix tokens, D width.
 """
@@ -24,6 +25,7 @@ from common.checkpoints.public import load_backbone, load_head
 from common.checkpoints.published import differences, filter_of
 from common.checkpoints.storage import sha256
 from common.errors import Refusal
+from common.features.classes import DENSE
 from common.models import Backbone
 from common.models.create import no_architecture
 from common.models.plan import TokenPlan
@@ -85,8 +87,8 @@ def _of_run(name: str, size: tuple[int, int] | None) -> Annotator:
     size = size or (backbone.size[0], backbone.size[1])
     if reason := backbone.why_not(size):
         raise Refusal(f"--annotator {name} cannot look at images of {size[0]}x{size[1]} pixels: {reason}")
-    weight, bias = head["weight"], head["bias"]
-    if description["pooling"] == "both":  # of a token beside itself
+    weight, bias = (head[name] for name in (DENSE if DENSE[0] in head else ("weight", "bias")))
+    if weight.shape[1] > backbone.width:  # of a token beside itself
         weight = weight[:, : backbone.width] + weight[:, backbone.width :]
     linear = nn.Linear(*weight.shape[::-1])
     linear.load_state_dict({"weight": weight, "bias": bias})

@@ -1,4 +1,7 @@
-"""Mixup and CutMix: labels are mixed as images are, by draws that are timm's, for a batch, a pair or an image."""
+"""Mixup, CutMix, MixToken: labels are mixed as images are, by published draws, for a batch, a pair or an image."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,3 +96,66 @@ def test_only_steps_of_a_training_are_mixed():
 def test_several_crops_of_an_image_are_not_mixed():
     with pytest.raises(Refusal, match=r"mixup=0.8 and cutmix=0.0 need count=1, and count=2"):
         View(8, count=2, mixup=0.8)
+
+
+# ---------------------------------------------------------------------------- MixToken
+
+PUBLISHED = json.loads((Path(__file__).parents[2] / "fixtures/sp_vit.json").read_text())
+
+
+@pytest.mark.parametrize("case", PUBLISHED["boxes"])
+def test_boxes_are_the_published_ones(case):
+    grid, lam, centre, box, share = case
+    assert mixing.mix_box(tuple(grid), lam, tuple(centre)) == tuple(box)
+    assert mixing.kept(tuple(grid), tuple(box)) == pytest.approx(share)
+    within = tuple((at + 0.5) / side for at, side in zip(centre, grid, strict=True))
+    mixture = mixing.Mixture(lam, centre=within)
+    assert mixture.tokens(tuple(grid)) == tuple(box) and mixture.own(tuple(grid)) == pytest.approx(share)
+    assert mixing.shares([mixture], 2, tuple(grid))[1].tolist() == pytest.approx([share, 1 - share])
+
+
+def test_drawn_boxes_keep_as_much_as_the_authors_do():
+    view = View(8, mix_token=1.0)
+    drawn = [mixing.drawn(view, 0, step, [(0, 0), (0, 1)]) for step in range(8000)]
+    assert all(len(one) == 1 for one in drawn)  # one box for a whole step
+    shares = np.array([mixture.own((14, 14)) for (mixture,) in drawn])
+    assert shares.mean() == pytest.approx(0.730, abs=0.01)
+    assert (shares == 1).mean() == pytest.approx(0.021, abs=0.006)
+    seldom = View(8, mix_token=1.0, mix=0.25)
+    none = [mixing.drawn(seldom, 0, step, [])[0] is None for step in range(2000)]
+    assert np.mean(none) == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_box_takes_its_tokens_from_the_neighbour():
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 15]]).float()[..., None]  # 2 x 3
+    mixed = mixing.swap_box(tokens, (2, 3), (0, 1, 2, 2))
+    assert mixed[..., 0].tolist() == [[0, 11, 2, 3, 14, 5], [10, 1, 12, 13, 4, 15]]
+    assert torch.equal(mixing.swap_box(mixed, (2, 3), (0, 1, 2, 2)), tokens)
+    assert mixing.swap_box(tokens, (2, 3), (1, 1, 1, 3)) is tokens
+    three = torch.cat([tokens, tokens[:1] + 20])
+    assert torch.equal(mixing.swap_box(three, (2, 3), (0, 1, 2, 2)), torch.cat([mixed, three[2:]]))
+    four = torch.cat([tokens, tokens + 50])  # processes share a batch, and pairs stay together
+    assert torch.equal(mixing.swap_box(four, (2, 3), (0, 1, 2, 2)), torch.cat([mixed, mixed + 50]))
+    with pytest.raises(ValueError, match="leaves the grid of 2x3"):
+        mixing.swap_box(tokens, (2, 3), (0, 1, 3, 2))
+
+
+def test_mixed_tokens_leave_pixels_alone():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    assert mixing.mix(images, [mixing.Mixture(0.5, centre=(0.5, 0.5))]) is images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"cutmix": 1.0},
+            "mix_token=1.0 stands in place of mixup and CutMix.*: expected mixup=0, cutmix=0.*cutmix=1.0",
+        ),
+        ({"mix_by": "pair"}, "mix_token=1.0 .* mix_by=pair"),
+        ({"count": 2}, "mix_token=1.0 need count=1, and count=2"),
+    ],
+)
+def test_what_mix_token_cannot_be_with_is_refused(options, message):
+    with pytest.raises(Refusal, match=message):
+        View(8, mix_token=1.0, **options)

@@ -16,8 +16,9 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.batches.mixing import NO_BOX
 from common.errors import Refusal
-from common.models.lv_vit import NO_BOX, LvVit, checkpoint_filter_fn, draw_box, kept, mix_box, swap_box
+from common.models.lv_vit import LvVit, checkpoint_filter_fn
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "fixtures/sp_vit.json").read_text())
 TINY: dict[str, Any] = {
@@ -117,30 +118,6 @@ def test_parameters_are_drawn_as_published() -> None:
 
 
 # ---------------------------------------------------------------------------- MixToken
-
-
-@pytest.mark.parametrize("case", PUBLISHED["boxes"])
-def test_boxes_are_the_published_ones(case: list[Any]) -> None:
-    grid, lam, centre, box, share = case
-    assert mix_box(tuple(grid), lam, tuple(centre)) == tuple(box)
-    assert kept(tuple(grid), tuple(box)) == pytest.approx(share)
-
-
-def test_drawn_boxes_keep_as_much_as_the_authors_do() -> None:
-    generator = torch.Generator().manual_seed(0)
-    boxes = [draw_box((14, 14), generator) for _ in range(8000)]
-    shares = np.array([kept((14, 14), box) for box in boxes])
-    assert shares.mean() == pytest.approx(0.730, abs=0.01)
-    assert (shares == 1).mean() == pytest.approx(0.021, abs=0.006)
-    assert boxes[:5] == [draw_box((14, 14), g) for g in [torch.Generator().manual_seed(0)] for _ in range(5)]
-
-
-def test_a_box_takes_its_tokens_from_the_batch_in_reverse() -> None:
-    tokens = torch.tensor([[0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 15]]).float()[..., None]  # 2 x 3
-    mixed = swap_box(tokens, (2, 3), (0, 1, 2, 2))
-    assert mixed[..., 0].tolist() == [[0, 11, 2, 3, 14, 5], [10, 1, 12, 13, 4, 15]]
-    assert torch.equal(swap_box(mixed, (2, 3), (0, 1, 2, 2)), tokens)
-    assert swap_box(tokens, (2, 3), (1, 1, 1, 3)) is tokens
 
 
 def test_dense_logits_go_back_to_their_own_image() -> None:
