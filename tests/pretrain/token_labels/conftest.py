@@ -59,3 +59,17 @@ def labelled(pictures: Path, weights: Path, tmp_path_factory: pytest.TempPathFac
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert group.join().num_processes == 1
+
+
+@pytest.fixture(scope="session")
+def labels(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels of `images` by a network of their three classes."""
+    from pretrain.generate_labels import main
+
+    folder = tmp_path_factory.mktemp("three")
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=3)
+    torch.nn.init.normal_(model.fc.weight, std=20.0)  # type: ignore[arg-type, union-attr]
+    torch.save(model.state_dict(), folder / "annotator.pth")
+    assert main([*words(images, folder / "annotator.pth", folder / "all.labels"), "--top", "2"]) == 0
+    return folder / "all.labels"

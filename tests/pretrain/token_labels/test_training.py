@@ -14,28 +14,12 @@ from safetensors.torch import load_file
 from common.checkpoints import public
 from common.errors import Refusal
 
-from .conftest import NAME, words
-
 LABELLED = ("tensorboard=false", "batch=24", "log_every=1", "views.global.mix_token=1", "monitor.images=24")
 STRONG = ("views.global.flip=0.5", "views.global.auto_augment=rand-m9-mstd0.5-inc1", "views.global.erasing=0.25")
 LV = (
     "model={name: lvvit_s, kwargs: {patch_size: 16, embed_dim: 24, depth: 2, num_heads: 2, stem_width: 8}}",
     "views.global.size=32",
 )
-
-
-@pytest.fixture(scope="session")
-def labels(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labels of `images` by a network of their three classes."""
-    from pretrain.generate_labels import main
-
-    folder = tmp_path_factory.mktemp("three")
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, num_classes=3)
-    torch.nn.init.normal_(model.fc.weight, std=20.0)  # type: ignore[arg-type, union-attr]
-    torch.save(model.state_dict(), folder / "annotator.pth")
-    assert main([*words(images, folder / "annotator.pth", folder / "all.labels"), "--top", "2"]) == 0
-    return folder / "all.labels"
 
 
 def objective(labels: Path | None, **options: object) -> str:
