@@ -113,15 +113,7 @@ def no_architecture(name: Any) -> str | None:
 def refuse_arguments(name: str, kwargs: dict[str, Any]) -> None:
     """Raises Refusal unless all of `kwargs` are arguments of architectures like `name`, and plain values: numbers,
     words, true, false, null, and lists of them. Nothing else may reach timm from somebody's config or backbone.json."""
-    module = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
-    models = [
-        model for model in vars(module).values() if isinstance(model, type) and hasattr(model, "forward_features")
-    ]
-    bases = {
-        base for model in models for base in model.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
-    }
-    known = {word for base in bases for word in inspect.signature(base.__init__).parameters}
-    known = (known | set(SWIN)) - OF_THE_FACTORY - {"self", "args", "kwargs"}
+    known = _arguments(name) | set(SWIN)
     for word, value in kwargs.items():
         option = f"model.kwargs.{word}"
         if word in OF_THE_FACTORY:
@@ -133,6 +125,19 @@ def refuse_arguments(name: str, kwargs: dict[str, Any]) -> None:
             raise Refusal(f"{option} is no argument of {name}{nearest(str(word), known)}")
         if not _plain(value):
             raise Refusal(f"{option}={value!r:.60}: expected a number, a word, true, false, null or a list of them")
+
+
+def _arguments(name: str) -> set[str]:
+    """Arguments of architectures like `name`."""
+    module = importlib.import_module(timm.model_entrypoint(name.split(".")[0]).__module__)
+    models = [
+        model for model in vars(module).values() if isinstance(model, type) and hasattr(model, "forward_features")
+    ]
+    bases = {
+        base for model in models for base in model.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
+    }
+    known = {word for base in bases for word in inspect.signature(base.__init__).parameters}
+    return known - OF_THE_FACTORY - {"self", "args", "kwargs"}
 
 
 def _plain(value: Any) -> bool:
@@ -158,7 +163,8 @@ def timm_arguments(config: ModelConfig, size: tuple[int, int]) -> dict[str, Any]
     """Keywords with which `create` calls timm.create_model. Raises Refusal if they contradict each other, or if timm
     does not take one of them."""
     refuse_arguments(config.name, config.kwargs)
-    kwargs = {"num_classes": 0, "img_size": size, **config.kwargs}
+    sized = {"img_size": size} if "img_size" in _arguments(config.name) else {}  # a convolutional network takes any
+    kwargs = {"num_classes": 0, **sized, **config.kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in SWIN}
     if len(config.mean) != 3 or "in_chans" in kwargs:
         kwargs.setdefault("in_chans", len(config.mean))
