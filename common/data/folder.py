@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..decoding.decode import decode, endings, formats
-from ..decoding.depth import Range
 from ..errors import Refusal
 from ..printable import printable
-from .images import Images
+from .images import Images, NamedFiles
 from .layout import Layout, folders, inside, layout_of
 from .listing import LeftOut, images_of, real_folder, sample_of, stamps
 from .location import Location
 from .splits import judge
 
 SHOWN = 3  # pairs of images that a message names
-MAX_CONTENTS = 512  # files some of whose content does
-MAX_SIZES = 4096  # files whose size enters the fingerprint: each costs a stat, slow on network disks
 
 
-class Files:
-    """Source: files under `root`, their names in one buffer.
-
-    A list of a million str objects would be copied into every forked worker, one reference count at a time.
-    """
+class Files(NamedFiles):
+    """Source: files under `root`."""
 
     def __init__(self, root: str, names: list[bytes], links: Collection[bytes] = ()):
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        super().__init__(ends, np.frombuffer(b"".join(names), np.uint8))
         self.root = root
         self.links = frozenset(links)  # those of the names that are links to files
-        self.span: Range | None = None
-        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self.buffer = np.frombuffer(b"".join(names), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def relative(self, i: int) -> str:
-        """Return the name of file `i` as seen from `root`."""
-        start = self.ends[i - 1] if i else 0
-        return os.fsdecode(self.buffer[start : self.ends[i]].tobytes())
 
     def path(self, i: int) -> str:
         """Return the path of file `i`, to open it by."""
@@ -56,18 +41,16 @@ class Files:
         start, names = os.path.join(os.fsencode(self.root), b""), self.buffer.tobytes()
         return [start + names[begin:end] for begin, end in pairwise([0, *self.ends.tolist()])]
 
-    def folders_of(self, chosen: Iterable[int]) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
-        """Yield (i, name of the file that is read, device and inode of its folder) for the `chosen` files."""
+    def places(self, chosen: Iterable[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yield (i, (name of the file that is read, device and inode of its folder)) for the `chosen` files."""
         known: dict[bytes, tuple[int, int]] = {}
         paths = self.paths()
         for i in chosen:
-            path = (
-                os.path.realpath(paths[i]) if self.links and os.fsencode(self.relative(i)) in self.links else paths[i]
-            )
+            path = os.path.realpath(paths[i]) if self.links and self.relative_bytes(i) in self.links else paths[i]
             folder, _, name = path.rpartition(b"/")
             if folder not in known:
                 known[folder] = real_folder(folder)
-            yield i, name, known[folder]
+            yield i, (name, known[folder])
 
     def name(self, i: int) -> str:
         """Return the path of file `i`, to be shown."""
@@ -76,38 +59,14 @@ class Files:
     def read(self, i: int, channels: int) -> Tensor:
         return decode(np.fromfile(self.path(i), np.uint8), channels, self.span)
 
-    def identity(self) -> bytes:
-        """Hash all names, up to 4,096 sizes, and some of the content of up to 512 files, evenly spaced."""
-        paths = [self.path(i) for i in evenly(len(self), MAX_CONTENTS)]
-        with ThreadPoolExecutor(16) as threads:  # a disk that is far away answers many at a time
-            contents = b"".join(threads.map(sample_of, paths))
-        return hashlib.sha256(self.first_identity() + contents).digest()
+    def size(self, i: int) -> int:
+        return os.stat(self.path(i)).st_size
 
-    def stamp(self) -> bytes:
-        """Hash what the disk says of every file: size, times, inode. A million files of a local disk take seconds."""
-        return hashlib.sha256(stamps(self.paths()).tobytes()).digest()
+    def sample(self, i: int) -> bytes:
+        return sample_of(self.path(i))
 
-    def ages(self) -> str:
-        """Return 16 hex digits of the sizes and times of change of all files, which a faithful copy shares, and after a
-        hyphen 16 of all that `stamp` looks at, which it does not share."""
-        rows = stamps(self.paths())
-        return "-".join(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in (rows[:, :2], rows))
-
-    def first_identity(self) -> bytes:
-        """Hash what the first kind of fingerprints was made of: all names and up to 4,096 sizes."""
-        digest = hashlib.sha256(self.buffer.tobytes())
-        digest.update(self.ends.tobytes())
-        for i in evenly(len(self), MAX_SIZES):
-            try:
-                digest.update(os.stat(self.path(i)).st_size.to_bytes(8, "little"))
-            except OSError:
-                digest.update(b"missing!")
-        return digest.digest()
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+    def stamps(self) -> np.ndarray:
+        return stamps(self.paths())
 
 
 def scan(root: str) -> tuple[list[bytes], LeftOut]:
@@ -116,19 +75,32 @@ def scan(root: str) -> tuple[list[bytes], LeftOut]:
 
 
 def classes_of(
-    names: list[bytes], known: frozenset[str] = frozenset()
+    files: NamedFiles, known: frozenset[str] = frozenset()
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Return labels and class names from the first folder of each name, if every image has one and there are two or
-    more, or one that is among the `known` classes."""
-    first = [name.partition(b"/") for name in names]
-    if not all(slash for _, slash, _ in first):
+    """Return labels and class names from the first folder of each of the sorted names, if every file has one and there
+    are two or more, or one that is among the `known` classes."""
+    starts = first_folders(files)
+    if starts is None or (len(starts) < 2 and not known.issuperset(map(printable, starts))):
         return None, None
-    classes = sorted({folder for folder, _, _ in first})
-    if len(classes) < 2 and not known.issuperset(map(printable, classes)):
-        return None, None
-    index = {folder: i for i, folder in enumerate(classes)}
-    labels = np.fromiter((index[folder] for folder, _, _ in first), np.int64, len(first))
+    classes = sorted(starts)  # not the order of the names: a-b/1.png comes before a/1.png
+    rank = {folder: number for number, folder in enumerate(classes)}
+    numbers = [rank[folder] for folder in starts]
+    labels = np.repeat(numbers, np.diff([*starts.values(), len(files)]))
     return labels, tuple(map(printable, classes))
+
+
+def first_folders(files: NamedFiles) -> dict[bytes, int] | None:
+    """Return {first folder of a name: number of the first file in it} of sorted names; None if some have no folder."""
+    starts: dict[bytes, int] = {}
+    at = 0
+    while at < len(files):
+        folder, slash, _ = files.relative_bytes(at).partition(b"/")
+        if not slash:
+            return None
+        starts[folder] = at
+        after = folder + b"0"  # "0" is what comes after "/"
+        at = bisect_left(range(len(files)), after, at, key=files.relative_bytes)
+    return starts
 
 
 def load(root: str, known: frozenset[str] = frozenset()) -> Images:
@@ -136,8 +108,9 @@ def load(root: str, known: frozenset[str] = frozenset()) -> Images:
     names, left = scan(root)
     if not names:
         raise Refusal(no_images(printable(root), left))
-    labels, classes = classes_of(names, known)
-    images = Images(Files(root, names, left.followed), printable(root), labels, classes)
+    files = Files(root, names, left.followed)
+    labels, classes = classes_of(files, known)
+    images = Images(files, printable(root), labels, classes)
     images.left_out = left.note(names, labels is not None)
     return images
 
@@ -188,14 +161,10 @@ def shared_images(train: Images, test: Images) -> str:
     A second hard link is a file like any other, as is a copy.
     """
     first, second = train.source, test.source
-    if not isinstance(first, Files) or not isinstance(second, Files):
+    if not isinstance(first, NamedFiles) or not isinstance(second, NamedFiles):
         return ""
-    test_files = {(folder, name): i for i, name, folder in second.folders_of(test.source_indices())}
-    test_folders = {folder for folder, _ in test_files}
-    pairs = []
-    for i, name, folder in first.folders_of(train.source_indices()):
-        if folder in test_folders and (at := test_files.get((folder, name))) is not None:
-            pairs.append((at, i))
+    test_files = {place: i for i, place in second.places(test.source_indices())}
+    pairs = [(test_files[place], i) for i, place in first.places(train.source_indices()) if place in test_files]
     if not pairs:
         return ""
     some = ", ".join(f"{second.name(at)} is {first.name(i)}" for at, i in sorted(pairs)[:SHOWN])

@@ -1,14 +1,17 @@
 """Images: one split of one data set, whatever it is stored in.
 
-`Images` adds order, labels and errors to a *source*: files in folders, arrays in memory, rows of a Hugging Face table.
+`Images` adds order, labels and errors to a *source*: files in folders or tar archives, arrays in memory, rows of a
+Hugging Face table.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +23,8 @@ from ..errors import Refusal
 from ..printable import printable
 
 UNLABELLED = -1
+MAX_CONTENTS = 512  # files some of whose content enters the fingerprint
+MAX_SIZES = 4096  # files whose size does: each costs a stat, slow on network disks
 KIND = "2-"  # before a fingerprint: what it is made of, see `Images.has_fingerprint`
 
 
@@ -206,6 +211,80 @@ class Images:
 def identity_of(source: Any, first: bool) -> bytes:
     """Return the identity of a source; `first`: as it was before there were kinds of fingerprints."""
     return getattr(source, "first_identity", source.identity)() if first else source.identity()
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
+class NamedFiles:
+    """Source of files, in folders or archives; their names in one buffer. Its identity does not depend on which.
+
+    A list of a million str objects would be copied into every forked worker, one reference count at a time.
+
+    ends    (n,) int64: where each name ends in the buffer
+    buffer  uint8: all names, as bytes, with slashes
+    """
+
+    def __init__(self, ends: np.ndarray, buffer: np.ndarray):
+        self.ends, self.buffer = ends, buffer
+        self.span: Range | None = None
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def relative_bytes(self, i: int) -> bytes:
+        """Return the name of file `i`, as seen from the folder or the archive."""
+        start = self.ends[i - 1] if i else 0
+        return self.buffer[start : self.ends[i]].tobytes()
+
+    def relative(self, i: int) -> str:
+        """Return the name of file `i`, as seen from the folder or the archive."""
+        return os.fsdecode(self.relative_bytes(i))
+
+    def size(self, i: int) -> int:
+        """Return the bytes of file `i`; may raise OSError."""
+        raise NotImplementedError
+
+    def sample(self, i: int) -> bytes:
+        """Hash the size and some of the content of file `i`, see `listing.sample`."""
+        raise NotImplementedError
+
+    def places(self, chosen: Iterable[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yield (i, what tells its content's place on the disk from all others) for the `chosen` files."""
+        raise NotImplementedError
+
+    def stamps(self) -> np.ndarray:
+        """Return what the disk says of the files that hold these, as `listing.stamps` does."""
+        raise NotImplementedError
+
+    def identity(self) -> bytes:
+        """Hash all names, up to 4,096 sizes, and some of the content of up to 512 files, evenly spaced."""
+        with ThreadPoolExecutor(16) as threads:  # a disk that is far away answers many at a time
+            contents = b"".join(threads.map(self.sample, evenly(len(self), MAX_CONTENTS)))
+        return hashlib.sha256(self.first_identity() + contents).digest()
+
+    def first_identity(self) -> bytes:
+        """Hash what the first kind of fingerprints was made of: all names and up to 4,096 sizes."""
+        digest = hashlib.sha256(self.buffer.tobytes())
+        digest.update(self.ends.tobytes())
+        for i in evenly(len(self), MAX_SIZES):
+            try:
+                digest.update(self.size(i).to_bytes(8, "little"))
+            except OSError:
+                digest.update(b"missing!")
+        return digest.digest()
+
+    def stamp(self) -> bytes:
+        """Hash what the disk says of every file: size, times, inode. A million files of a local disk take seconds."""
+        return hashlib.sha256(self.stamps().tobytes()).digest()
+
+    def ages(self) -> str:
+        """Return 16 hex digits of the sizes and times of change of all files, which a faithful copy shares, and after a
+        hyphen 16 of all that `stamp` looks at, which it does not share."""
+        rows = self.stamps()
+        return "-".join(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in (rows[:, :2], rows))
 
 
 class Arrays:

@@ -10,7 +10,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -248,18 +248,24 @@ def stamps(paths: Sequence[str] | Sequence[bytes]) -> np.ndarray:
     return np.concatenate([np.empty((0, 4), np.int64), *parts])
 
 
+def sample(size: int, read: Callable[[int, int], bytes]) -> bytes:
+    """Hash the size and some of the content of a file: all of a small one; beginning, middle and end of a large one.
+    `read(start, count)` returns at most `count` bytes of it."""
+    pieces = [(0, 4 * PIECE)] if size <= 4 * PIECE else [(start, PIECE) for start in (0, size // 2, size - PIECE)]
+    return hashlib.sha256(size.to_bytes(8, "little") + b"".join(read(*piece) for piece in pieces)).digest()
+
+
 def sample_of(path: str) -> bytes:
-    """Hash the size and some of the content of a file: all of a small one; beginning, middle and end of a large one."""
+    """Hash the size and some of the content of the file at `path`."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a FIFO waits
         with open(handle, "rb") as file:
-            size = os.fstat(handle).st_size
-            places = [0] if size <= 4 * PIECE else [0, size // 2, size - PIECE]
-            content = [size.to_bytes(8, "little")]
-            for place in places:
-                file.seek(place)
-                content.append(file.read(4 * PIECE if len(places) == 1 else PIECE))
-        return hashlib.sha256(b"".join(content)).digest()
+
+            def read(start: int, count: int) -> bytes:
+                file.seek(start)
+                return file.read(count)
+
+            return sample(os.fstat(handle).st_size, read)
     except OSError:
         return b"missing!"
 

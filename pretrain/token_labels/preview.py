@@ -11,7 +11,7 @@ import torch
 from common.batches.unreadable import NO_LIMIT
 from common.checkpoints.storage import write_atomically
 from common.data import Images, Unreadable
-from common.data.folder import evenly
+from common.data.images import evenly
 from pretrain.token_labels.maps import unpack
 from pretrain.token_labels.packed import header_of
 from pretrain.token_labels.reader import PackedLabels, open_labels

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.batches.unreadable import Limit
 from common.data import Images, Unreadable
-from common.data.folder import Files, evenly
+from common.data.images import NamedFiles, evenly
 from common.errors import Refusal
 from common.printable import printable
 from pretrain.token_labels.packed import LABELLED, MOST_CLASSES, Packed
@@ -103,13 +103,13 @@ def names_of(images: Images) -> tuple[np.ndarray, bytes, bool]:
     """(where each name ends, int64 (n,); all names; whether they are of files) of images: files as seen from their
     folder, other images by their number."""
     source, indices = images.source, images.source_indices()
-    if isinstance(source, Files) and len(indices) == len(source):
+    if isinstance(source, NamedFiles) and len(indices) == len(source):
         return source.ends, source.buffer.tobytes(), True
-    if isinstance(source, Files):
-        names = [os.fsencode(source.relative(i)) for i in indices]
+    if isinstance(source, NamedFiles):
+        names = [source.relative_bytes(i) for i in indices]
     else:
         names = [str(i).encode() for i in indices]
-    return np.cumsum([len(name) for name in names], dtype=np.int64), b"".join(names), isinstance(source, Files)
+    return np.cumsum([len(name) for name in names], dtype=np.int64), b"".join(names), isinstance(source, NamedFiles)
 
 
 def _split(ends: np.ndarray, names: bytes) -> list[bytes]:
@@ -244,8 +244,8 @@ def load(file: Path) -> np.ndarray:
 
 
 def _per_image(root: Path, images: Images, classes: int) -> ImageLabels:
-    if not isinstance(images.source, Files):
-        raise Refusal(f"labels {root}: a file an image goes with a folder of images, and {images.where} is none")
+    if not isinstance(images.source, NamedFiles):
+        raise Refusal(f"labels {root}: a file an image goes with images in files, and {images.where} is none")
     present = {
         os.path.relpath(os.path.join(folder, file), root)
         for folder, _, files in os.walk(root)

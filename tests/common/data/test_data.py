@@ -60,6 +60,14 @@ def test_first_level_folders_are_classes(tmp_path):
     assert labels(images) == [0, 0, 1, 2]
 
 
+def test_classes_are_in_the_order_of_their_own_names(tmp_path):
+    for name in ("a/1.png", "a-b/1.png", "a-b/2.png", "a0/1.png"):  # a-b/1.png comes before a/1.png
+        save(tmp_path / name)
+    images = open_data(str(tmp_path))
+    assert names(images) == ["a-b/1.png", "a-b/2.png", "a/1.png", "a0/1.png"]
+    assert images.classes == ("a", "a-b", "a0") and labels(images) == [1, 1, 0, 2]
+
+
 @pytest.mark.parametrize("extra", ["1.png", None])
 def test_no_classes_beside_loose_images_or_in_one_folder(tmp_path, extra):
     save(tmp_path / "cat/1.png")

@@ -140,7 +140,7 @@ def test_images_exchanged_between_classes_are_other_data(tmp_path):
 @pytest.mark.parametrize("how", ["exchanged", "written", "kept its time"])
 def test_one_image_among_many_changes_the_stamp(tmp_path, monkeypatch, how):
     """The content of none of them enters the fingerprint: only their stamp tells."""
-    monkeypatch.setattr("common.data.folder.MAX_CONTENTS", 1)
+    monkeypatch.setattr("common.data.images.MAX_CONTENTS", 1)
     data = of_classes(tmp_path / "data", 6)
     images = open_data(str(data))
     fingerprint, stamp, ages = images.fingerprint(), images.stamp(), images.ages()

@@ -341,5 +341,5 @@ def test_a_folder_without_labels_is_refused(images: Images, labelled: Path, tmp_
     write_files(labelled, tmp_path, images, lambda path: f"other/{path.stem}.x.pt")
     with pytest.raises(Refusal, match="of other images: none of the 22"):
         open_labels(tmp_path, images, CLASSES, SOME)
-    with pytest.raises(Refusal, match="a file an image goes with a folder of images"):
+    with pytest.raises(Refusal, match="a file an image goes with images in files"):
         open_labels(tmp_path, open_data("builtin"), CLASSES, SOME)
