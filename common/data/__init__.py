@@ -12,7 +12,7 @@ import numpy as np
 
 from ..decoding.depth import parse_range
 from ..errors import Refusal, nearest
-from . import arrays, folder, huggingface
+from . import archives, arrays, folder, huggingface
 from .images import UNLABELLED, Images, Unreadable
 from .location import NAMED, Location
 
@@ -47,8 +47,8 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
     """Open the "train" or "test" split of a data set.
 
     where     a name in `KNOWN`, `hf:NAME_OR_PATH`, or the path of a folder: of images, with first-level sub-folders as
-              classes, or of the same in splits, whose names are those of `splits`, or of MNIST's IDX files; a
-              `Location` says more
+              classes, or of the same in splits, whose names are those of `splits`, or of MNIST's IDX files; or of tar
+              archives: one, several in braces (shards-{000..099}.tar), or a folder of them; a `Location` says more
     download  whether what is known by name may be fetched through torchvision when it is nowhere on this machine
 
     Refusal when there is no such data, no such split, or no image in it.
@@ -59,16 +59,17 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
     images = open_split(where, split, download)
     if images is None:
         raise Refusal(
-            f"data={where.spec} has no test split; expected a split or sub-folder named test, val or validation beside "
-            "train, or data_validation=NAME"
+            f"data={where.spec} has no test split; expected a split, sub-folder or archive named test, val or "
+            "validation beside train, or data_validation=NAME"
         )
     return images
 
 
 def open_split(where: Location, split: str, download: bool = True) -> Images | None:
     """Open a split as `open_data` does, but return None when only the test split is missing."""
-    where.refuse_unused(where.is_named)
-    images = _opened(where, split, download)
+    is_archive = archives.are_archives(where)
+    where.refuse_unused(where.is_named, is_archive)
+    images = archives.open_archives(where, split) if is_archive else _opened(where, split, download)
     if images is not None and where.span is not None:
         images.set_range(parse_range(where.span))
     if images is not None and (note := where.named_as_folder()):
@@ -93,7 +94,9 @@ def _opened(where: Location, split: str, download: bool) -> Images | None:
     if path.is_file():
         tables = {".parquet", ".arrow"}
         hint = f"write data=hf:{spec}" if path.suffix.lower() in tables else f"its folder is {path.absolute().parent}"
-        raise Refusal(f"data={spec} is a file; expected a folder of images or one of {', '.join(KNOWN)}; {hint}")
+        raise Refusal(
+            f"data={spec} is a file; expected a folder of images, a .tar archive, or one of {', '.join(KNOWN)}; {hint}"
+        )
     raise Refusal(
         f"data={spec}: no such folder, nor one of {', '.join(KNOWN)} or hf:NAME{nearest(spec.lower(), KNOWN)}"
     )

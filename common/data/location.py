@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from ..paths import absolute, expanded
 
 NAMED = ("builtin", "fashion-mnist", "cifar10", "cifar100", "stl10")
 HUB = "hf:"
+ARCHIVE = ".tar"  # also {000..099}.tar
+MOST_SHARDS = 100_000
 OPTIONS = {  # field of a Location -> the option that sets it
     "spec": "data",
     "root": "data_root",
@@ -27,12 +31,12 @@ OPTIONS = {  # field of a Location -> the option that sets it
 class Location:
     """Place of the images. What is None is decided by names: of folders, splits and columns."""
 
-    spec: str = "builtin"  # one of NAMED, hf:NAME_OR_PATH, or the path of a folder
+    spec: str = "builtin"  # one of NAMED, hf:NAME_OR_PATH, or the path of a folder or of archives
     root: str | None = None  # folder in which a named data set is looked for, and fetched to
-    train: str | None = None  # sub-folder or split to train on; of a folder "." is all of it
-    validation: str | None = None  # sub-folder or split to judge on
-    image: str | None = None  # column of the images (hf:)
-    label: str | None = None  # column of their labels (hf:)
+    train: str | None = None  # sub-folder, archive or split to train on; of a folder "." is all of it
+    validation: str | None = None  # sub-folder, archive or split to judge on
+    image: str | None = None  # column of the images (hf:), or how their names end (shards)
+    label: str | None = None  # column of their labels (hf:), or field of .json (shards)
     span: str | None = None  # values of black and white in pictures deeper than 8 bits; None: by the rules of `depth`
 
     @property
@@ -50,17 +54,23 @@ class Location:
         """The path, of a folder or of what follows hf:."""
         return Path(expanded(self.spec.removeprefix(HUB)))
 
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is the path of a tar archive, or of several in braces."""
+        return not self.is_named and not self.is_hub and self.spec.lower().endswith(ARCHIVE)
+
     def options(self) -> dict[str, str | None]:
         """Return {name of the option: value}, as a run stores it."""
         return {OPTIONS[name]: value for name, value in asdict(self).items()}
 
-    def refuse_unused(self, in_one: bool) -> None:
+    def refuse_unused(self, in_one: bool, columns: bool = False) -> None:
         """Raises Refusal if a part, a column or a range is named where there is none to choose; `in_one`: of data whose
-        parts are known, as are those of IDX files."""
-        columns = () if self.is_hub else ("image", "label")
-        for name in ("train", "validation", "span", *columns) if in_one else columns:
+        parts are known, as are those of IDX files; `columns`: of data that has such a choice, as the hub's have."""
+        chosen = () if self.is_hub or columns else ("image", "label")
+        for name in ("train", "validation", "span", *chosen) if in_one else chosen:
             if getattr(self, name) is not None:
-                kinds = "hf:NAME" if name in ("image", "label") else "a folder of images, or hf:NAME"
+                choice = name in ("image", "label")
+                kinds = "hf:NAME or tar archives" if choice else "a folder of images, tar archives, or hf:NAME"
                 raise Refusal(
                     f"{OPTIONS[name]}={getattr(self, name)} goes with {kinds}, and data={self.spec} is none: "
                     "leave it out"
@@ -80,8 +90,28 @@ def place(spec: str) -> str:
     """Return `spec` as it is stored: a path is made absolute, if it was taken for one and exists."""
     where = Location(spec)
     if where.is_named or not spec or not where.path.exists():
-        return spec
+        shards = where.is_archive and os.path.exists(braced(expanded(spec))[0])
+        return os.path.abspath(expanded(spec)) if shards else spec
     return (HUB if where.is_hub else "") + absolute(str(where.path))
+
+
+def braced(text: str) -> list[str]:
+    """Return the paths that a text with braces means, as a shell would write them out: a{00..12}.tar, {a,b}.tar. Raises
+    Refusal for more than MOST_SHARDS."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if found is None:
+        return [text]
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if ends is None:
+        middles = found[1].split(",")
+    else:
+        first, last = int(ends[1]), int(ends[2])
+        if abs(last - first) >= MOST_SHARDS:
+            raise Refusal(f"{found[0]} in {text} means {abs(last - first) + 1:,} archives: expected a smaller range")
+        numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+        width = max(map(len, ends.groups())) if any(end[0] == "0" and len(end) > 1 for end in ends.groups()) else 0
+        middles = [f"{number:0{width}d}" for number in numbers]
+    return [path for middle in middles for path in braced(text[: found.start()] + middle + text[found.end() :])]
 
 
 def location_of(options: Mapping[str, Any]) -> Location:

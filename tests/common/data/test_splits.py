@@ -105,9 +105,9 @@ def test_parts_are_chosen_by_name(tmp_path):
     pixels = b"\0\0\x08\x03" + (1).to_bytes(4, "big") * 3 + b"\0"
     (tmp_path / "train-images-idx3-ubyte").write_bytes(pixels)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (1).to_bytes(4, "big") + b"\0")
-    with pytest.raises(Refusal, match=r"data_train=train goes with a folder of images, or hf:NAME"):
+    with pytest.raises(Refusal, match=r"data_train=train goes with a folder of images, tar archives, or hf:NAME"):
         open_data(Location(str(tmp_path), train="train"))
-    with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME, and data=builtin is none"):
+    with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME or tar archives, and data=builtin is none"):
         open_data(Location("builtin", label="x"))
 
 
@@ -151,7 +151,7 @@ def test_splits_of_images_with_masks(tmp_path, layout):
     if "annotations" not in layout:
         judged = open_scenes(Location(str(tmp_path), train="val2017", validation="Train"))[1]
         assert "Train" in judged.where
-    with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME"):
+    with pytest.raises(Refusal, match=r"data_label=x goes with hf:NAME or tar archives"):
         open_scenes(Location(str(tmp_path), label="x"))
     with pytest.raises(Refusal, match=r"data_validation=dev: no such split of images .*Testing, Train, val2017"):
         open_scenes(Location(str(tmp_path), validation="dev"))

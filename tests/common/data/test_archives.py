@@ -1,0 +1,426 @@
+"""Tar archives, archives of archives and shards: the same images, in the same order, as the folder they came from."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import save
+
+from common.data import Images, Location, Unreadable, labelled_splits, open_data
+from common.data.location import braced, place
+from common.errors import Refusal
+
+Member = tuple[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "poslabel" / "archives"
+
+
+# ---------------------------------------------------------------------------- archives, written
+
+
+def write(path: Path, members: Iterable[Member], format_: int = tarfile.DEFAULT_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format_) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def picture(value: int = 0, ending: str = ".png") -> bytes:
+    file = Path(os.environ["XDG_CACHE_HOME"]) / f"x{ending}"
+    return save(file, np.full((2, 2), value, np.uint8)).read_bytes()
+
+
+def files_in(folder: Path) -> list[Member]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.read_bytes()) for path in paths]
+
+
+def as_tar(folder: Path, place: Path) -> str:
+    return str(write(place / "images.tar", files_in(folder)))
+
+
+def as_tar_of_tars(folder: Path, place: Path) -> str:
+    inner = [write(place / f"{one.name}.tar", files_in(one)) for one in sorted(folder.iterdir())]
+    return str(write(place / "outer" / "images.tar", [(path.name, path.read_bytes()) for path in inner]))
+
+
+def as_shards(folder: Path, place: Path) -> str:
+    """Five shards, picture after picture, with the class in .cls."""
+    shards: list[list[Member]] = [[] for _ in range(5)]
+    for k, (name, content) in enumerate(files_in(folder)):
+        label = name.partition("/")[0].encode()
+        shards[k % 5] += [(name, content), (f"{name.partition('.')[0]}.cls", label)]
+    for k, members in enumerate(shards):
+        write(place / f"shard-{k:02d}.tar", members)
+    return str(place / "shard-{00..04}.tar")
+
+
+WAYS: dict[str, Callable[[Path, Path], str]] = {"tar": as_tar, "tar of tars": as_tar_of_tars, "shards": as_shards}
+
+
+def names(images: Images) -> list[str]:
+    return [images.source.relative(i) for i in images.source_indices()]  # type: ignore[attr-defined]
+
+
+def labels(images: Images) -> list[int] | None:
+    return None if images.labels is None else images.labels.tolist()
+
+
+# ---------------------------------------------------------------------------- the same as a folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_images_as_in_the_folder(images: Path, tmp_path: Path, way: str) -> None:
+    folder, archive = open_data(str(images)), open_data(WAYS[way](images, tmp_path))
+    assert names(archive) == names(folder) and labels(archive) == labels(folder)
+    assert archive.classes == folder.classes == ("left", "middle", "right")
+    for i in range(0, len(folder), 5):
+        assert archive.read(i).equal(folder.read(i)) and archive.read(i, 1).equal(folder.read(i, 1))
+    assert archive.fingerprint() == folder.fingerprint() and archive.stamp() != folder.stamp()
+    twice = pickle.loads(pickle.dumps(archive.subset([3, 1])))
+    assert names(twice) == [names(folder)[3], names(folder)[1]] and twice.read(0).equal(folder.read(3))
+
+
+def test_archives_of_an_archive_may_have_folders(tmp_path: Path) -> None:
+    inner = write(tmp_path / "i.tar", [("./deep/1.png", picture(1)), ("2.png", picture(2))]).read_bytes()
+    members = [("./all/cat.tar", inner), ("all/dog.tar", inner), ("all/notes.tar.gz", b"x")]
+    images = open_data(str(write(tmp_path / "o.tar", members)))
+    assert names(images) == ["all/cat/2.png", "all/cat/deep/1.png", "all/dog/2.png", "all/dog/deep/1.png"]
+    assert images.left_out == "1 .gz" and int(images.read(1)[0, 0, 0]) == 1
+    assert labels(images) is None and "data_train=all" in images.why_unlabelled
+    assert labels(open_data(Location(str(tmp_path / "o.tar"), train="all"))) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "judged"),
+    [
+        ("train.tar", "val.tar"),
+        ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+        ("cars_train.tar", "cars_test.tar"),
+        ("in-train-0{k}.tar", "in-validation-{k}.tar"),
+        ("train/0000{k}.tar", "val/0000{k}.tar"),
+    ],
+)
+def test_splits_are_archives_beside_each_other(tmp_path: Path, train: str, judged: str) -> None:
+    for k in range(2):
+        members = [(f"{name}/{k}.png", picture(k)) for name in ("cat", "dog")]
+        write(tmp_path / train.format(k=k), members)
+        write(tmp_path / judged.format(k=k), members[:1])
+    ways = [str(tmp_path)] if "/" in train else [str(tmp_path), str(tmp_path / train.replace("{k}", "{0,1}"))]
+    for where in ways:
+        first, second, note = labelled_splits(where)
+        count = 2 if "{k}" in train else 1
+        assert (len(first), len(second)) == (2 * count, count) and note.startswith("as split in")
+        assert second.classes == ("cat", "dog") and labels(second) == [0] * count
+    assert len(open_data(Location(str(tmp_path), train=Path(judged.format(k=0)).parts[0].split("-0.tar")[0]))) == count
+
+
+def test_an_archive_that_is_named_is_trained_on(tmp_path: Path) -> None:
+    members = [(f"{name}/1.png", picture()) for name in ("cat", "dog")]
+    for name in ("photos", "val", "more"):
+        write(tmp_path / f"{name}.tar", members)
+    alone = Location(str(tmp_path / "photos.tar"))
+    with pytest.raises(Refusal, match="no test split"):
+        open_data(alone, "test")  # val.tar beside it may be of anything
+    for name in ("val", "val.tar", str(tmp_path / "val.tar")):
+        assert len(open_data(Location(alone.spec, validation=name), "test")) == 2
+    assert len(open_data(str(tmp_path / "val.tar"))) == 2
+    with pytest.raises(Refusal, match=r"more, photos, val, and no training|no training split, among more, photos, val"):
+        open_data(str(tmp_path))
+    with pytest.raises(Refusal, match=r"data_train=x: no such archive in .*; there is more, photos, val"):
+        open_data(Location(str(tmp_path), train="x"))
+    with pytest.raises(Refusal, match=r"data_validation=x: no such archive, nor a folder in .*; .*: cat, dog"):
+        open_data(Location(alone.spec, validation="x"), "test")
+
+
+def test_splits_and_a_folder_around_all_in_one_archive(tmp_path: Path) -> None:
+    parts = ("train/cat", "train/dog", "val/cat", "val/dog", "val/dog/more")
+    where = write(tmp_path / "set.tar", [(f"set-160/{part}/1.png", picture()) for part in parts])
+    train, test, note = labelled_splits(str(where))
+    assert names(train) == ["cat/1.png", "dog/1.png"] and names(test) == ["cat/1.png", "dog/1.png", "dog/more/1.png"]
+    assert train.name(1) == f"{where}/set-160/train/dog/1.png" and labels(test) == [0, 1, 1]
+    assert note == f"as split in {where}: train is trained on, val is judged on"
+    images = open_data(Location(str(where), train="."))
+    assert images.classes == ("train", "val") and len(images) == 5  # as it is said
+    swapped = Location(str(where), train="val", validation="train")
+    assert len(open_data(swapped)) == 3 and len(open_data(swapped, "test")) == 2
+
+
+def test_a_lone_class_of_a_test_archive_is_one_that_training_has(tmp_path: Path) -> None:
+    write(tmp_path / "train.tar", [(f"{name}/1.png", picture()) for name in ("cat", "dog")])
+    write(tmp_path / "val.tar", [("dog/2.png", picture())])
+    assert labels(labelled_splits(str(tmp_path))[1]) == [1]
+    write(tmp_path / "val.tar", [("fox/2.png", picture()), ("dog/2.png", picture())])
+    with pytest.raises(Refusal, match="train has cat, dog, test has dog, fox"):
+        labelled_splits(str(tmp_path))
+
+
+def test_images_in_a_folder_go_before_archives_in_it(tmp_path: Path) -> None:
+    write(tmp_path / "train.tar", [("a/1.png", picture())])
+    save(tmp_path / "train" / "a" / "2.png")
+    images = open_data(str(tmp_path))
+    assert (len(images) == 1 and "1 .tar" in images.left_out) or images.where.endswith("train")
+
+
+# ---------------------------------------------------------------------------- odd members
+
+
+def test_odd_members_are_counted_or_left_out(tmp_path: Path) -> None:
+    where = tmp_path / "odd.tar"
+    long = "/".join(["d" * 60] * 4) + "/" + "ü" * 60 + ".png"
+    with tarfile.open(where, "w", format=tarfile.GNU_FORMAT) as archive:
+
+        def add(name: str, content: bytes = b"", **fields: object) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in fields.items():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(content))
+
+        add("cat", type=tarfile.DIRTYPE)
+        add("./cat//1.png", picture(1))
+        add("cat/1.png", picture(2))  # written once more: tar -r
+        add("dog/2.png", type=tarfile.LNKTYPE, linkname="cat/1.png")
+        add("dog/3.png", type=tarfile.LNKTYPE, linkname="nowhere.png")
+        add("dog/4.png", type=tarfile.SYMTYPE, linkname="../cat/1.png")
+        add("dog/5", type=tarfile.FIFOTYPE)
+        add(long, picture(5))
+        for hidden in ("._1.png", ".git/2.png", "__MACOSX/cat/1.png", "Thumbs.db", "cat/../x.png"):
+            add(hidden, picture(9))
+        add("notes.txt", b"x")
+        add("photo.HEIC", b"x")
+    images = open_data(str(where))
+    assert names(images) == ["cat/1.png", long, "dog/2.png"]
+    assert [int(images.read(i)[0, 0, 0]) for i in range(3)] == [2, 5, 2]
+    assert images.name(0) == f"{where}/cat/1.png"
+    for words in ("1 .txt", "1 .heic", "1 symbolic link(s)", "1 link(s) to no picture in it", "1 FIFO",
+                  "1 images that later ones of the same name replace"):  # fmt: skip
+        assert words in images.left_out, words
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_of_every_format(tmp_path: Path, format_: int) -> None:
+    name = f"{'a' * 90}/{'b' * 90}.png"
+    images = open_data(str(write(tmp_path / "x.tar", [(name, picture(7))], format_)))
+    assert names(images) == [name] and int(images.read(0)[0, 0, 0]) == 7
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    where = write(tmp_path / "x.tar", [("cat/\udcff.png", picture(7)), ("dog/1.png", b"")], tarfile.GNU_FORMAT)
+    images = open_data(str(where))
+    assert images.name(0) == f"{where}/cat/\\xff.png" and int(images.read(0)[0, 0, 0]) == 7
+    with pytest.raises(Unreadable, match=r"x\.tar/dog/1\.png: the file is empty"):
+        images.read(1)
+
+
+# ---------------------------------------------------------------------------- what is refused, in one line
+
+CAT = [("cat/1.png", b"x" * 700), ("dog/2.png", b"y" * 700)]
+
+
+def test_an_archive_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.tar", CAT).read_bytes()
+    assert len(open_data(str(tmp_path / "whole.tar"))) == 2
+    for end in (0, 100, 512, 1000, 1212, 1400, 1536, 1600, 2048, 3072):  # in a header, a content, between members
+        where = tmp_path / f"{end}.tar"
+        where.write_bytes(whole[:end])
+        with pytest.raises(Refusal, match=rf"{end}\.tar (is cut short|is no tar archive|is damaged)") as refusal:
+            open_data(str(where))
+        assert "\n" not in str(refusal.value)
+    (tmp_path / "bare.tar").write_bytes(whole[:3584])  # one block of the end mark is enough
+    assert len(open_data(str(tmp_path / "bare.tar"))) == 2
+
+
+def test_an_archive_in_an_archive_cut_short_is_refused(tmp_path: Path) -> None:
+    inner = write(tmp_path / "i.tar", CAT).read_bytes()
+    for end in (3072, 2600):
+        where = write(tmp_path / "o.tar", [("a.tar", inner[:end]), ("b.tar", inner)])
+        with pytest.raises(Refusal, match=r"o\.tar/a\.tar is cut short"):
+            open_data(str(where))
+
+
+def test_what_is_no_plain_archive_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.tar", CAT).read_bytes()
+    damaged = bytearray(whole)
+    damaged[1536 + 3] ^= 1  # of the second header
+    cases = {
+        "damaged.tar": (bytes(damaged), "is damaged at byte 1,536"),
+        "twice.tar": (whole + whole, r"goes on after its end mark at byte .*tar --concatenate"),
+        "packed.tar": (gzip.compress(whole), r"compressed \(gzip\).*gunzip --keep"),
+        "x.tar.gz": (gzip.compress(whole), "is compressed.*gunzip"),
+        "text.tar": (b"hello " * 200, "is no tar archive"),
+        "none.tar": (bytes(10240), "no images in .*there is nothing in it; expected images"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Refusal, match=message) as refusal:
+            open_data(str(tmp_path / name))
+        assert "\n" not in str(refusal.value)
+    write(tmp_path / "other.tar", [("a.txt", b"x"), ("b.heic", b"y")])
+    with pytest.raises(Refusal, match=r"only other members \(1 \.txt, 1 \.heic\)"):
+        open_data(str(tmp_path / "other.tar"))
+    for spec, message in {"absent.tar": "no such file: .*in braces", "w{ho,hy,hom}le.tar": "2 of 3 archives"}.items():
+        with pytest.raises(Refusal, match=message):
+            open_data(str(tmp_path / spec))
+    with pytest.raises(Refusal, match="means 1,000,000,000 archives"):
+        open_data(str(tmp_path / "{1..1000000000}.tar"))
+
+
+# ---------------------------------------------------------------------------- the index
+
+
+def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    where = write(tmp_path / "x.tar", [("a/1.png", picture(1)), ("b/1.png", picture(2))])
+    before = open_data(str(where))
+    (kept,) = cache.glob("*.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+    def unread(*_: object) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.data.tar_index.headers", unread)
+        again = open_data(str(where))
+        assert again.fingerprint() == before.fingerprint() and labels(again) == [0, 1]
+    write(where, [("a/1.png", picture(3)), ("b/1.png", picture(4)), ("b/2.png", picture(5))])
+    assert names(open_data(str(where))) == ["a/1.png", "b/1.png", "b/2.png"]
+    (new,) = cache.glob("*.safetensors")  # instead of the old one
+    assert new != kept
+    with pytest.raises(Unreadable, match="has changed since it was indexed: start again"):
+        again.read(0)
+    new.write_bytes(new.read_bytes()[:-9])  # damaged: made again
+    assert len(open_data(str(where))) == 3
+
+
+def test_an_index_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = write(tmp_path / "x.tar", [("a/1.png", picture(1))])
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    images = open_data(str(where))
+    assert len(images) == 1 and "nor could the index be kept for the next time: " in images.left_out
+
+
+def test_a_killed_pass_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    where = write(tmp_path / "x.tar", [("a/1.png", picture(1))])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.checkpoints.storage.sync", killed)  # written aside, not yet renamed
+        with pytest.raises(KeyboardInterrupt):
+            open_data(str(where))
+    assert not list(cache.glob("*.safetensors*")) and len(open_data(str(where))) == 1
+
+
+# ---------------------------------------------------------------------------- shards
+
+
+def shard(path: Path, samples: Mapping[str, Mapping[str, object]]) -> Path:
+    """Write {key: {ending: content}}; pictures are given by a number."""
+    members = []
+    for key, sample in samples.items():
+        for kind, content in sample.items():
+            packed = picture(content) if isinstance(content, int) else str(content).encode()
+            members.append((f"{key}.{kind}", packed))
+    return write(path, members)
+
+
+def test_whole_numbers_in_cls_are_classes(tmp_path: Path) -> None:
+    samples = {"0001": {"cls": "2\n", "png": 1}, "0000": {"png": 0, "cls": " 0"}, "0002": {"png": 2, "cls": "-1"}}
+    images = open_data(str(shard(tmp_path / "x.tar", samples)))
+    assert names(images) == ["0000.png", "0001.png", "0002.png"]
+    assert images.classes == ("0", "1", "2") and labels(images) == [0, 2, -1]
+    assert "1 of 3 have no label" in images.note and images.left_out == ""
+
+
+def test_names_in_cls_and_samples_with_missing_members(tmp_path: Path) -> None:
+    samples = {"a": {"png": 1, "cls": "dog"}, "b": {"cls": "cat"}, "c": {"PNG": 2, "cls": "cat"}, "d": {"png": 3}}
+    images = open_data(str(shard(tmp_path / "x.tar", samples)))
+    assert images.classes == ("cat", "dog") and labels(images) == [1, 0, -1]
+    assert images.left_out == "1 samples that have a label and no image" and "1 of 3" in images.note
+
+
+def test_a_field_of_json(tmp_path: Path) -> None:
+    def described(**fields: object) -> str:
+        return json.dumps(fields)
+
+    where = shard(
+        tmp_path / "x.tar",
+        {
+            "a": {"png": 1, "json": described(label="dog", kind=1, size=[1])},
+            "b": {"png": 2, "json": described(label=None, kind=0, size=[2])},
+            "c": {"png": 3, "json": "no json"},
+        },
+    )
+    images = open_data(str(where))
+    assert images.classes == ("dog",) and labels(images) == [0, -1, -1]
+    assert labels(open_data(Location(str(where), label="kind"))) == [1, 0, -1]
+    with pytest.raises(Refusal, match=r"data_label=x is no field of \.json in .*; there is label, kind, size"):
+        open_data(Location(str(where), label="x"))
+    with pytest.raises(Refusal, match="data_label=size is of type list, and is no label"):
+        open_data(Location(str(where), label="size"))
+    two = shard(tmp_path / "y.tar", {"a": {"png": 1, "json": described(label=1, target=2)}})
+    images = open_data(str(two))
+    assert labels(images) is None and "choose one with data_label=NAME" in images.why_unlabelled
+    assert images.left_out == "1 .json"
+    none = shard(tmp_path / "z.tar", {"a": {"png": 1, "json": described(url="x")}})
+    assert "no field of .json is called label or the like; there is url" in open_data(str(none)).why_unlabelled
+
+
+def test_the_picture_of_a_sample_is_chosen(tmp_path: Path) -> None:
+    where = shard(tmp_path / "x.tar", {"a.b/1": {"png": 1, "seg.png": 2, "cls": "1"}, "a.b/2": {"png": 3, "cls": "0"}})
+    images = open_data(str(where))
+    assert names(images) == ["a.b/1.png", "a.b/2.png"] and images.left_out == "1 .seg.png"
+    masks = open_data(Location(str(where), image="seg.png"))
+    assert names(masks) == ["a.b/1.seg.png"] and labels(masks) == [1]
+    both = str(shard(tmp_path / "y.tar", {"a": {"left.png": 1, "right.png": 2, "cls": "1"}}))
+    with pytest.raises(Refusal, match=r"several pictures, \.left\.png, \.right\.png: choose .* data_image=ENDING"):
+        open_data(both)
+    assert int(open_data(Location(both, image=".Left.png")).read(0)[0, 0, 0]) == 1
+    with pytest.raises(Refusal, match=r"data_image=jpg: no picture in .* ends so; there is \.left\.png, \.right\.png"):
+        open_data(Location(both, image="jpg"))
+
+
+def test_shards_whose_samples_have_the_same_keys(tmp_path: Path) -> None:
+    for k in range(3):
+        shard(tmp_path / f"{k:05d}.tar", {"0000": {"png": k, "cls": str(2 - k)}})
+    images = open_data(str(tmp_path))
+    assert names(images) == ["00000.tar:0000.png", "00001.tar:0000.png", "00002.tar:0000.png"]
+    assert labels(images) == [2, 1, 0] and [int(images.read(i)[0, 0, 0]) for i in range(3)] == [0, 1, 2]
+    shard(tmp_path / "00003.tar", {"0001": {"png": 3, "json": '{"target": 1}'}})
+    with pytest.raises(Refusal, match=r"labels of .* are in \.target, cls: choose one field"):
+        open_data(str(tmp_path))
+
+
+def test_braces() -> None:
+    assert braced("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert braced("{a,b}/{1..0}") == ["a/1", "a/0", "b/1", "b/0"] and braced("x{") == ["x{"]
+
+
+def test_a_run_stores_where_shards_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "s-0.tar", CAT)
+    monkeypatch.chdir(tmp_path)
+    assert place("s-{0..1}.tar") == str(tmp_path / "s-{0..1}.tar") and place("t-{0..1}.tar") == "t-{0..1}.tar"
+
+
+def test_options_of_columns_go_with_archives_and_not_with_folders(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png")
+    with pytest.raises(Refusal, match="data_label=x goes with hf:NAME or tar archives"):
+        open_data(Location(str(tmp_path), label="x"))
