@@ -35,10 +35,10 @@ PAPERS = {
     "evaluate/selftest.py": {"dino", "knn/dino", "linear/dino+augment", "timm:vit_small_patch16_224.dino"},
     "pretrain/distillation/collapse.py": {"add koleo"},  # advice
 }
-# By Source, Objective, Positional, nn.Module, ArgumentParser.
+# By Source, NamedFiles, Objective, Positional, nn.Module, ArgumentParser.
 DESCRIBED = {
     "read", "name", "identity", "forward", "error", "begin_step", "before_update", "after_step", "teachers", "verdict",
-    "connect", "changed", "views_of", "answers",
+    "connect", "changed", "views_of", "answers", "size", "sample", "stamps",
 }  # fmt: skip
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
 PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel",

@@ -47,6 +47,7 @@ def open_builtin(split: str) -> Images:
 
 
 def cache_folder() -> Path:
+    """Return the folder for what is fetched or made once."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "poslabel"
 
 

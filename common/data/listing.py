@@ -25,6 +25,7 @@ JUNK_FOLDERS = frozenset(
      "system volume information", "__macosx", "lost+found"}
 )  # fmt: skip
 JUNK_FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"})
+_JUNK = JUNK_FOLDERS | JUNK_FILES
 # Endings of pictures that are not opened here: worth a word of what to do.
 OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw",
@@ -272,7 +273,7 @@ def sample_of(path: str) -> bytes:
 
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of this name is left out unsaid: a dot begins it, or a system made it."""
-    return name[:1] == "." or name.lower() in JUNK_FOLDERS | JUNK_FILES
+    return name[:1] == "." or name.lower() in _JUNK
 
 
 def _has_ending(name: str, endings: Collection[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,9 @@ class Members(NamedFiles):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # descriptors are of one process; a forked one may go on with them
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the exit `os` may be gone before this
         for handle in self.__dict__.get("_handles", {}).values():
-            os.close(handle)
+            close(handle)
 
     def inside(self, folder: bytes, start: int, stop: int) -> Members:
         """Return the pictures `start` to `stop`, which are all in `folder`, by their names in it."""

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -152,11 +152,11 @@ def _store(folder: Path, name: str, index: Index, about: str) -> None:
     write_atomically(folder / name, lambda aside: save_file(arrays, aside, metadata))
     size_and_time = json.loads(about)[2:4]
     for other in folder.glob(f"{name.partition('-')[0]}-*.safetensors"):
-        if (known := _described(other)) is None or json.loads(known)[2:4] != size_and_time:
+        if (known := _made_of(other)) is None or json.loads(known)[2:4] != size_and_time:
             other.unlink(missing_ok=True)
 
 
-def _described(file: Path) -> str | None:
+def _made_of(file: Path) -> str | None:
     """Return what a kept index was made of; None if it is none."""
     from safetensors import SafetensorError, safe_open
 
@@ -171,7 +171,7 @@ def _stored(file: Path, about: str) -> Index | None:
     """Load a kept index; None if there is none of this archive as it is now, or a damaged one."""
     from safetensors import SafetensorError, safe_open
 
-    if not file.exists() or _described(file) != about:
+    if not file.exists() or _made_of(file) != about:
         return None
     try:
         with safe_open(file, "numpy") as stored:
@@ -200,12 +200,60 @@ def build(path: str, wanted: Wanted) -> Index:
     return reader.index()
 
 
-def headers(file: BinaryIO, start: int, end: int, shown: str) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of the archive that lies at bytes `start` to `end` of a file, as `tarfile` reads them.
+class Member(NamedTuple):
+    """Member of an archive: a file, or what `kind` says; `link`: the name of the file whose content a hard link has."""
+
+    name: bytes
+    offset: int
+    size: int
+    kind: str = ""
+    link: bytes = b""
+
+
+LINK, FOLDER = "link(s) to no picture in it", "folder"
+
+
+def members(file: BinaryIO, start: int, end: int, shown: str) -> Iterator[Member]:
+    """Yield the members of the archive that lies at bytes `start` to `end` of a file.
 
     `tarfile` by itself takes a damaged header, and a file that ends early, for the end of the archive. Raises Refusal
     for both.
     """
+    archive, place = _begun(file, start, shown), start
+    while True:
+        file.seek(place)
+        block = file.read(BLOCK) if place < end else b""
+        if len(block) < BLOCK:
+            raise Refusal(f"{shown} is cut short at byte {place:,}: it has no end mark; fetch or write it again")
+        if not any(block):
+            break
+        member = None if archive.pax_headers else plain(block, place + BLOCK)
+        if member is not None:
+            after = place + BLOCK + -(-member.size // BLOCK) * BLOCK
+        else:
+            try:
+                file.seek(place)
+                member = _described(tarfile.TarInfo.fromtarfile(archive))
+            except (tarfile.TarError, ValueError) as error:
+                raise Refusal(f"{shown} is damaged at byte {place:,}: {error}; fetch or write it again") from None
+            after = archive.offset
+        if not place < after <= end:
+            name = printable(member.name)
+            raise Refusal(f"{shown} is cut short in {name}, at byte {end:,}; fetch or write it again")
+        place = after
+        yield member
+    file.seek(place)
+    while place < end and (rest := file.read(min(1 << 20, end - place))):
+        if rest.strip(b"\0"):
+            raise Refusal(
+                f"{shown} goes on after its end mark at byte {place:,}: archives that were joined by cat; join them "
+                "with tar --concatenate, or name them all"
+            )
+        place += len(rest)
+
+
+def _begun(file: BinaryIO, start: int, shown: str) -> tarfile.TarFile:
+    """Return the archive at byte `start` of a file. Raises Refusal where there is none."""
     file.seek(start)
     beginning = file.read(8)
     for magic, (name, undone_by) in COMPRESSED.items():
@@ -216,35 +264,41 @@ def headers(file: BinaryIO, start: int, end: int, shown: str) -> Iterator[tarfil
             )
     try:
         file.seek(start)
-        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        return tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
     except tarfile.TarError:
         raise Refusal(f"{shown} is no tar archive; expected one, not compressed") from None
-    place = start
-    while True:
-        file.seek(place)
-        block = file.read(BLOCK) if place < end else b""
-        if len(block) < BLOCK:
-            raise Refusal(f"{shown} is cut short at byte {place:,}: it has no end mark; fetch or write it again")
-        if not any(block):
-            break
-        try:
-            file.seek(place)
-            member = tarfile.TarInfo.fromtarfile(archive)
-        except (tarfile.TarError, ValueError) as error:
-            raise Refusal(f"{shown} is damaged at byte {place:,}: {error}; fetch or write it again") from None
-        if archive.offset <= place or archive.offset > end:
-            name = printable(member.name)
-            raise Refusal(f"{shown} is cut short in {name}, at byte {end:,}; fetch or write it again")
-        place = archive.offset
-        yield member
-    file.seek(place)
-    while place < end and (rest := file.read(min(1 << 20, end - place))):
-        if rest.strip(b"\0"):
-            raise Refusal(
-                f"{shown} goes on after its end mark at byte {place:,}: archives that were joined by cat; join them "
-                "with tar --concatenate, or name them all"
-            )
-        place += len(rest)
+
+
+def plain(block: bytes, offset: int) -> Member | None:
+    """Read the header of a plain file, as nearly all are, in a quarter of the time that `tarfile` takes; None for
+    anything else, or if its sum is wrong."""
+    name, before = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+    if block[156] not in b"0\0" or not block.startswith(b"ustar", 257) or name.endswith(b"/"):
+        return None
+    try:
+        size, stated = (int(block[place : place + 12].split(b"\0")[0], 8) for place in (124, 148))
+    except ValueError:  # a size above 8 GB is written in another way
+        return None
+    if size < 0 or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
+        return None
+    return Member(b"/".join((before, name)) if before else name, offset, size)
+
+
+def _described(member: tarfile.TarInfo) -> Member:
+    """Return what `tarfile` read as ours."""
+    name, link = (text.encode("utf-8", "surrogateescape") for text in (member.name, member.linkname))
+    kind = ""
+    if member.isdir():
+        kind = FOLDER
+    elif member.islnk():
+        kind = LINK
+    elif member.issym():
+        kind = "symbolic link(s)"
+    elif member.issparse():
+        kind = "sparse file(s)"
+    elif not member.isreg():
+        kind = "FIFO" if member.isfifo() else "device"
+    return Member(name, member.offset_data, member.size, kind, link)
 
 
 class _Pass:
@@ -267,26 +321,21 @@ class _Pass:
     def read(self, start: int, end: int, prefix: bytes = b"") -> None:
         """Read the headers at bytes `start` to `end`; names there begin with `prefix`. Raises Refusal."""
         shown = printable(self.path) + (f"/{printable(prefix[:-1])}.tar" if prefix else "")
-        for member in headers(self.file, start, end, shown):
+        for member in members(self.file, start, end, shown):
             self.count += 1
             if self.count % 1000 == 0:
                 self._tell(member.offset)
-            name = self._known(prefix + member.name.encode("utf-8", "surrogateescape"))
-            if name is None or member.isdir():
+            name = self._known(prefix + member.name)
+            if name is None or member.kind == FOLDER:
                 continue
-            if member.islnk():
-                target = self._known(prefix + member.linkname.encode("utf-8", "surrogateescape"))
-                self.links.append((name, target or b""))
-            elif member.issym():
-                self.left.special["symbolic link(s)"] += 1
-            elif member.issparse():
-                self.left.special["sparse file(s)"] += 1
-            elif not member.isreg():
-                self.left.special["FIFO" if member.isfifo() else "device"] += 1
-            elif name.lower().endswith(b".tar") and not prefix:
-                self.read(member.offset_data, member.offset_data + member.size, name[: -len(".tar")] + b"/")
+            if member.kind == LINK:
+                self.links.append((name, self._known(prefix + member.link) or b""))
+            elif member.kind:
+                self.left.special[member.kind] += 1
+            elif name[-4:].lower() == b".tar" and not prefix:
+                self.read(member.offset, member.offset + member.size, name[:-4] + b"/")
             else:
-                self._file(name, member.offset_data, member.size)
+                self._file(name, member.offset, member.size)
 
     def _tell(self, place: int) -> None:
         if (now := time.monotonic()) - self.said >= OFTEN:
@@ -349,7 +398,7 @@ class _Pass:
             if target in at and os.fsdecode(name[name.rfind(b".") :]).lower() in self.wanted.endings:
                 at[name] = at[target]
             else:
-                self.left.special["link(s) to no picture in it"] += 1
+                self.left.special[LINK] += 1
         facts["field"], facts["why"] = self._field()
         labels = self.texts.get(facts["field"] or "", {})
         if self.wanted.image is not None or (labels and any(key_of(name)[0] in labels for name in at)):

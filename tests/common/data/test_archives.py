@@ -15,6 +15,7 @@ from pictures import save
 
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.location import braced, place
+from common.data.tar_index import Wanted, build
 from common.errors import Refusal
 
 Member = tuple[str, bytes]
@@ -221,6 +222,20 @@ def test_long_names_of_every_format(tmp_path: Path, format_: int) -> None:
     assert names(images) == [name] and int(images.read(0)[0, 0, 0]) == 7
 
 
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [picture(k, ending) for k, ending in enumerate((".png", ".jpg"))]
+    for format_ in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        named = [(f"{'a' * length}/{'b' * 60}.png", made[length % 2]) for length in range(1, 154, 9)]
+        where = str(write(tmp_path / f"{format_}.tar", [*named, ("ü/1.png", made[0]), ("empty.jpg", b"")], format_))
+        ours = build(where, Wanted(frozenset({".png", ".jpg"})))
+        assert len(ours.ends) == len(named) + 2
+        with monkeypatch.context() as patch:
+            patch.setattr("common.data.tar_index.plain", lambda *_: None)
+            theirs = build(where, Wanted(frozenset({".png", ".jpg"})))
+        assert ours.names() == theirs.names() and ours.facts == theirs.facts
+        assert (ours.offsets == theirs.offsets).all() and (ours.sizes == theirs.sizes).all()
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     where = write(tmp_path / "x.tar", [("cat/\udcff.png", picture(7)), ("dog/1.png", b"")], tarfile.GNU_FORMAT)
     images = open_data(str(where))
@@ -295,7 +310,7 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.data.tar_index.headers", unread)
+        patch.setattr("common.data.tar_index.members", unread)
         again = open_data(str(where))
         assert again.fingerprint() == before.fingerprint() and labels(again) == [0, 1]
     write(where, [("a/1.png", picture(3)), ("b/1.png", picture(4)), ("b/2.png", picture(5))])
@@ -361,14 +376,12 @@ def test_a_field_of_json(tmp_path: Path) -> None:
     def described(**fields: object) -> str:
         return json.dumps(fields)
 
-    where = shard(
-        tmp_path / "x.tar",
-        {
-            "a": {"png": 1, "json": described(label="dog", kind=1, size=[1])},
-            "b": {"png": 2, "json": described(label=None, kind=0, size=[2])},
-            "c": {"png": 3, "json": "no json"},
-        },
-    )
+    samples: dict[str, dict[str, object]] = {
+        "a": {"png": 1, "json": described(label="dog", kind=1, size=[1])},
+        "b": {"png": 2, "json": described(label=None, kind=0, size=[2])},
+        "c": {"png": 3, "json": "no json"},
+    }
+    where = shard(tmp_path / "x.tar", samples)
     images = open_data(str(where))
     assert images.classes == ("dog",) and labels(images) == [0, -1, -1]
     assert labels(open_data(Location(str(where), label="kind"))) == [1, 0, -1]
@@ -376,7 +389,7 @@ def test_a_field_of_json(tmp_path: Path) -> None:
         open_data(Location(str(where), label="x"))
     with pytest.raises(Refusal, match="data_label=size is of type list, and is no label"):
         open_data(Location(str(where), label="size"))
-    two = shard(tmp_path / "y.tar", {"a": {"png": 1, "json": described(label=1, target=2)}})
+    two = shard(tmp_path / "y.tar", {"a": dict(png=1, json=described(label=1, target=2))})
     images = open_data(str(two))
     assert labels(images) is None and "choose one with data_label=NAME" in images.why_unlabelled
     assert images.left_out == "1 .json"
