@@ -121,18 +121,18 @@ class PretrainConfig:
     """Run folder; null numbers itself below runs/. One that exists is refused (see --overwrite, --resume)."""
     data: str = field(default="builtin", metadata=path_option(place))
     """builtin, fashion-mnist, cifar10, cifar100, stl10, hf:NAME_OR_PATH, or the path of a folder of images (./builtin
-    for one of such a name)."""
+    for one of such a name), of a tar archive, or of shards: 'NAME-{000..099}.tar'."""
     data_root: str | None = field(default=None, metadata=path_option(if_there))
     """Folder in which a named data set is looked for, and fetched to."""
     data_train: str | None = field(default=None, metadata=path_option(expanded))
-    """Sub-folder, or split of hf:, that is trained on; of a folder "." is all of it. null: by its name, such as train,
-    training, train2017."""
+    """Sub-folder, archive, or split of hf:, that is trained on; of a folder "." is all of it. null: by its name, such
+    as train, training, train2017."""
     data_validation: str | None = field(default=None, metadata=path_option(expanded))
-    """Sub-folder, or split of hf:, that evaluations judge on; null: by its name, such as test, val2017, dev."""
+    """Sub-folder, archive, or split of hf:, that evaluations judge on; null: by its name, such as test, val2017."""
     data_image: str | None = None
-    """Column of the images in hf:; null: the only one there is."""
+    """Column of the images in hf:, or ending of the images in shards; null: the only one there is."""
     data_label: str | None = None
-    """Column of their labels in hf:; null: the only one there is, by its type and name."""
+    """Column of their labels in hf:, or field of the .json in shards; null: the only one, by its type and name."""
     data_range: str | None = None
     """Values of black and white in pictures of more than 8 bits a channel, LOW:HIGH, or HIGH alone: 4095, -1:1. null:
     what a file declares, else all of 16 bits, 0 to 1 or 0 to 255; where that is open, a picture is unreadable."""

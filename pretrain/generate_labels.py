@@ -115,8 +115,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", required=True, type=expanded_path, metavar="FILE", help="the file to write")
     add("--data", type=expanded, default="builtin", metavar="SPEC", help="images (default: the built-in ones)")
     add("--data-root", type=expanded, metavar="DIR", help="where a named data set is looked for, and fetched to")
-    add("--data-train", type=expanded, metavar="NAME", help="sub-folder or split to label (default: by its name)")
-    add("--data-image", metavar="COLUMN", help="of the images in hf: (default: the only one)")
+    add("--data-train", type=expanded, metavar="NAME", help="sub-folder, archive or split to label (default: by name)")
+    add("--data-image", metavar="COLUMN", help="of the images in hf:; in shards, how their names end")
     add("--data-range", metavar="LOW:HIGH", help="values of black and white in pictures of more than 8 bits")
     add(
         "--size",

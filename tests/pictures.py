@@ -1,8 +1,11 @@
 """Pictures for tests: a smooth one, folders of noisy colours that features tell apart, and files made by hand."""
 
 import gzip
+import io
 import struct
+import tarfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,20 @@ def write_images(folder, per_class, seed=0, names=COLOURS):
         for i in range(per_class):
             pixels = np.clip(np.array(COLOURS.get(name, (0, 0, 0))) + rng.normal(0, 25, (8, 8, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{seed}-{i}.png")
+
+
+Member = tuple[str, bytes]  # of an archive: name and content
+
+
+def write_tar(path: Path, members: Iterable[Member], format_: int = tarfile.DEFAULT_FORMAT) -> Path:
+    """Write a tar archive of these files; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format_) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -60,10 +60,10 @@ def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
     add = parser.add_argument
     add("--data", type=expanded, metavar="SPEC", help=purpose)
     add("--data-root", type=expanded, metavar="DIR", help="where a named data set is looked for, and fetched to")
-    add("--data-train", type=expanded, metavar="NAME", help="sub-folder or split to train on (default: by its name)")
-    add("--data-validation", type=expanded, metavar="NAME", help="sub-folder or split to judge on")
-    add("--data-image", metavar="COLUMN", help="of the images in hf: (default: the only one)")
-    add("--data-label", metavar="COLUMN", help="of their labels in hf: (default: the only one)")
+    add("--data-train", type=expanded, metavar="NAME", help="sub-folder, archive or split to train on")
+    add("--data-validation", type=expanded, metavar="NAME", help="sub-folder, archive or split to judge on")
+    add("--data-image", metavar="COLUMN", help="of the images in hf:; in shards, how their names end")
+    add("--data-label", metavar="COLUMN", help="of their labels in hf:; in shards, field of .json")
     add("--data-range", metavar="LOW:HIGH", help="values of black and white in pictures of more than 8 bits")
 
 

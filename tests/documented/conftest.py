@@ -1,5 +1,6 @@
 """A home folder with the images and runs that the documents name, so small that every command takes seconds."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,20 +8,31 @@ import numpy as np
 import pytest
 import timm
 from documented.commands import ROOT, small
-from pictures import write_idx
+from pictures import write_idx, write_tar
 from runs.children import training_here
 from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="session")
 def furnished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """~/photos, ~/labelled, files in place of Fashion-MNIST's and of published weights, and two runs in ~/runs."""
+    """~/photos, ~/labelled, the same in ~/archives and ~/shards, files in place of Fashion-MNIST's and of published
+    weights, and two runs in ~/runs."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(images, home / "photos")
     for number, path in enumerate(sorted(images.rglob("*.*"))):
         place = home / "labelled" / ("test" if number % 4 == 0 else "train") / path.parent.name
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
+    for split, name in (("train", "train"), ("test", "val")):
+        files = sorted(path for path in (home / "labelled" / split).rglob("*.*"))
+        members = [(str(path.relative_to(home / "labelled" / split)), path.read_bytes()) for path in files]
+        write_tar(home / "archives" / f"{name}.tar", members)
+    for k in range(4):
+        shard: list[tuple[str, bytes]] = []
+        for name, content in members[k::4]:
+            label = {"category": name.partition("/")[0]}
+            shard += [(name, content), (f"{name.partition('.')[0]}.json", json.dumps(label).encode())]
+        write_tar(home / "shards" / f"photos-{k:03d}.tar", shard)
     rng = np.random.default_rng(0)
     for stem in ("train", "t10k"):
         write_idx(home / "fashion" / f"{stem}-images-idx3-ubyte.gz", rng.integers(0, 256, (64, 28, 28), dtype=np.uint8))
@@ -40,7 +52,7 @@ def home(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(furnished / "runs", place / "runs")
     for name in ("pretrain", "evaluate", "benchmarks", "Makefile"):
         (place / name).symlink_to(ROOT / name)
-    for name in ("photos", "labelled", "fashion", "weights.safetensors"):
+    for name in ("photos", "labelled", "archives", "shards", "fashion", "weights.safetensors"):
         (place / name).symlink_to(furnished / name)
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -6,19 +6,18 @@ import json
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import save
+from pictures import Member, save
+from pictures import write_tar as write
 
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.location import braced, place
 from common.data.tar_index import Wanted, build
 from common.errors import Refusal
-
-Member = tuple[str, bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +29,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
 
 # ---------------------------------------------------------------------------- archives, written
-
-
-def write(path: Path, members: Iterable[Member], format_: int = tarfile.DEFAULT_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format_) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def picture(value: int = 0, ending: str = ".png") -> bytes:
@@ -366,7 +355,8 @@ def test_whole_numbers_in_cls_are_classes(tmp_path: Path) -> None:
 
 
 def test_names_in_cls_and_samples_with_missing_members(tmp_path: Path) -> None:
-    samples = {"a": {"png": 1, "cls": "dog"}, "b": {"cls": "cat"}, "c": {"PNG": 2, "cls": "cat"}, "d": {"png": 3}}
+    samples: dict[str, dict[str, object]] = {"a": {"png": 1, "cls": "dog"}, "b": {"cls": "cat"}, "d": {"png": 3}}
+    samples["c"] = {"PNG": 2, "cls": "cat"}
     images = open_data(str(shard(tmp_path / "x.tar", samples)))
     assert images.classes == ("cat", "dog") and labels(images) == [1, 0, -1]
     assert images.left_out == "1 samples that have a label and no image" and "1 of 3" in images.note
@@ -389,7 +379,7 @@ def test_a_field_of_json(tmp_path: Path) -> None:
         open_data(Location(str(where), label="x"))
     with pytest.raises(Refusal, match="data_label=size is of type list, and is no label"):
         open_data(Location(str(where), label="size"))
-    two = shard(tmp_path / "y.tar", {"a": dict(png=1, json=described(label=1, target=2))})
+    two = shard(tmp_path / "y.tar", {"a": {"png": 1, "json": described(label=1, target=2)}})
     images = open_data(str(two))
     assert labels(images) is None and "choose one with data_label=NAME" in images.why_unlabelled
     assert images.left_out == "1 .json"
