@@ -53,6 +53,7 @@ COLUMNS = (
     *(f"{number}: {word}" for number in NUMBERS for word in ROWS.values()),
     "position, held out", "cost", "published", "hardware", "time", "command",
 )  # fmt: skip
+SECTION = "\n## "  # what comes after the table: other benchmarks' own
 MINUTES = "minutes.json"  # in a run's folder: how long it trained
 
 
@@ -112,7 +113,8 @@ SUMMARY = {
 
 def summary() -> str:
     """The rows of RESULTS.md in the columns of README's table, as Markdown; deviations of the pretrained alone."""
-    rows = [row for row in RESULTS.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
+    own, _, _ = RESULTS.read_text(encoding="utf-8").partition(SECTION)
+    rows = [row for row in own.splitlines() if row.startswith("| ")][1:]
     text = line(list(SUMMARY.values())) + "|---" * len(SUMMARY) + "|\n"
     for row in rows:
         cells = dict(zip(COLUMNS, row.strip("| ").split(" | "), strict=True))
@@ -207,7 +209,8 @@ def main() -> None:
         "command": f"`{command}` ({datetime.date.today()})",
     }
     row = line([cells[name] for name in COLUMNS])
-    RESULTS.write_text((RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else heading()) + row, encoding="utf-8")
+    own, mark, others = (RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else heading()).partition(SECTION)
+    RESULTS.write_text(own + row + mark + others, encoding="utf-8")
     print(row)
 
 

@@ -53,10 +53,14 @@ def test_a_row_tells_centred_from_uncentred_and_may_be_judged_again(results, tmp
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr("sys.argv", ["results.py", "quickstart", "--seeds", "0", "2"])
     results.main()
+    rows = tmp_path / "RESULTS.md"
+    rows.write_text(rows.read_text() + "\n## Other figures\n\n| of another table |\n")
     monkeypatch.setattr("sys.argv", ["results.py", "quickstart", "--seeds", "0", "2", "--no-training"])
     results.main()
+    own, _, other = rows.read_text().partition("\n## ")
+    assert other == "Other figures\n\n| of another table |\n" and results.summary().count("\n") == 4
     assert calls.count("pretrain/run.py") == 2 and calls.count("evaluate/knn.py") == 4
-    header, rule, first, again = (tmp_path / "RESULTS.md").read_text().splitlines()[-4:]
+    header, rule, first, again = own.splitlines()[-4:]
     names, cells = ([cell.strip() for cell in each.strip("|").split(" | ")] for each in (header, first))
     row = dict(zip(names, cells, strict=True))
     assert rule == "|" + "---|" * len(names) and first == again
@@ -71,6 +75,6 @@ def test_a_row_tells_centred_from_uncentred_and_may_be_judged_again(results, tmp
 
 
 def test_every_row_of_results_has_the_columns_of_the_header(results):
-    lines = (SCRIPT.parents[1] / "RESULTS.md").read_text()
+    lines, _, _ = (SCRIPT.parents[1] / "RESULTS.md").read_text().partition(results.SECTION)
     assert lines.startswith(results.heading())
     assert all(len(line.split(" | ")) == len(results.COLUMNS) for line in lines.splitlines() if line.startswith("| "))
