@@ -87,12 +87,14 @@ def small(words: list[str], home: Path) -> list[str]:
     content = configuration.read_yaml(configuration.find_recipe(recipe, "pretrain"))
     shape = [f"model.kwargs.{name}={value}" for name, value in NARROW.items()]
     size = [f"views.{name}.size={32 if name == 'local' else 64}" for name in content.views]
-    if "patch_size" in content.model.get("kwargs", {}):  # small as it is
+    if {"patch_size", "channels"} & content.model.get("kwargs", {}).keys():  # small as it is
         shape = size = []
     elif any(word.startswith("model.name=spvit") for word in words):  # of its own depth and width
         shape = []
     elif any(word.startswith("model.init=timm:") for word in words):  # of the depth and width of what is published
         shape = [f"model.weights={home}/weights.safetensors"]
+    if "runs/" in str(content.model.get("init")):
+        shape.append(f"model.init={home}/token_runs/tokens_lvvit")
     return [*given, *SHORT, *shape, *size]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from documented.commands import ROOT, small
 from pictures import write_idx, write_tar
 from runs.children import training_here
@@ -42,7 +43,25 @@ def furnished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with training_here() as main:
         for run, recipe, data in (("quickstart-001", "quickstart", "labelled"), ("photos", "vit_small", "photos")):
             assert main(*small([recipe, f"data={home}/{data}"], home), f"run={home}/runs/{run}") == 0
+    label_and_train(home)
     return home
+
+
+def label_and_train(home: Path) -> None:
+    """~/labelled.labels, dense labels of the three classes, and an LV-ViT trained with them in ~/token_runs."""
+    from pretrain.generate_labels import main as generate
+
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), home / "annotator.pth")
+    words = ["--annotator", "timm:test_resnet", "--weights", home / "annotator.pth", "--size", "64", "--threads", "1"]
+    given = ["--data", home / "labelled", "--out", home / "labelled.labels"]
+    assert generate([*map(str, [*words, *given])]) == 0
+    given = [
+        "supervised/tokens_lvvit",
+        f"data={home}/labelled",
+        f"objectives.token_labeling.labels={home}/labelled.labels",
+    ]
+    with training_here() as main:
+        assert main(*small(given, home), f"run={home}/token_runs/tokens_lvvit") == 0
 
 
 @pytest.fixture
@@ -52,7 +71,8 @@ def home(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(furnished / "runs", place / "runs")
     for name in ("pretrain", "evaluate", "benchmarks", "Makefile"):
         (place / name).symlink_to(ROOT / name)
-    for name in ("photos", "labelled", "archives", "shards", "fashion", "weights.safetensors"):
+    folders = ("photos", "labelled", "archives", "shards", "fashion", "token_runs")
+    for name in (*folders, "weights.safetensors", "labelled.labels"):
         (place / name).symlink_to(furnished / name)
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

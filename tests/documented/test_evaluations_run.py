@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -108,13 +109,15 @@ def test_a_classifier_is_validated(
     """Once the run was finetuned; in place of the authors' file one that is drawn, of labels as many as images."""
     if "trained-seed0" in command:
         assert judge("accelerate launch evaluate/finetune.py --ckpt runs/quickstart-001", monkeypatch) == 0
+    shutil.copytree(home / "token_runs/tokens_lvvit", home / "runs/tokens_lvvit")
     torch.save({"state_dict": timm.create_model("lvvit_s", num_classes=3).state_dict()}, home / "lvvit.pth")
     (home / "real.json").write_text(json.dumps([[0]] * 24))
     for word, place in (("FILE", home / "lvvit.pth"), ("IMAGENET", home / "labelled")):
         command = command.replace(f" {word} ", f" {place} ")
     capsys.readouterr()
     assert judge(command, monkeypatch) == 0
-    row = r"trained-seed0 +vit_\S+, \d+x\d+ px, last" if "trained" in command else "timm:lvvit_s +lvvit_s, 224x224 px"
+    rows = {"trained": r"trained-seed0 +vit_\S+, \d+x\d+ px, last", "tokens": "tokens_lvvit +lvvit_s, 64x64 px"}
+    row = next((row for what, row in rows.items() if what in command), "timm:lvvit_s +lvvit_s, 224x224 px")
     out = capsys.readouterr().out
     assert re.search(rf"^{row} +\d+\.\d +\d+\.\d-\d+\.\d", out, re.MULTILINE)
     assert json.loads(Path(out.partition("\nreport: ")[2].splitlines()[0]).read_text())["values"]
