@@ -40,6 +40,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),
+        *(f"labels     {source}" for source in parts.samples.beside.values()),
         *([f"begins     {parts.init}"] if parts.init else []),
         *([f"teacher    {_momentum(parts)}; export {config.export}"] if parts.task.teacher else []),
         f"optimizer  AdamW, {_clipping(config.optimizer)}",

@@ -76,7 +76,9 @@ class Labels:
     def __str__(self) -> str:
         cells = f"{self.grid[0]}x{self.grid[1]}"
         how = "whole images" if self.crop is None else f"the central {self.crop:g} of images"
-        return f"{self.where}: {self.top} of {self.classes:,} classes in {cells} cells of {how}, by {self.annotator}"
+        without = f"; {len(self.missing):,} images have none" if self.missing else ""
+        known = f"{self.top} of {self.classes:,} classes in {cells} cells of {how}"
+        return f"{self.where}: {known}, by {self.annotator}{without}"
 
 
 def open_labels(where: str | Path, images: Images, classes: int, limit: Limit) -> Labels:

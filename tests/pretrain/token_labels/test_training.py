@@ -80,6 +80,7 @@ def test_a_run_is_carried_on_to_larger_images_and_to_other_classes(
     small, large, other = tmp_path / "small", tmp_path / "large", tmp_path / "other"
     given = [*tiny, *LABELLED, *LV, "monitor.held_out=0"]
     assert inside(*given, objective(labels), "steps=4", f"run={small}") == 0
+    assert "all.labels: 2 of 3 classes in 2x2 cells of whole images, by timm:test_resnet\n" in capsys.readouterr().out
     still = ["steps=1", "optimizer={lr: 0, min_lr: 0, weight_decay: 0}", f"model.init={small}"]
     capsys.readouterr()
     assert inside(*given, *still, objective(labels), "views.global.size=48", f"run={large}") == 0
