@@ -17,7 +17,8 @@ if not __package__:
 import argparse
 import datetime
 import json
-import time
+import os
+import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.results import line, records
-from benchmarks.supervised import ALIKE, RESULTS, interval, run
+from benchmarks.supervised import ALIKE, RESULTS, interval
+from common.errors import Refusal
 from common.features.metrics import wilson
 from evaluate.job import bootstrap, report
 
@@ -34,10 +36,10 @@ RUNS = ROOT / "runs" / "token_labels"
 LABELS = RUNS / "cifar10.labels"
 WITH = [f"objectives.token_labeling.labels={LABELS}"]
 WITHOUT = ["objectives.token_labeling.labels=null", "objectives.token_labeling.dense_weight=0"]
-DONE = "token_labels.json"  # in a run's folder, written last: its words, and how long it trained
+DONE = "token_labels.json"  # in a run's folder, written last: its words, and the minutes of a core that it trained
 TITLE = "## Token labels"
 COLUMNS = (
-    "network", "recipe", "epochs", "top-1", "95 %", "minus", "difference", "95 % of it", "commit", "images/s", "time",
+    "network", "recipe", "epochs", "top-1", "95 %", "minus", "difference", "95 % of it", "commit", "images/s", "minutes of a core",
     "hardware", "command",
 )  # fmt: skip
 TEXT = """
@@ -45,8 +47,8 @@ Written by `benchmarks/token_labels.py`: CIFAR-10's 50,000 training images, 1,00
 top-1 in percent on all 10,000 test images, intervals over these (Wilson; of differences paired by image, bootstrap), not over
 seeds. The annotator labels the training images it was trained on. *Without*: the same recipe with the class of an image alone
 (exchanged patches too). The larger LV-ViT goes on from the small one. The last two are judged on Fashion-MNIST's test images:
-the small LV-ViT carried over, and the same network from scratch, both for half an epoch. Time is that of the training, with
-its monitors. Nothing is published for these networks and data.
+the small LV-ViT carried over, and the same network from scratch, both for half an epoch. Minutes are those of one
+core for the training, its monitors included. Nothing is published for these networks and data.
 
 """  # noqa: E501
 
@@ -82,6 +84,21 @@ CHAIN = [
 BY_NAME = {training.name: training for training in CHAIN}
 
 
+def run(script: str, words: Sequence[str], log: Path) -> float:
+    """Run one of our scripts as a child process with one thread; what it says is added to `log`. Returns the minutes
+    that it kept a processor busy, which others on the machine lengthen little. Raises Refusal."""
+    one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *words], stdout=file, stderr=file, env=os.environ | one
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise Refusal(f"{script} ended with status {process.returncode}; its words are in {log}")
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
 def words_of(training: Training, data: Path, fashion: Path | None) -> list[str]:
     """Words for pretrain/run.py."""
     place = ["data=fashion-mnist", f"data_root={fashion}"] if training.fashion else [f"data={data}"]
@@ -97,21 +114,18 @@ def trained(training: Training, data: Path, fashion: Path | None) -> None:
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["words"] == words:
         return
     log.unlink(missing_ok=True)
-    begun = time.perf_counter()
-    run("pretrain/run.py", words, log)
-    minutes = (time.perf_counter() - begun) / 60
+    minutes = run("pretrain/run.py", words, log)
     run("evaluate/validate.py", ["--ckpt", str(training.folder), "--threads", "1", "--workers", "0"], log)
     done.write_text(json.dumps({"words": words, "minutes": minutes}) + "\n", encoding="utf-8")
-    print(f"{training.name}: {100 * right(training)[0].mean():.1f} %, {minutes:.1f} min", flush=True)
+    print(f"{training.name}: {100 * right(training)[0].mean():.1f} %, {minutes:.1f} min of a core", flush=True)
 
 
 def labelled(data: Path) -> None:
     """Let the annotator label the training images, unless it has."""
     if not LABELS.is_file():
-        begun = time.perf_counter()
         words = ["--annotator", str(BY_NAME["annotator"].folder), "--data", str(data), "--out", str(LABELS)]
-        run("pretrain/generate_labels.py", [*words, "--threads", "1"], LABELS.with_suffix(".log"))
-        print(f"labels: {(time.perf_counter() - begun) / 60:.1f} min", flush=True)
+        minutes = run("pretrain/generate_labels.py", [*words, "--threads", "1"], LABELS.with_suffix(".log"))
+        print(f"labels: {minutes:.1f} min of a core", flush=True)
 
 
 def right(training: Training) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +158,7 @@ def row(training: Training, command: str) -> list[str]:
         *cells,
         str(about["commit"]),
         f"{speed:.0f}",
-        f"{json.loads((training.folder / DONE).read_text(encoding='utf-8'))['minutes']:.1f} min",
+        f"{json.loads((training.folder / DONE).read_text(encoding='utf-8'))['minutes']:.1f}",
         f"{machine['gpu'] or machine['cpu']}, 1 thread, {about['precision']}",
         f"`{command}` ({datetime.date.today()})",
     ]
