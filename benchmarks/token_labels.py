@@ -39,8 +39,8 @@ WITHOUT = ["objectives.token_labeling.labels=null", "objectives.token_labeling.d
 DONE = "token_labels.json"  # in a run's folder, written last: its words, and the minutes of a core that it trained
 TITLE = "## Token labels"
 COLUMNS = (
-    "network", "recipe", "epochs", "top-1", "95 %", "minus", "difference", "95 % of it", "commit", "images/s", "minutes of a core",
-    "hardware", "command",
+    "network", "recipe", "epochs", "top-1", "95 %", "minus", "difference", "95 % of it", "commit", "images/s",
+    "minutes of a core", "hardware", "command",
 )  # fmt: skip
 TEXT = """
 Written by `benchmarks/token_labels.py`: CIFAR-10's 50,000 training images, 1,000 of them held out for the monitors, one seed;
