@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import write_tar
 from runs.children import TINY, Run, training_here
 
 import common.training.checkpoints
@@ -151,6 +152,19 @@ def test_a_moved_run_and_other_intervals(inside, tiny, small, at_step, tmp_path)
     assert moved.metrics[-1]["loss"] == pytest.approx(sum(last) / 2, rel=1e-6)
     assert moved.metrics[-1]["val/loss"] == small.metrics[-1]["val/loss"]  # and the weights are the same
     assert moved.checkpoints == [4, 6, 8]
+
+
+def test_a_run_on_a_folder_goes_on_from_an_archive_of_it(inside, tiny, small, at_step, images, tmp_path):
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run = Run(tmp_path / "run")
+    assert inside(*tiny, f"run={run.path}", "steps=8") == 0
+    files = [(str(path.relative_to(images)), path.read_bytes()) for path in images.rglob("*.*")]
+    archive = write_tar(tmp_path / "images.tar", files)
+    assert inside("--resume", run.path, f"data={archive}") == 0
+    assert run.losses == small.losses
+    write_tar(archive, files[1:])
+    with pytest.raises(Refusal, match="fingerprint"):
+        inside("--resume", run.path, "steps=9")
 
 
 def test_other_images_are_refused(inside, copied, images, tmp_path):

@@ -5,18 +5,26 @@ import io
 import json
 import os
 import pickle
+import signal
 import tarfile
+import time
 from collections.abc import Callable, Mapping
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pictures import Member, save
 from pictures import write_tar as write
 
+from common.batches.sampler import StepSampler
+from common.batches.samples import Batch, Samples, loader
+from common.batches.views import View
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.location import braced, place
-from common.data.tar_index import Wanted, build
+from common.data.tar_index import Index, Wanted, build
 from common.errors import Refusal
 
 
@@ -85,6 +93,27 @@ def test_the_same_images_as_in_the_folder(images: Path, tmp_path: Path, way: str
     assert archive.fingerprint() == folder.fingerprint() and archive.stamp() != folder.stamp()
     twice = pickle.loads(pickle.dumps(archive.subset([3, 1])))
     assert names(twice) == [names(folder)[3], names(folder)[1]] and twice.read(0).equal(folder.read(3))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_are_those_of_the_folder(images: Path, tmp_path: Path, way: str) -> None:
+    """By any number of workers and of processes."""
+    views = {"global": View(size=16, count=1, flip=0.5)}
+
+    def batches(where: str, workers: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
+        sampler = StepSampler(96, 8, 0, 5, 0, rank, ranks)
+        return list(loader(Samples(open_data(where), views, 0, 3, labelled=["it"]), sampler, workers, pin=False))
+
+    def same(one: Batch, *parts: Batch) -> bool:
+        crops = torch.cat([part.views["global"] for part in parts])
+        labels = torch.cat([part.draws["it/label"] for part in parts])
+        return one.views["global"].equal(crops) and one.draws["it/label"].equal(labels)
+
+    expected, where = batches(str(images), 0), WAYS[way](images, tmp_path)
+    for workers in (0, 1, 4):
+        assert all(map(same, expected, batches(where, workers)))
+    assert all(map(same, expected, batches(where, 0, 0, 2), batches(where, 0, 1, 2)))
+    assert not all(map(same, expected, expected[1:]))
 
 
 def test_archives_of_an_archive_may_have_folders(tmp_path: Path) -> None:
@@ -320,17 +349,36 @@ def test_an_index_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(images) == 1 and "nor could the index be kept for the next time: " in images.left_out
 
 
-def test_a_killed_pass_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    where = write(tmp_path / "x.tar", [("a/1.png", picture(1))])
+def test_several_processes_build_one_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    where, built = str(write(tmp_path / "x.tar", CAT)), tmp_path / "built"
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def slowly(*given: Any) -> Index:
+        with built.open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        return build(*given)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("common.checkpoints.storage.sync", killed)  # written aside, not yet renamed
-        with pytest.raises(KeyboardInterrupt):
-            open_data(str(where))
-    assert not list(cache.glob("*.safetensors*")) and len(open_data(str(where))) == 1
+    monkeypatch.setattr("common.data.tar_index.build", slowly)
+    processes = [get_context("fork").Process(target=open_data, args=(where,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0] and built.read_text() == "x"
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    where = str(write(tmp_path / "x.tar", CAT))
+    with monkeypatch.context() as patch:  # written aside, not yet renamed
+        patch.setattr("common.checkpoints.storage.sync", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+        process = get_context("fork").Process(target=open_data, args=(where,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL and not list(cache.glob("*.safetensors"))
+    assert len(open_data(where)) == 2  # though the other one had the lock
+    assert [path.suffix for path in cache.iterdir() if path.suffix != ".lock"] == [".safetensors"]
 
 
 # ---------------------------------------------------------------------------- shards

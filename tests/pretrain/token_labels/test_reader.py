@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import write_tar
 from PIL import Image
 
 from common.batches.sampler import StepSampler
@@ -49,6 +50,15 @@ def same(one: Labels, other: Labels, i: int) -> bool:
 
 
 # ---------------------------------------------------------------------------- both layouts
+
+
+def test_labels_of_a_folder_are_those_of_an_archive_of_it(labelled: Path, pictures: Path, tmp_path: Path) -> None:
+    files = [(str(path.relative_to(pictures)), path.read_bytes()) for path in pictures.rglob("*.png")]
+    folder, archive = open_data(str(pictures)), open_data(str(write_tar(tmp_path / "pictures.tar", files)))
+    of_folder, of_archive = (open_labels(labelled, images, CLASSES, NONE) for images in (folder, archive))
+    assert all(same(of_folder, of_archive, i) for i in range(IMAGES))
+    stored = write_files(labelled, tmp_path / "pt", folder, lambda path: f"{path.parent.name}/{path.stem}.pt")
+    assert same(open_labels(stored, archive, CLASSES, NONE), of_folder, 3)
 
 
 def test_a_packed_file_and_one_file_an_image_say_the_same(labelled: Path, images: Images, tmp_path: Path) -> None:
