@@ -95,6 +95,7 @@ def test_the_same_images_as_in_the_folder(images: Path, tmp_path: Path, way: str
     assert names(twice) == [names(folder)[3], names(folder)[1]] and twice.read(0).equal(folder.read(3))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # four processes on two cores
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_are_those_of_the_folder(images: Path, tmp_path: Path, way: str) -> None:
     """By any number of workers and of processes."""
