@@ -12,6 +12,8 @@ The files are cut from scikit-learn's two sample photographs at random places, z
 
 `--decoders [FOLDER]` times the JPEG decoders alone, side by side: those that `common.decoding.decode` knows and Pillow,
 whose `draft` decodes to an eighth, a quarter or half of a side. FOLDER: JPEGs to time them on beside small ones.
+
+`--sources SPEC [SPEC ...]` times places of the same images, as `data=` takes them: a folder, and archives of it.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common.batches.crops import augment
 from common.batches.views import View
-from common.data import open_data
+from common.data import Images, open_data
 from common.decoding.decode import JPEG_DECODERS, decode_with_pil, jpeg_decoder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -135,6 +137,27 @@ def decoding_methods(folder: Path, count: int) -> dict[str, Callable[[], None]]:
     }
 
 
+def compare_sources(specs: list[str], count: int, rounds: int) -> None:
+    """Print how fast `count` images, in a random order, are read from each of the places, and cropped."""
+    sources = {spec: open_data(spec) for spec in specs}
+    first = sources[specs[0]]
+    chosen = np.random.default_rng(0).permutation(len(first))[:count].tolist()
+    for spec, images in sources.items():
+        same_pixels = sum(images.read(i).equal(first.read(i)) for i in chosen[:100])
+        print(f"{spec}: {len(images):,} images, {same_pixels} of {len(chosen[:100])} looked at equal to the first")
+    side = 224 if min(first.read(chosen[0]).shape[1:]) >= 100 else 32
+    view, rng = View(size=side, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0), np.random.default_rng(0)
+
+    def reading(images: Images) -> Callable[[], None]:
+        return each(len(chosen), lambda k: images.read(chosen[k], contiguous=False))
+
+    def cropping(images: Images) -> Callable[[], None]:
+        return each(len(chosen), lambda k: augment(images.read(chosen[k], contiguous=False), view, rng))
+
+    for title, way in (("reading", reading), (f"reading, crop to {side}", cropping)):
+        measure(title, len(chosen), rounds, {spec[-44:]: way(images) for spec, images in sources.items()})
+
+
 def draft(data: np.ndarray, size: int) -> np.ndarray:
     """uint8 (h, w, 3) of a JPEG, decoded by Pillow to the smallest of its scales that covers size x size."""
     image = Image.open(io.BytesIO(data))
@@ -224,6 +247,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--decoders", nargs="?", const="", metavar="FOLDER", help="time the JPEG decoders instead")
+    parser.add_argument("--sources", nargs="+", metavar="SPEC", help="time places of the same images instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -234,9 +258,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, PIL {PIL.__version__}, simd: {simd}")
     turbo, fast = features.check("libjpeg_turbo"), jpeg_decoder() is not None
     print(f"libjpeg-turbo in PIL: {turbo}; a fast JPEG decoder: {fast}; one thread")
+    count, rounds = options.images, options.rounds
+    if options.sources:
+        compare_sources(options.sources, count, rounds)
+        return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        count, rounds = options.images, options.rounds
         if options.decoders:
             compare_decoders(Path(options.decoders), count, rounds)
             return

@@ -8,6 +8,7 @@ from common import config as configuration
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import MANIFEST
 from common.commands import Parser
+from common.data.location import ARCHIVE
 from common.errors import Refusal
 from common.paths import expanded_path
 from pretrain import objectives
@@ -49,6 +50,10 @@ def parse(argv: list[str], usage: str) -> Arguments:
     given = parser.parse_intermixed_args(argv)
     recipes = [word for word in given.words if "=" not in word]
     words = [word for word in given.words if "=" in word]
+    if (count := sum(word.startswith("data=") and word.endswith(ARCHIVE) for word in words)) > 1:
+        raise Refusal(
+            f"{count} archives are named, as a shell makes of braces: quote them, data='NAME-{{000..099}}.tar'"
+        )
     if len(recipes) > 1:
         raise Refusal(f"expected one recipe and key=value words, found {', '.join(recipes)}")
     if given.resume is not None:

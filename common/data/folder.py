@@ -20,6 +20,7 @@ from .listing import LeftOut, images_of, real_folder, sample_of, stamps
 from .location import Location
 from .splits import judge
 
+PACKED = {".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
 SHOWN = 3  # pairs of images that a message names
 
 
@@ -120,6 +121,7 @@ def no_images(root: str, left: LeftOut) -> str:
     if not (kinds := left.kinds()):
         return f"no images in {root}: the folder is empty; {expected}"
     hint = "; to read tables, write data=hf:PATH" if {".parquet", ".arrow"} & set(left.others) else ""
+    hint += "; unpack archives, or undo the compression of a .tar and name that" if PACKED & set(left.others) else ""
     return f"no images in {root}: only other files ({kinds}); {expected}{hint}"
 
 

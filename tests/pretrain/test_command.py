@@ -24,3 +24,9 @@ def test_every_option_is_understood_as_a_flag_too():
     ):
         with pytest.raises(Refusal, match=said):
             parse(typed, "")
+
+
+def test_shards_that_a_shell_wrote_out_are_refused():
+    with pytest.raises(Refusal, match=r"2 archives are named, .*: quote them, data='NAME-\{000\.\.099\}\.tar'"):
+        parse(["data=s-0.tar", "data=s-1.tar"], "")
+    assert parse(["data=s-{0..1}.tar"], "").words == ["data=s-{0..1}.tar"]

@@ -301,11 +301,14 @@ def test_what_is_no_plain_archive_is_refused(tmp_path: Path) -> None:
         "text.tar": (b"hello " * 200, "is no tar archive"),
         "none.tar": (bytes(10240), "no images in .*there is nothing in it; expected images"),
     }
+    (tmp_path / "in").mkdir()
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Refusal, match=message) as refusal:
             open_data(str(tmp_path / name))
         assert "\n" not in str(refusal.value)
+    with pytest.raises(Refusal, match=r"only other files \(1 \.gz\).*undo the compression of a \.tar and name that"):
+        open_data(str((tmp_path / "x.tar.gz").rename(tmp_path / "in" / "x.tar.gz").parent))
     write(tmp_path / "other.tar", [("a.txt", b"x"), ("b.heic", b"y")])
     with pytest.raises(Refusal, match=r"only other members \(1 \.txt, 1 \.heic\)"):
         open_data(str(tmp_path / "other.tar"))
