@@ -194,8 +194,9 @@ def _numbered(texts: list[bytes], numbers: dict[bytes, int]) -> np.ndarray:
     return np.fromiter((numbers.get(text, UNLABELLED) for text in texts), np.int64, len(texts))
 
 
-def read(paths: list[str], where: Location) -> Pile:
-    """Read the indexes of archives, as one. Raises Refusal where there is no picture, or labels cannot be chosen."""
+def read(paths: list[str], where: Location, judged: bool = False) -> Pile:
+    """Read the indexes of archives, as one. Raises Refusal where there is no picture, or labels cannot be chosen;
+    archives that may be `judged` need not have the field of labels that was asked for."""
     wanted = Wanted(endings(), where.image and where.image.lower().lstrip("."), where.label)
     indexes = [index_of(path, wanted) for path in paths]
     left, shown = LeftOut(), _shown(paths)
@@ -207,7 +208,7 @@ def read(paths: list[str], where: Location) -> Pile:
         what = f"only other members ({kinds})" if kinds else "there is nothing in it"
         raise Refusal(f"no images in {shown}: {what}; expected images ({', '.join(formats())})")
     files, order = _merged(paths, indexes)
-    labelled = _labels(indexes, shown, where)
+    labelled = _labels(indexes, shown, None if judged else where.label)
     texts = [text for index in indexes for text in index.labels()] if labelled else None
     if texts is not None and order is not None:
         texts = [texts[i] for i in order]
@@ -238,15 +239,15 @@ def _merged(paths: list[str], indexes: list[Index]) -> tuple[Members, np.ndarray
     return Members(paths, ordered, which[order], offsets[order], sizes[order]), order
 
 
-def _labels(indexes: list[Index], shown: str, where: Location) -> bool:
+def _labels(indexes: list[Index], shown: str, asked: str | None) -> bool:
     """Return whether members of the archives say labels. Raises Refusal where they differ in what says them, or do not
-    have the field that was asked for."""
+    have the field that was `asked` for."""
     fields = {index.facts["field"] for index in indexes} - {None}
-    if where.label is not None and not fields:
+    if asked is not None and not fields:
         there = ", ".join(dict.fromkeys(name for index in indexes for name in index.facts["fields"])) or "no .json"
         kind = next((index.facts["why"] for index in indexes if index.facts["why"]), None)
         what = f"is of type {kind}, and is no label" if kind else f"is no field of .json in {shown}"
-        raise Refusal(f"data_label={where.label} {what}; there is {there}")
+        raise Refusal(f"data_label={asked} {what}; there is {there}")
     if len(fields) > 1:
         words = ", ".join(sorted(map(str, fields)))
         raise Refusal(f"labels of {shown} are in {words}: choose one field with data_label=NAME (--data-label NAME)")
@@ -296,7 +297,8 @@ def open_archives(where: Location, split: str) -> Images | None:
 
     def opened(name: str, known: frozenset[str] = frozenset()) -> Images:
         if whole is None:
-            pile = _unwrapped(read(place.groups[name], where))[0]
+            assert division is not None
+            pile = _unwrapped(read(place.groups[name], where, name != division.train))[0]
         else:
             pile = whole if name == "." else whole.inside(os.fsencode(name))
         images = pile.images(known)

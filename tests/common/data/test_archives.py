@@ -319,6 +319,26 @@ def test_what_is_no_plain_archive_is_refused(tmp_path: Path) -> None:
         open_data(str(tmp_path / "{1..1000000000}.tar"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_bytes_that_changed_are_refused_or_read(tmp_path: Path, format_: int) -> None:
+    inner = write(tmp_path / "i.tar", CAT).read_bytes()
+    members = [*CAT, ("d" * 120 + "/ü.png", b"z"), ("a.png", b"z"), ("a.json", b'{"label": 3}'), ("i.tar", inner)]
+    whole = write(tmp_path / "whole.tar", members, format_).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(5000):
+        content = np.frombuffer(whole, np.uint8).copy()
+        content[rng.integers(0, len(whole.rstrip(b"\0")) + 512, 3)] ^= (1 << rng.integers(0, 8, 3)).astype(np.uint8)
+        (tmp_path / "x.tar").write_bytes(content[: rng.integers(1, 2 * len(content))].tobytes())
+        try:
+            build(str(tmp_path / "x.tar"), Wanted(frozenset({".png"})))
+        except Refusal as refusal:
+            refused += 1
+            assert "\n" not in str(refusal)
+    assert 2000 < refused < 5000
+
+
 # ---------------------------------------------------------------------------- the index
 
 
@@ -437,6 +457,14 @@ def test_a_field_of_json(tmp_path: Path) -> None:
     assert images.left_out == "1 .json"
     none = shard(tmp_path / "z.tar", {"a": {"png": 1, "json": described(url="x")}})
     assert "no field of .json is called label or the like; there is url" in open_data(str(none)).why_unlabelled
+
+
+def test_what_may_be_judged_need_not_have_labels(tmp_path: Path) -> None:
+    for split, fields in (("train", ["x", "y"]), ("val", ["y"]), ("test", [])):
+        samples = {f"{k}": {"png": k, "json": json.dumps({"kind": field})} for k, field in enumerate(fields)}
+        shard(tmp_path / f"{split}.tar", samples or {"0": {"png": 9}})
+    train, test, note = labelled_splits(Location(str(tmp_path), label="kind"))
+    assert train.classes == test.classes == ("x", "y") and labels(test) == [1] and "val is judged on" in note
 
 
 def test_the_picture_of_a_sample_is_chosen(tmp_path: Path) -> None:
