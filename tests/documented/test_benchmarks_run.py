@@ -42,6 +42,10 @@ ROWS = {
         "decoding, files as they are, 3 channels",
         "decoding, 32x32, 1 channel ",
     ],
+    "python benchmarks/loader.py --sources '~/labelled/train' '~/archives/train.tar'": [
+        r"reading +images/s",
+        r"  ~/archives/train\.tar +\d+ +\d+\.\d\d",
+    ],
     "python benchmarks/labels.py": ["  one packed file +[0-9]+ +[01].[0-9]+", "bound: 0.95 .* packed: [01].[0-9]+"],
     "python benchmarks/launch.py": [r"start-up to the first step +\d+\.\d s", r"two processes.* \d+ img/s +\d\.\d\dx"],
     "python benchmarks/probe.py --threads 1 --images 640 --rounds 3": [r'\{"heads": \d+\.\d+, "cache_52": '],
