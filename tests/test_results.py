@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common.config import find_recipe
+from pretrain.config import load
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "results.py"
 
 
@@ -78,3 +81,35 @@ def test_every_row_of_results_has_the_columns_of_the_header(results):
     lines, _, _ = (SCRIPT.parents[1] / "RESULTS.md").read_text().partition(results.SECTION)
     assert lines.startswith(results.heading())
     assert all(len(line.split(" | ")) == len(results.COLUMNS) for line in lines.splitlines() if line.startswith("| "))
+
+
+# ------------------------------------------------------------------------------------------------------ token labels
+
+
+def test_the_chain_of_token_labels_is_in_order_and_each_of_its_recipes_takes_its_words():
+    from benchmarks import token_labels
+
+    names = [training.name for training in token_labels.CHAIN]
+    for training in token_labels.CHAIN:
+        earlier = names[: names.index(training.name)]
+        assert not training.minus or training.minus in earlier
+        assert not training.init or (training.init in earlier and training.after == training.init)
+        words = token_labels.words_of(training, Path("/pictures"), Path("/fashion"))
+        config = load(find_recipe(words[0], "pretrain"), [word for word in words[1:] if word != "--overwrite"])
+        options = config.objectives.get("token_labeling", {})
+        assert config.data == ("fashion-mnist" if training.fashion else "/pictures") and config.threads == 1
+        labelled = training.name.startswith(("ViT", "LV-ViT")) and "without" not in training.name
+        assert (options.get("labels") is not None) == labelled
+        assert config.model.init == (str(token_labels.BY_NAME[training.init].folder) if training.init else None)
+
+
+def test_the_section_of_token_labels_is_written_again_and_others_stay():
+    from benchmarks import token_labels
+
+    cells = [str(number) for number in range(len(token_labels.COLUMNS))]
+    before = "# Results\n\n| a row |\n\n## Other figures\n\n| of another table |\n"
+    once = token_labels.written(before, [cells])
+    assert once.startswith(before.rstrip("\n")) and once.count(token_labels.TITLE) == 1
+    again = token_labels.written(once + "\n## Later\n\n| later |\n", [cells, cells])
+    assert again.count(token_labels.line(cells)) == 2 and again.endswith("\n## Later\n\n| later |\n")
+    assert again.startswith(before.rstrip("\n"))

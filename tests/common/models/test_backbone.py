@@ -223,3 +223,19 @@ def test_smaller_crops_get_the_embedding_that_bicubic_gives_without_antialiasing
         wanted, got = small(shown), one(shown)
         torch.testing.assert_close(got.tokens, wanted.tokens, atol=1e-5, rtol=1e-6)
         torch.testing.assert_close(got.prefix, wanted.prefix, atol=1e-5, rtol=1e-6)
+
+
+def test_a_convolutional_network_gives_cells_at_any_size_and_keeps_its_position() -> None:
+    """It may annotate. Zeros around its maps tell of the border, so it is asked for no place."""
+    small = {"channels": [8, 8, 8, 16], "output_stride": 8}
+    backbone = create(ModelConfig("resnet10t", small), [32, 48]).eval()
+    images = torch.rand(2, 3, 32, 48)
+    features = backbone(images)
+    assert features.grid == backbone.grid == (4, 6) and features.tokens.shape == (2, 24, 16) == (2, 24, backbone.width)
+    assert not features.prefix.shape[1] and not backbone.takes_mixture
+    maps = backbone.model.forward_features(images)
+    torch.testing.assert_close(features.tokens, maps.flatten(2).transpose(1, 2))
+    with pytest.raises(Refusal, match="cannot run with position=none"):
+        backbone.use_plans({PlanSpec(position="none")})
+    with pytest.raises(Refusal, match=r"model\.kwargs\.img_size is no argument of resnet10t"):
+        create(ModelConfig("resnet10t", {"img_size": 32}), 32)
