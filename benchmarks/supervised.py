@@ -1,7 +1,7 @@
 """What a positional label beside the class is worth, where few images have a class: a table of RESULTS.md.
 
     python benchmarks/supervised.py PATH --shares 0.1                      # all variants, seeds 0, 1 and 2
-    python benchmarks/supervised.py PATH --shares 0.01 steps=300 --variants plain absolute --jobs 2
+    python benchmarks/supervised.py PATH steps=150 --shares 0.01 --variants absolute --jobs 2
 
 PATH is a folder with train/CLASS/ and test/CLASS/, such as CIFAR-10's images. A share is drawn by the seed, as many
 images of each class, and only these are trained on; every run is judged on all test images. Each run is a process with
@@ -15,10 +15,14 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.processes.launch import entry
+
+# isort: split
 import argparse
 import datetime
 import json
 import os
+import re
 import statistics
 import subprocess
 import time
@@ -28,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from benchmarks.results import line, records, spread
 from common import config as configuration
@@ -57,12 +62,12 @@ VARIANTS = {
 TWICE = "plain, twice as long"
 # nothing is held out: the labelled images are few, and nothing is chosen
 ALIKE = ["monitor.held_out=0", "tensorboard=false", "threads=1", "loader.workers=0"]
-DONE = "supervised.json"  # in a run's folder, written last: its words, and how long it trained
+DONE = "supervised.json"  # in a run's folder, written last: what was asked for, and how long it trained
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's, by df
 TITLE = "## Supervised training with positional labels"
 COLUMNS = (
     "labels", "variant", "words", "steps", "commit", "seeds", "top-1", "minus plain", "95 %, images", "95 %, seeds",
-    "position", "step / plain", "time", "hardware", "command",
+    "position", "operations", "time", "hardware", "command",
 )  # fmt: skip
 KEY = 4  # of the columns, the first ones: what makes a row another one
 TEXT = """
@@ -74,8 +79,8 @@ answer, flipped or not. *Keep*: the share of the patches that is asked. *Twice a
 steps. *Minus plain*: mean of the seeds' differences; a seed has the same labelled images, order and initial backbone.
 *95 %, images*: other test images, the same trainings (bootstrap, paired by image). *95 %, seeds*: other seeds and labelled
 images, the same test images (Student's t of the paired differences; wide for three). *Position*: right answers of the label
-in the last logged steps, on training images. *Step / plain*: plain images/s over this, each in its fastest logged interval.
-Nothing is published for this network and these data.
+in the last logged steps, on training images. *Operations* of a step beside the plain one's (`--dry-run`). *Time* of one training,
+on a machine that others use too. Nothing is published for this network and these data.
 
 """  # noqa: E501
 
@@ -104,7 +109,6 @@ class Finished:
     training: dict[str, Any]  # as its checkpoint says
     hardware: dict[str, Any]
     minutes: float
-    speed: float  # images/s
     position: float | None  # right answers of the positional label
 
 
@@ -136,9 +140,15 @@ def words_of(variant: str, more: Sequence[str]) -> list[str]:
     recipe, *words = VARIANTS[variant]
     if variant == TWICE:
         given = [word.removeprefix("steps=") for word in more if word.startswith("steps=")]
-        steps = given[-1] if given else configuration.read_yaml(configuration.find_recipe(recipe, "pretrain")).steps
+        steps = given[-1] if given else recipe_of(recipe)["steps"]
         more = [*(word for word in more if not word.startswith("steps=")), f"steps={2 * int(steps)}"]
     return [recipe, *words, *more]
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """What a recipe of ours says, with those that it inherits from."""
+    content: Any = OmegaConf.to_container(configuration.read_yaml(configuration.find_recipe(name, "pretrain")))
+    return content
 
 
 def run(script: str, words: Sequence[str], log: Path) -> None:
@@ -154,9 +164,10 @@ def run(script: str, words: Sequence[str], log: Path) -> None:
 def trained(job: Job, data: Path, more: Sequence[str]) -> None:
     """Train and judge a run, unless that was done with the same words. Raises Refusal."""
     words = [*words_of(job.variant, more), *ALIKE, f"seed={job.seed}"]
+    asked = {"words": words, "recipe": recipe_of(words[0])}
     place = subset(data, job.share, job.seed)
     done, log = job.folder / DONE, job.folder.with_name(f"{job.folder.name}.log")
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["words"] == words:
+    if done.is_file() and asked.items() <= json.loads(done.read_text(encoding="utf-8")).items():
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -164,7 +175,7 @@ def trained(job: Job, data: Path, more: Sequence[str]) -> None:
     run("pretrain/run.py", [*words, f"data={place}", f"run={job.folder}", "--overwrite"], log)
     minutes = (time.perf_counter() - begun) / 60
     run("evaluate/validate.py", ["--ckpt", str(job.folder), "--threads", "1", "--workers", "0"], log)
-    done.write_text(json.dumps({"words": words, "minutes": minutes}) + "\n", encoding="utf-8")
+    done.write_text(json.dumps(asked | {"minutes": minutes}) + "\n", encoding="utf-8")
     print(f"{job.share:g} of the labels, {job.variant}, seed {job.seed}: {spread([finished(job).right.mean()])} %, "
           f"{minutes:.1f} min", flush=True)  # fmt: skip
 
@@ -181,9 +192,17 @@ def finished(job: Job) -> Finished:
         training=training,
         hardware=content["hardware"],
         minutes=json.loads((job.folder / DONE).read_text(encoding="utf-8"))["minutes"],
-        speed=max(record["images_per_second"] for record in lines),
         position=lines[-1][f"{label}/accuracy"] if label else None,
     )
+
+
+def operations(variant: str, data: Path, more: Sequence[str]) -> float:
+    """Count what a step does for each image, 10^9 operations forward and backward, as `--dry-run` does. Raises
+    Refusal."""
+    log = ROOT / "runs" / "supervised" / f"{variant}-operations.log"
+    log.unlink(missing_ok=True)
+    run("pretrain/run.py", [*words_of(variant, more), *ALIKE, f"data={data}", "--dry-run"], log)
+    return float(re.findall(r"^FLOPs +([\d.]+) G", log.read_text(encoding="utf-8"), re.MULTILINE)[0])
 
 
 def difference(these: Sequence[Finished], plain: Sequence[Finished]) -> tuple[float, Any, Any]:
@@ -210,9 +229,10 @@ def interval(ends: tuple[float, float] | None) -> str:
 
 
 def row(
-    share: float, variant: str, runs: Mapping[str, Mapping[int, Finished]], more: Sequence[str], jobs: int
+    share: float, variant: str, runs: Mapping[str, Mapping[int, Finished]], cost: float, more: Sequence[str], jobs: int
 ) -> list[str]:
-    """Cells of a variant at a share of the labels, by the seeds that it and the plain one have."""
+    """Cells of a variant at a share of the labels, by the seeds that it and the plain one have; `cost` is the ratio of
+    their operations, `more` and `jobs` are of the command."""
     seeds = [seed for seed in runs[variant] if seed in runs[PLAIN]]
     these, plain = ([runs[name][seed] for seed in seeds] for name in (variant, PLAIN))
     value, over_images, over_seeds = difference(these, plain)
@@ -220,8 +240,7 @@ def row(
     shown = [word for word in VARIANTS[variant] if "supervised/" not in word]
     leak = " (LEAK allowed)" * (training["audit"] == "leak")
     positions = [run.position for run in these if run.position is not None]
-    cost = max(run.speed for run in plain) / max(run.speed for run in these)
-    command = ["python benchmarks/supervised.py PATH", f"--shares {share:g}", *more, "--seeds", *map(str, seeds)]
+    command = ["python benchmarks/supervised.py PATH", *more, f"--shares {share:g} --seeds", *map(str, seeds)]
     return [
         f"{100 * share:g} %",
         variant + leak,
@@ -260,8 +279,8 @@ def queue(shares: Sequence[float], variants: Sequence[str], seeds: Sequence[int]
             yield from (Job(share, variant, seed) for variant in variants)
 
 
-def main() -> None:
-    """Train, judge, write the rows."""
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line. Raises Refusal for a number outside its range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", metavar="PATH", type=Path, help="folder with train/CLASS/ and test/CLASS/")
@@ -270,21 +289,33 @@ def main() -> None:
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside the plain one")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="trainings at a time, of one thread each")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
+    for share in arguments.shares:
+        if not 0 < share <= 1:
+            raise Refusal(f"--shares {share:g}: expected shares above 0 and up to 1, such as 0.1")
+    if arguments.jobs < 1:
+        raise Refusal(f"--jobs {arguments.jobs}: expected at least 1")
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    """Train, judge, write the rows."""
+    arguments = read(argv)
     variants = [name for name in VARIANTS if name == PLAIN or name in arguments.variants]
+    data = arguments.data.expanduser()
     jobs = list(queue(arguments.shares, variants, arguments.seeds))
     with ThreadPoolExecutor(arguments.jobs) as threads:
-        for one in [threads.submit(trained, job, arguments.data.expanduser(), arguments.words) for job in jobs]:
-            one.result()
-    rows = []
+        list(threads.map(lambda job: trained(job, data, arguments.words), jobs))
+    rows, counted = [], {name: operations(name, data, arguments.words) for name in variants}
     for share in arguments.shares:
         runs: dict[str, dict[int, Finished]] = {name: {} for name in variants}
         for job in (job for job in jobs if job.share == share):
             runs[job.variant][job.seed] = finished(job)
-        rows += [row(share, name, runs, arguments.words, arguments.jobs) for name in variants]
+        costs = {name: counted[name] / counted[PLAIN] for name in variants}
+        rows += [row(share, name, runs, costs[name], arguments.words, arguments.jobs) for name in variants]
     RESULTS.write_text(written(RESULTS.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print("".join(line(cells) for cells in rows))
 
 
 if __name__ == "__main__":
-    main()
+    entry(main)()

@@ -1,25 +1,39 @@
-"""benchmarks/results.py: a row says of each number which it is."""
+"""RESULTS.md: benchmarks/results.py and benchmarks/supervised.py, whose rows say of each number which it is."""
 
 import importlib.util
 import json
+import statistics
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.config import find_recipe
+from common.errors import Refusal
 from pretrain.config import load
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "results.py"
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("results", SCRIPT)
+def module_of(name, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look for it
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "RESULTS.md")
     return module
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    return module_of("results", tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def supervised(tmp_path, monkeypatch):
+    return module_of("supervised", tmp_path, monkeypatch)
 
 
 def test_a_row_tells_centred_from_uncentred_and_may_be_judged_again(results, tmp_path, monkeypatch, capsys):
@@ -113,3 +127,65 @@ def test_the_section_of_token_labels_is_written_again_and_others_stay():
     again = token_labels.written(once + "\n## Later\n\n| later |\n", [cells, cells])
     assert again.count(token_labels.line(cells)) == 2 and again.endswith("\n## Later\n\n| later |\n")
     assert again.startswith(before.rstrip("\n"))
+
+
+# ------------------------------------------------------------------------------------- benchmarks/supervised.py
+
+
+def test_a_share_of_the_labels_has_as_many_of_each_class_and_holds_a_smaller_one(supervised, tmp_path):
+    for part, name, count in (("train", "a", 10), ("train", "b", 20), ("test", "a", 2), ("test", "b", 3)):
+        (tmp_path / "data" / part / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "data" / part / name / f"{i}.png").touch()
+
+    def drawn(share, seed):
+        folder = supervised.subset(tmp_path / "data", share, seed)
+        assert len(list(folder.glob("test/*/*.png"))) == 5
+        return {path.relative_to(folder) for path in folder.glob("train/*/*.png")}
+
+    some, other, few = drawn(0.5, 0), drawn(0.5, 1), drawn(0.01, 0)
+    assert [sum(path.parent.name == name for path in some) for name in "ab"] == [5, 10]
+    assert some != other and some == drawn(0.5, 0) and few < some and len(few) == 2
+    assert supervised.subset(tmp_path / "data", 1.0, 0) == tmp_path / "data"
+    with pytest.raises(Refusal, match=r"expected train/CLASS/ with images"):
+        supervised.subset(tmp_path / "data" / "train", 0.5, 0)
+
+
+def finished(supervised, right, index=(0, 1, 2, 3)):
+    return supervised.Finished(np.array(right, bool), np.array(index), {}, {}, 1.0, None)
+
+
+def test_differences_are_paired_by_seed_and_by_image(supervised):
+    """Ahead by one image of four with one seed and by two with the other; the same images are right for both."""
+    plain = [finished(supervised, right) for right in ([1, 0, 0, 0], [0, 0, 1, 0])]
+    ahead = [finished(supervised, right) for right in ([1, 1, 0, 0], [1, 1, 1, 0])]
+    value, over_images, over_seeds = supervised.difference(ahead, plain)
+    assert value == pytest.approx(0.375)
+    half = 12.706 * statistics.stdev([0.25, 0.5]) / 2**0.5
+    assert over_seeds == pytest.approx((0.375 - half, 0.375 + half))
+    assert 0 <= over_images[0] < 0.375 < over_images[1] <= 1
+    assert supervised.difference(plain, plain) == (0, (0, 0), (0, 0))
+    assert supervised.difference(ahead[:1], plain[:1])[2] is None  # one seed says nothing of others
+    with pytest.raises(Refusal, match=r"same test images"):
+        supervised.difference(ahead, [plain[0], finished(supervised, [0, 0, 0, 0], (0, 1, 2, 4))])
+
+
+def test_rows_stand_in_their_section_in_place_of_their_like(supervised):
+    def cells(share, variant, top):
+        return [share, variant, "`words`", "500", *["x"] * (len(supervised.COLUMNS) - 5), top]
+
+    text = supervised.written(
+        "# Results\n\n| first |\n", [cells("10 %", "absolute", "old"), cells("10 %", "plain", "0")]
+    )
+    text = supervised.written(text + "\n## Others\n", [cells("1 %", "plain", "1"), cells("10 %", "absolute", "new")])
+    assert text.startswith("# Results\n\n| first |\n\n## Supervised") and text.endswith("|\n\n## Others\n")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("1 %", "plain", "1"), ("10 %", "plain", "0"), ("10 %", "absolute", "new")
+    ]  # fmt: skip
+
+
+def test_twice_as_long_is_twice_the_steps_of_the_others(supervised):
+    assert supervised.words_of("plain", ["steps=200", "batch=8"]) == ["supervised/cifar10", "steps=200", "batch=8"]
+    assert supervised.words_of(supervised.TWICE, ["steps=200", "batch=8"])[1:] == ["batch=8", "steps=400"]
+    assert supervised.words_of(supervised.TWICE, [])[1:] == ["steps=2000"]

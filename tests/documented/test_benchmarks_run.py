@@ -1,8 +1,10 @@
 """Every benchmark that README.md and docs/ show is made with few rounds of small models, and prints its table."""
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from documented.commands import ROOT, call, module_of, part, split
@@ -51,12 +53,13 @@ ROWS = {
     "python benchmarks/probe.py --threads 1 --images 640 --rounds 3": [r'\{"heads": \d+\.\d+, "cache_52": '],
 }  # lines that are printed
 LIGHTLY = [command for command in part("benchmarks/") if "dino_step" in command]
+SUPERVISED = part("benchmarks/supervised.py")
 RESULTS = [command for command in part("benchmarks/results.py") if "--table" not in command]
 
 
 def test_every_benchmark_is_run() -> None:
     table = ["python benchmarks/results.py --table"]
-    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *table]) == part("benchmarks/")
+    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *SUPERVISED, *table]) == part("benchmarks/")
 
 
 @pytest.mark.slow
@@ -124,3 +127,30 @@ def test_a_row_is_written(command: str, home: Path, monkeypatch: pytest.MonkeyPa
     by_name = dict(zip(names, cells, strict=True))
     assert by_name["seeds"] == "0, 1, 2" and by_name["images seen"] == "64"
     assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", cell) for name, cell in by_name.items() if ": " in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SUPERVISED)
+def test_variants_of_supervised_training_have_rows(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two steps of each variant and seed; its scripts run in this process, one after the other."""
+    script, words = split(command)
+    module = module_of(script)
+    monkeypatch.setattr(module, "ROOT", home)
+    monkeypatch.setattr(module, "RESULTS", home / "RESULTS.md")
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda jobs: contextlib.nullcontext(SimpleNamespace(map=map)))
+    (home / "RESULTS.md").write_text("# Results\n")
+
+    def run(script: str, words: list[str], log: Path) -> None:
+        with training_here(), monkeypatch.context() as patch:
+            assert call(module_of(script), list(words), patch) == 0
+
+    monkeypatch.setattr(module, "run", run)
+    short = ["steps=2", "batch=4", "log_every=1"]
+    assert call(module, [words[0], *short, *words[1:], "--seeds", "0", "1"], monkeypatch) == 0
+    rows = [line.strip("| ").split(" | ") for line in (home / "RESULTS.md").read_text().splitlines() if " | " in line]
+    by_name = {cells[1]: dict(zip(module.COLUMNS, cells, strict=True)) for cells in rows[1:]}
+    assert [name.removesuffix(" (LEAK allowed)") for name in by_name] == list(module.VARIANTS)
+    assert [name for name in by_name if "LEAK" in name] == [
+        f"{name} (LEAK allowed)" for name in module.VARIANTS if "paper" in name
+    ]
+    assert by_name["absolute"]["seeds"] == "0, 1" and by_name[module.TWICE]["steps"] == "4"
