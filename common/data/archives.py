@@ -59,17 +59,30 @@ class Place:
 
 
 def are_archives(where: Location) -> bool:
-    """Return whether a location is tar archives, or a folder of them and of no images."""
-    if where.is_named or where.is_hub:
+    """Return whether a location is tar archives, or a folder of them and of no images. Raises Refusal where archives
+    are compressed, or where images and archives could both be meant."""
+    if where.is_named or where.is_hub or not where.spec:
         return False
-    if where.is_archive and not where.path.is_dir():
-        return True
-    name = where.path.name.lower()
-    if name.endswith(COMPRESSED) and where.path.is_file():
-        _refuse_compressed(where.path)
-    if not where.spec or not where.path.is_dir():
-        return False
-    return bool(_groups_of(where.path)) and not holds_images(where.path, endings())
+    path = where.path
+    if not path.is_dir():
+        if path.name.lower().endswith(COMPRESSED) and path.is_file():
+            raise Refusal(
+                f"data={printable(str(path))} is compressed, and what is in it cannot be reached picture by picture: "
+                "decompress it once (gunzip --keep, unxz --keep, …) and name the .tar that comes of it"
+            )
+        return where.is_archive
+    groups = _groups_of(path)
+    if not groups or not holds_images(path, endings()):
+        return bool(groups)
+    splits, unpacked = roles_of(list(groups)), roles_of(folders(path))
+    ready = [name for name, role in unpacked.items() if role == TRAIN and holds_images(path / name, endings())]
+    if TRAIN in splits.values() and not ready and where.train is None:
+        archive = printable(next(groups[name][0] for name, role in splits.items() if role == TRAIN))
+        raise Refusal(
+            f"{printable(str(path))} has images, and archives that are splits by their names: name one, such as "
+            f"data={archive}, or say data_train=. for the images"
+        )
+    return False
 
 
 def _place_of(where: Location) -> Place:
@@ -96,13 +109,6 @@ def _all_there(paths: list[str], spec: str) -> list[str]:
         hint = "" if len(paths) > 1 else ", perhaps with the numbers of shards in braces, 'NAME-{000..099}.tar'"
         raise Refusal(f"data={printable(spec)}: {of}{some}; expected the path of tar archives{hint}")
     return paths
-
-
-def _refuse_compressed(path: Path) -> None:
-    raise Refusal(
-        f"data={printable(str(path))} is compressed, and what is in it cannot be reached picture by picture: "
-        "decompress it once (gunzip --keep, unxz --keep, …) and name the .tar that comes of it"
-    )
 
 
 def _groups_of(folder: Path) -> dict[str, list[str]]:

@@ -67,6 +67,7 @@ def as_shards(folder: Path, place: Path) -> str:
     return str(place / "shard-{00..04}.tar")
 
 
+CAT = [("cat/1.png", b"x" * 700), ("dog/2.png", b"y" * 700)]
 WAYS: dict[str, Callable[[Path, Path], str]] = {"tar": as_tar, "tar of tars": as_tar_of_tars, "shards": as_shards}
 
 
@@ -189,11 +190,22 @@ def test_a_lone_class_of_a_test_archive_is_one_that_training_has(tmp_path: Path)
         labelled_splits(str(tmp_path))
 
 
-def test_images_in_a_folder_go_before_archives_in_it(tmp_path: Path) -> None:
-    write(tmp_path / "train.tar", [("a/1.png", picture())])
+def test_images_unpacked_beside_their_archive_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "img_train.tar", CAT)
     save(tmp_path / "train" / "a" / "2.png")
-    images = open_data(str(tmp_path))
-    assert (len(images) == 1 and "1 .tar" in images.left_out) or images.where.endswith("train")
+    assert open_data(str(tmp_path)).where == f"{tmp_path}/train"
+    write(tmp_path / "backup" / "old.tar", CAT)
+    save(tmp_path / "backup" / "2.png")
+    assert open_data(str(tmp_path / "backup")).left_out == "1 .tar"
+
+
+@pytest.mark.parametrize("archive", ["train.tar", "train/s-0.tar"])
+def test_images_and_archives_that_could_both_be_meant(tmp_path: Path, archive: str) -> None:
+    write(tmp_path / archive, CAT)
+    save(tmp_path / "example.png")
+    with pytest.raises(Refusal, match=rf"has images, and archives .* such as data=.*{archive}, or say data_train=\."):
+        open_data(str(tmp_path))
+    assert len(open_data(Location(str(tmp_path), train="."))) == 1
 
 
 # ---------------------------------------------------------------------------- odd members
@@ -262,8 +274,6 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- what is refused, in one line
-
-CAT = [("cat/1.png", b"x" * 700), ("dog/2.png", b"y" * 700)]
 
 
 def test_an_archive_cut_anywhere_is_refused(tmp_path: Path) -> None:
