@@ -34,7 +34,7 @@ from evaluate.job import bootstrap, report
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "token_labels"
 LABELS = RUNS / "cifar10.labels"
-WITH = [f"objectives.token_labeling.labels={LABELS}"]
+WITH = ["objectives.token_labeling.labels=LABELS"]  # in whose place the file stands
 WITHOUT = ["objectives.token_labeling.labels=null", "objectives.token_labeling.dense_weight=0"]
 DONE = "token_labels.json"  # in a run's folder, written last: its words, and the minutes of a core that it trained
 TITLE = "## Token labels"
@@ -104,7 +104,8 @@ def words_of(training: Training, data: Path, fashion: Path | None) -> list[str]:
     place = ["data=fashion-mnist", f"data_root={fashion}"] if training.fashion else [f"data={data}"]
     begun = [f"model.init={BY_NAME[training.init].folder}"] if training.init else []
     alike = [word for word in ALIKE if not word.startswith("monitor.")]
-    return [*training.words, *begun, *place, *alike, f"run={training.folder}", "--overwrite"]
+    words = [word.replace("=LABELS", f"={LABELS}") for word in training.words]
+    return [*words, *begun, *place, *alike, f"run={training.folder}", "--overwrite"]
 
 
 def trained(training: Training, data: Path, fashion: Path | None) -> None:
@@ -151,7 +152,7 @@ def row(training: Training, command: str) -> list[str]:
     low, high = wilson(float(hits.mean()), len(hits))
     return [
         training.name,
-        " ".join(f"`{word.replace(str(LABELS), 'LABELS')}`" for word in training.words),
+        " ".join(f"`{word}`" for word in training.words),
         f"{about['images_seen'] / (49_000 if not training.fashion else 59_000):.2g}",
         f"{100 * hits.mean():.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",

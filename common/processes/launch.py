@@ -168,7 +168,8 @@ def scripts() -> dict[str, Path]:
     """Return the entry scripts by the names that `poslabel NAME` takes."""
     named = {path.stem: path for path in sorted((ROOT / "evaluate").glob("[!_]*.py"))}
     others = {name: ROOT / "pretrain" / f"{name}.py" for name in ("audit", "generate_labels")}
-    return {"pretrain": ROOT / "pretrain" / "run.py", **others, **named}
+    inspect = ROOT / "common" / "inspecting" / "inspect_data.py"
+    return {"pretrain": ROOT / "pretrain" / "run.py", **others, "inspect": inspect, **named}
 
 
 # set by a launcher for this process, and not for those that it starts

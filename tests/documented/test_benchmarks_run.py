@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,12 +55,13 @@ ROWS = {
 }  # lines that are printed
 LIGHTLY = [command for command in part("benchmarks/") if "dino_step" in command]
 SUPERVISED = part("benchmarks/supervised.py")
+TOKENS = part("benchmarks/token_labels.py")
 RESULTS = [command for command in part("benchmarks/results.py") if "--table" not in command]
 
 
 def test_every_benchmark_is_run() -> None:
     table = ["python benchmarks/results.py --table"]
-    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *SUPERVISED, *table]) == part("benchmarks/")
+    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *SUPERVISED, *TOKENS, *table]) == part("benchmarks/")
 
 
 @pytest.mark.slow
@@ -154,3 +156,36 @@ def test_variants_of_supervised_training_have_rows(command: str, home: Path, mon
         f"{name} (LEAK allowed)" for name in module.VARIANTS if "paper" in name
     ]
     assert by_name["absolute"]["seeds"] == "0, 1" and by_name[module.TWICE]["steps"] == "4"
+
+
+class Inline:
+    """Does at once what it is given."""
+
+    def submit(self, function: Callable[..., None], *given: object) -> SimpleNamespace:
+        function(*given)
+        return SimpleNamespace(result=lambda: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TOKENS)
+def test_a_chain_of_token_labels_is_written(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its scripts, in this process, on few images and for two steps."""
+    script, words = split(command)
+    module = module_of(script)
+    for name, value in (("RUNS", home / "runs"), ("LABELS", home / "own.labels"), ("RESULTS", home / "RESULTS.md")):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda jobs: contextlib.nullcontext(Inline()))
+
+    def run(script: str, words: list[str], log: Path) -> float:
+        more = ["steps=2", "log_every=1", "batch=4", "monitor.most=4", "monitor.bank=8"]
+        more = more if script == "pretrain/run.py" else []
+        with training_here(), monkeypatch.context() as patch:
+            assert call(module_of(script), [*words, *more], patch) == 0
+        return 0.5
+
+    monkeypatch.setattr(module, "run", run)
+    (home / "RESULTS.md").write_text("# Results\n")
+    words = [{"PATH": str(home / "labelled"), "DIR": str(home / "fashion")}.get(word, word) for word in words]
+    assert call(module, words, monkeypatch) == 0
+    rows = [line for line in (home / "RESULTS.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {training.name}" for training in module.CHAIN]

@@ -116,7 +116,7 @@ def test_a_classifier_is_validated(
         command = command.replace(f" {word} ", f" {place} ")
     capsys.readouterr()
     assert judge(command, monkeypatch) == 0
-    rows = {"trained": r"trained-seed0 +vit_\S+, \d+x\d+ px, last", "tokens": "tokens_lvvit +lvvit_s, 64x64 px"}
+    rows = {"trained": r"trained-seed0 +vit_\S+, \d+x\d+ px, last", "tokens": "trained"}
     row = next((row for what, row in rows.items() if what in command), "timm:lvvit_s +lvvit_s, 224x224 px")
     out = capsys.readouterr().out
     assert re.search(rf"^{row} +\d+\.\d +\d+\.\d-\d+\.\d", out, re.MULTILINE)
@@ -145,3 +145,14 @@ def test_the_selftest_tells_other_weights(
         assert call(module, [*words, "--only", "knn"], monkeypatch) == 1
     assert re.search(r"^knn +\d+\.\d+ %, published 74.5 ± 0.3: NOT as published", capsys.readouterr().out, re.M)
     assert (home / "runs/selftest/knn.json").is_file(), shlex.join(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", part("common/"))
+def test_data_is_inspected(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert judge(command, monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "train      " in out and "colours    model.mean=[" in out
+    assert Path(out.partition("\nreport: ")[2].partition(";")[0]).is_file()

@@ -41,7 +41,7 @@ def program(path: Path, text: str) -> None:
 
 
 def test_every_command_is_run_or_it_is_said_why_not() -> None:
-    scripted = [*part("pretrain/"), *part("evaluate/"), *part("benchmarks/")]
+    scripted = [*part("common/"), *part("pretrain/"), *part("evaluate/"), *part("benchmarks/")]
     here = ["make quickstart", "source .venv/bin/activate", "tensorboard --logdir runs"]
     assert sorted([*scripted, *here, *NOT_RUN]) == COMMANDS
     assert set(here) <= set(SHELL) and set(LAUNCHED) <= set(scripted)
