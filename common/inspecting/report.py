@@ -41,7 +41,7 @@ class Repeats:
     near: list[list[tuple[str, int]]] = field(default_factory=list)
 
     def across(self, groups: Sequence[Sequence[tuple[str, int]]]) -> list[Sequence[tuple[str, int]]]:
-        """Those of the `groups` that lie in more than one split."""
+        """Groups that lie in more than one split."""
         return [group for group in groups if len({split for split, _ in group}) > 1]
 
 
