@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from .listing import LeftOut, is_hidden
 from .location import ARCHIVE, Location, braced
 from .splits import TEST, TRAIN, VALIDATION, Division, divide, judge, role_of, roles_of
 from .tar import Members
-from .tar_index import Index, Wanted, index_of, packed
+from .tar_index import OFTEN, Index, Wanted, index_of, packed
 
 MOST_CLASSES = 100_000  # labels that are whole numbers above that are names
 SHOWN = 3  # archives that a message names
@@ -204,8 +206,8 @@ def read(paths: list[str], where: Location, judged: bool = False) -> Pile:
     """Read the indexes of archives, as one. Raises Refusal where there is no picture, or labels cannot be chosen;
     archives that may be `judged` need not have the field of labels that was asked for."""
     wanted = Wanted(endings(), where.image and where.image.lower().lstrip("."), where.label)
-    indexes = [index_of(path, wanted) for path in paths]
-    left, shown = LeftOut(), _shown(paths)
+    indexes, shown = _indexes(paths, wanted), _shown(paths)
+    left = LeftOut()
     for index in indexes:
         left.others.update(index.facts["others"])
         left.special.update(index.facts["special"])
@@ -219,6 +221,17 @@ def read(paths: list[str], where: Location, judged: bool = False) -> Pile:
     if texts is not None and order is not None:
         texts = [texts[i] for i in order]
     return Pile(shown, files, texts, left, _notes(indexes), _why_unlabelled(files, indexes))
+
+
+def _indexes(paths: list[str], wanted: Wanted) -> list[Index]:
+    """Return the indexes of archives; says how far it is with many that are read for the first time."""
+    indexes, said = list[Index](), time.monotonic()
+    for path in paths:
+        indexes.append(index_of(path, wanted))
+        if time.monotonic() - said >= OFTEN:
+            said = time.monotonic()
+            print(f"indexing {len(paths):,} archives: {len(indexes):,} so far", file=sys.stderr, flush=True)
+    return indexes
 
 
 def _shown(paths: list[str]) -> str:

@@ -270,13 +270,13 @@ def _begun(file: BinaryIO, start: int, shown: str) -> tarfile.TarFile:
 
 
 def plain(block: bytes, offset: int) -> Member | None:
-    """Read the header of a plain file, as nearly all are, in a quarter of the time that `tarfile` takes; None for
+    """Read the header of a plain file, as nearly all are, in a third of the time that `tarfile` takes; None for
     anything else, or if its sum is wrong."""
     name, before = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
     if block[156] not in b"0\0" or not block.startswith(b"ustar", 257) or name.endswith(b"/"):
         return None
     try:
-        size, stated = (int(block[place : place + 12].split(b"\0")[0], 8) for place in (124, 148))
+        size, stated = int(block[124:136].partition(b"\0")[0], 8), int(block[148:156].partition(b"\0")[0], 8)
     except ValueError:  # a size above 8 GB is written in another way
         return None
     if size < 0 or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
@@ -306,6 +306,7 @@ class _Pass:
 
     def __init__(self, path: str, file: BinaryIO, wanted: Wanted) -> None:
         self.path, self.file, self.wanted = path, file, wanted
+        self.pictures = frozenset(map(os.fsencode, wanted.endings))
         self.left = LeftOut()
         self.names: list[bytes] = []
         self.offsets: list[int] = []
@@ -354,15 +355,15 @@ class _Pass:
         return None if before is None or is_hidden(os.fsdecode(file)) else before + file
 
     def _file(self, name: bytes, offset: int, size: int) -> None:
-        ending = os.fsdecode(name[name.rfind(b".") :]).lower()
-        if ending in self.wanted.endings:
+        ending = name[name.rfind(b".") :].lower()
+        if ending in self.pictures:
             self.names.append(name)
             self.offsets.append(offset)
             self.sizes.append(size)
-        elif ending in (".cls", ".json") and size <= MOST_LABEL:
+        elif ending in (b".cls", b".json") and size <= MOST_LABEL:
             self.file.seek(offset)
             self._label(*key_of(name), self.file.read(size))
-            self.described[ending] += 1
+            self.described[ending.decode()] += 1
         else:
             self.left.count(os.fsdecode(name.rpartition(b"/")[2]))
 
@@ -373,7 +374,7 @@ class _Pass:
             return
         try:
             values = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if what != "json" or not isinstance(values, dict):
             return
@@ -395,7 +396,7 @@ class _Pass:
         at = {name: i for i, name in enumerate(self.names)}  # of members of one name the last one counts, as for tar
         facts: dict[str, Any] = {"replaced": len(self.names) - len(at)}
         for name, target in self.links:
-            if target in at and os.fsdecode(name[name.rfind(b".") :]).lower() in self.wanted.endings:
+            if target in at and name[name.rfind(b".") :].lower() in self.pictures:
                 at[name] = at[target]
             else:
                 self.left.special[LINK] += 1

@@ -1,6 +1,7 @@
 """WebDataset's shards: the samples in them, and what labels them."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def test_whole_numbers_in_cls_are_classes(tmp_path: Path) -> None:
     assert names(images) == ["0000.png", "0001.png", "0002.png"]
     assert images.classes == ("0", "1", "2") and labels(images) == [0, 2, -1]
     assert "1 of 3 have no label" in images.note and images.left_out == ""
+
+
+def test_whole_numbers_are_the_classes_of_that_name_in_both_splits(tmp_path: Path) -> None:
+    for split, numbers in (("train", [0, 2, 1]), ("val", [1, 0])):
+        shard(tmp_path / f"{split}.tar", {f"{k}": {"png": 0, "cls": str(n)} for k, n in enumerate(numbers)})
+    train, test, _ = labelled_splits(str(tmp_path))
+    assert train.classes == test.classes == ("0", "1", "2") and labels(test) == [1, 0]
+    large = {"a": {"png": 0, "cls": "10000000000"}, "b": {"png": 0, "cls": "7"}}  # no numbers of classes
+    assert open_data(str(shard(tmp_path / "x.tar", large))).classes == ("10000000000", "7")
 
 
 def test_names_in_cls_and_samples_with_missing_members(tmp_path: Path) -> None:
@@ -109,6 +119,17 @@ def test_shards_whose_samples_have_the_same_keys(tmp_path: Path) -> None:
     shard(tmp_path / "00003.tar", {"0001": {"png": 3, "json": '{"target": 1}'}})
     with pytest.raises(Refusal, match=r"labels of .* are in \.target, cls: choose one field"):
         open_data(str(tmp_path))
+
+
+def test_of_many_shards_few_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.data.tar.KEPT_OPEN", 2)
+    for k in range(5):
+        shard(tmp_path / f"s-{k}.tar", {f"{k}": {"png": k}})
+    images, before = open_data(str(tmp_path)), len(os.listdir("/proc/self/fd"))
+    assert [int(images.read(i % 5)[0, 0, 0]) for i in range(10)] == [0, 1, 2, 3, 4] * 2
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    del images
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_braces() -> None:
