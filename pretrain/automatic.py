@@ -125,9 +125,9 @@ def _batch(config: PretrainConfig, facts: Facts, values: dict[str, Any], reasons
         batch = values["batch"] = facts.images // unit * unit
     if mixed and batch % unit:
         raise Refusal(
-            f"views.{mixed[0]} mixes images in pairs (mixup, CutMix, MixToken), and batch={batch} shared by {facts.processes} "
-            f"processes x {config.accumulate} accumulation steps leaves some without a partner: choose a multiple of "
-            f"{unit}"
+            f"views.{mixed[0]} mixes images in pairs (mixup, CutMix, MixToken), and batch={batch} shared by "
+            f"{facts.processes} processes x {config.accumulate} accumulation steps leaves some without a partner: choose a "
+            f"multiple of {unit}"
         )
     return batch
 

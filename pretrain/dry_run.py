@@ -19,7 +19,7 @@ from common.training.precision import DTYPES
 from common.training.tracking import clock, patient
 from pretrain.assemble import Parts, optimization_for
 from pretrain.command import written
-from pretrain.monitoring.pace import advice, step_seconds
+from pretrain.monitoring.pace import advice, step_seconds, verdict_on_data
 
 CALIBRATION, FEWEST = 20, 3  # steps, of which the first quarter warms up; at least so many
 BUDGET = 30.0  # seconds that they take, about
@@ -66,6 +66,7 @@ def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
     heed()
     speed, wait, how = _calibrate(parts, accelerator, heed)
     accelerator.print(f"speed           {speed:,.1f} images/s over {how}, {wait:.1%} of it waiting for data")
+    accelerator.print(f"verdict         {verdict_on_data(parts, wait)}")
     accelerator.print(
         f"whole run       {parts.steps:,} steps, {clock(parts.steps * config.batch / speed)} "
         f"({parts.steps * config.batch / speed / 3600:.2f} h) without monitors"

@@ -16,6 +16,8 @@ from common.processes.launch import active_pil, entry  # first: it sets what tor
 
 # isort: split
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
 from common.printable import printable_lines
@@ -79,7 +81,13 @@ def train(folder: Path, parts: Parts, arguments: Arguments, stop: StopSignal) ->
         accelerator.print(printable_lines(begun(parts, folder, run.start, active_pil())))
         say = run.progress.say
         best = functools.partial(checkpoints.keep_best, task)
-        done = fit(run, monitors.reports(parts, task, run.tracker, say, best), monitors.collapse_warnings(task, say))
+        slow, collapsed = pace.data_warning(parts, say), monitors.collapse_warnings(task, say)
+
+        def comment(step: int, record: Mapping[str, Any]) -> dict[str, str]:
+            slow(step, record)
+            return collapsed(step, record)
+
+        done = fit(run, monitors.reports(parts, task, run.tracker, say, best), comment)
     accelerator.print(printable_lines(ended(parts, folder, done, run.progress.share)))
     return stop.status if done < parts.steps else 0
 

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from common.processes import collectives
+from common.processes.launch import usable_cores
 from common.training.tracking import clock
 from pretrain.assemble import Parts, first_finds
 from pretrain.automatic import replaced
@@ -23,6 +24,8 @@ LONG = 10.0  # seconds that this may take, about
 DEAR, TIMES_AS_LONG = 1.0, 3.0  # seconds of training on an image, from which on looking at one is taken to be thrice it
 SLOW = 60.0  # seconds of a step, from which on there is advice
 COMFORT = 30.0  # seconds that a step, or a part of one, is advised to take
+WAITS, IN_A_ROW = 0.25, 2  # share of the time spent waiting for images, in so many lines, that is told
+SETTLED = 50  # steps after which the loader has started
 
 
 def step_seconds(parts: Parts) -> float | None:
@@ -61,6 +64,46 @@ def advice(parts: Parts, seconds: float) -> list[str]:
         line += f"; accumulate={pieces} {parts_of} {clock(seconds / pieces)} that are told one by one"
         line += ", each compared within itself" * compares
     return [line + "; or train on a GPU, or a smaller model"]
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def verdict_on_data(parts: Parts, wait: float) -> str:
+    """What a training that waits for images for the share `wait` of its time is bound by, and what to set."""
+    if wait < WAITS:
+        return f"compute-bound: {wait:.0%} of the time is spent waiting for images"
+    workers = parts.config.loader.workers or 0
+    cores = max(1, usable_cores() // parts.process.num_processes)
+    if workers == 0 and cores > 1:
+        help = f"loader.workers={cores - 1} decodes them beside the training, which decodes them itself now"
+    elif workers < cores:
+        help = f"loader.workers={cores} decodes on every core that this process has, {workers} do now"
+    else:
+        h, w = parts.task.backbone.size
+        help = (
+            f"every core decodes already: files whose shorter side is about {2 * min(h, w)} pixels, fewer crops of an "
+            "image or more cores"
+        )
+    return f"data-bound: {wait:.0%} of the time is spent waiting for images; {help}"
+
+
+def data_warning(parts: Parts, say: Callable[[str], None]) -> Callable[[int, Mapping[str, Any]], None]:
+    """Read each logged step, and tell once where IN_A_ROW lines one after the other wait for images, SETTLED steps
+    after the first."""
+    waited: list[float] = []
+    first: list[int] = []
+    told: list[int] = []
+
+    def read(step: int, record: Mapping[str, Any]) -> None:
+        first.append(step)
+        waited.append(record["data_wait"])
+        bound = step >= first[0] + SETTLED and len(waited) > IN_A_ROW and min(waited[-IN_A_ROW:]) >= WAITS
+        if bound and not told:
+            told.append(step)
+            say(f"warning: step {step}: {verdict_on_data(parts, waited[-1])}")
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------ monitors

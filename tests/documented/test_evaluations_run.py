@@ -116,7 +116,10 @@ def test_a_classifier_is_validated(
         command = command.replace(f" {word} ", f" {place} ")
     capsys.readouterr()
     assert judge(command, monkeypatch) == 0
-    rows = {"trained": r"trained-seed0 +vit_\S+, \d+x\d+ px, last", "tokens": r"tokens_lvvit +lvvit_s, 64x64 px, student"}
+    rows = {
+        "trained": r"trained-seed0 +vit_\S+, \d+x\d+ px, last",
+        "tokens": r"tokens_lvvit +lvvit_s, 64x64 px, student",
+    }
     row = next((row for what, row in rows.items() if what in command), "timm:lvvit_s +lvvit_s, 224x224 px")
     out = capsys.readouterr().out
     assert re.search(rf"^{row} +\d+\.\d +\d+\.\d-\d+\.\d", out, re.MULTILINE)

@@ -105,7 +105,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
 ) -> None:
     assert inside(*tiny, "--dry-run", "run=here") == 0
     told = capsys.readouterr().out
-    for words in ("objectives:", "parameters", "FLOPs", "memory", "images/s", "whole run"):
+    for words in ("objectives:", "parameters", "FLOPs", "memory", "images/s", "verdict  ", "whole run"):
         assert words in told
     assert list(Path.cwd().iterdir()) == []
 

@@ -160,3 +160,45 @@ def test_a_recipes_batch_is_lowered_to_what_few_images_fill(images: Path) -> Non
     assert optimization_for(parts.config, parts.task, 30).rate(3) == pytest.approx(0.05 * 86 / 256)  # the rate follows
     with pytest.raises(Refusal, match="is larger than the training data"):
         assemble(dataclasses.replace(config, accumulate=100), group.join(), typed=())
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def waiting(workers: int, processes: int = 1) -> Any:
+    return SimpleNamespace(
+        config=SimpleNamespace(loader=SimpleNamespace(workers=workers)),
+        process=SimpleNamespace(num_processes=processes),
+        task=SimpleNamespace(backbone=SimpleNamespace(size=(32, 48))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "advice"),
+    [
+        (0, 1, "loader.workers=7 decodes them beside the training"),
+        (3, 1, "loader.workers=8 decodes on every core that this process has, 3 do now"),
+        (3, 2, "loader.workers=4 decodes"),
+        (8, 1, "every core decodes already: files whose shorter side is about 64 pixels"),
+        (0, 8, "loader.workers=1 decodes"),
+    ],
+)
+def test_a_training_that_waits_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, workers: int, processes: int, advice: str
+) -> None:
+    monkeypatch.setattr(pace, "usable_cores", lambda: 8)
+    told = pace.verdict_on_data(waiting(workers, processes), 0.63)
+    assert told.startswith("data-bound: 63% of the time is spent waiting for images; ") and advice in told
+    assert pace.verdict_on_data(waiting(workers, processes), 0.1).startswith("compute-bound: 10%")
+
+
+def test_waiting_is_told_once_and_not_while_the_loader_starts() -> None:
+    heard: list[str] = []
+    read = pace.data_warning(waiting(1), heard.append)
+    for step, wait in ((10, 0.9), (20, 0.9), (50, 0.9), (60, 0.1), (70, 0.9)):
+        read(step, {"data_wait": wait})
+    assert not heard  # the loader starts, or one line is slow
+    for step in (80, 90, 100):
+        read(step, {"data_wait": 0.5})
+    (line,) = heard
+    assert line.startswith("warning: step 80: data-bound: 50%")
