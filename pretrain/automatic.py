@@ -126,8 +126,8 @@ def _batch(config: PretrainConfig, facts: Facts, values: dict[str, Any], reasons
     if mixed and batch % unit:
         raise Refusal(
             f"views.{mixed[0]} mixes images in pairs (mixup, CutMix, MixToken), and batch={batch} shared by "
-            f"{facts.processes} processes x {config.accumulate} accumulation steps leaves some without a partner: choose a "
-            f"multiple of {unit}"
+            f"{facts.processes} processes x {config.accumulate} accumulation steps leaves some without a partner: "
+            f"choose a multiple of {unit}"
         )
     return batch
 
