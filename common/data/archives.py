@@ -114,17 +114,20 @@ def _all_there(paths: list[str], spec: str) -> list[str]:
 
 
 def _groups_of(folder: Path) -> dict[str, list[str]]:
-    """Return the archives in a folder by their group; where there are none, those in its sub-folders by the sub-folder.
-    Raises Refusal where all are compressed."""
+    """Return the archives in a folder by their group; where there are none, those in its splits by the sub-folder."""
     groups = _grouped(_archives_in(folder))
     if not groups:
-        inner = {name: _archives_in(folder / name) for name in folders(folder)}
+        inner = {name: _archives_in(folder / name) for name in roles_of(folders(folder))}
         groups = {name: paths for name, paths in inner.items() if paths}
     return groups
 
 
 def _archives_in(folder: Path) -> list[str]:
-    names = [name for name in os.listdir(folder) if name.lower().endswith(ARCHIVE) and not is_hidden(name)]
+    """Return the paths of the archives in a folder. Raises Refusal if it cannot be listed."""
+    try:
+        names = [name for name in os.listdir(folder) if name.lower().endswith(ARCHIVE) and not is_hidden(name)]
+    except OSError as error:
+        raise Refusal(f"cannot list {printable(str(folder))}: {error.strerror}; expected a readable folder") from error
     return [str(folder / name) for name in sorted(names, key=os.fsencode) if (folder / name).is_file()]
 
 

@@ -347,6 +347,18 @@ def test_bytes_that_changed_are_refused_or_read(tmp_path: Path, format_: int) ->
     assert 2000 < refused < 5000
 
 
+def test_what_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x.tar", CAT)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name, message in (("os.listdir", "cannot list .*Permission"), ("builtins.open", r"cannot read .*x\.tar: Perm")):
+        with monkeypatch.context() as patch, pytest.raises(Refusal, match=message):
+            patch.setattr(name, forbidden)
+            open_data(str(tmp_path))
+
+
 # ---------------------------------------------------------------------------- the index
 
 
