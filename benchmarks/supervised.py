@@ -161,21 +161,31 @@ def run(script: str, words: Sequence[str], log: Path) -> None:
         raise Refusal(f"{script} ended with status {status}; its words are in {log}")
 
 
-def trained(job: Job, data: Path, more: Sequence[str]) -> None:
-    """Train and judge a run, unless that was done with the same words. Raises Refusal."""
+def asked(job: Job, more: Sequence[str]) -> dict[str, Any]:
+    """What a run is made of: its words, and what its recipe says."""
     words = [*words_of(job.variant, more), *ALIKE, f"seed={job.seed}"]
-    asked = {"words": words, "recipe": recipe_of(words[0])}
-    place = subset(data, job.share, job.seed)
-    done, log = job.folder / DONE, job.folder.with_name(f"{job.folder.name}.log")
-    if done.is_file() and asked.items() <= json.loads(done.read_text(encoding="utf-8")).items():
+    return {"words": words, "recipe": recipe_of(words[0])}
+
+
+def is_done(job: Job, more: Sequence[str]) -> bool:
+    """Whether a run was finished with the same words and recipe."""
+    done = job.folder / DONE
+    return done.is_file() and asked(job, more).items() <= json.loads(done.read_text(encoding="utf-8")).items()
+
+
+def trained(job: Job, data: Path, more: Sequence[str]) -> None:
+    """Train and judge a run, unless that is done. Raises Refusal."""
+    if is_done(job, more):
         return
+    place, wanted = subset(data, job.share, job.seed), asked(job, more)
+    done, log = job.folder / DONE, job.folder.with_name(f"{job.folder.name}.log")
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     begun = time.perf_counter()
-    run("pretrain/run.py", [*words, f"data={place}", f"run={job.folder}", "--overwrite"], log)
+    run("pretrain/run.py", [*wanted["words"], f"data={place}", f"run={job.folder}", "--overwrite"], log)
     minutes = (time.perf_counter() - begun) / 60
     run("evaluate/validate.py", ["--ckpt", str(job.folder), "--threads", "1", "--workers", "0"], log)
-    done.write_text(json.dumps(asked | {"minutes": minutes}) + "\n", encoding="utf-8")
+    done.write_text(json.dumps(wanted | {"minutes": minutes}) + "\n", encoding="utf-8")
     print(f"{job.share:g} of the labels, {job.variant}, seed {job.seed}: {spread([finished(job).right.mean()])} %, "
           f"{minutes:.1f} min", flush=True)  # fmt: skip
 
@@ -288,6 +298,7 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
     add("--shares", type=float, nargs="+", default=[0.1, 0.01, 1.0], help="shares of the labels")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside the plain one")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--no-training", action="store_true", help="rows of the runs that earlier calls have finished")
     add("--jobs", type=int, default=1, help="trainings at a time, of one thread each")
     arguments = parser.parse_intermixed_args(argv)
     for share in arguments.shares:
@@ -304,6 +315,8 @@ def main(argv: list[str]) -> None:
     variants = [name for name in VARIANTS if name == PLAIN or name in arguments.variants]
     data = arguments.data.expanduser()
     jobs = list(queue(arguments.shares, variants, arguments.seeds))
+    if arguments.no_training:
+        jobs = [job for job in jobs if is_done(job, arguments.words)]
     with ThreadPoolExecutor(arguments.jobs) as threads:
         list(threads.map(lambda job: trained(job, data, arguments.words), jobs))
     rows, counted = [], {name: operations(name, data, arguments.words) for name in variants}
@@ -311,8 +324,9 @@ def main(argv: list[str]) -> None:
         runs: dict[str, dict[int, Finished]] = {name: {} for name in variants}
         for job in (job for job in jobs if job.share == share):
             runs[job.variant][job.seed] = finished(job)
-        costs = {name: counted[name] / counted[PLAIN] for name in variants}
-        rows += [row(share, name, runs, costs[name], arguments.words, arguments.jobs) for name in variants]
+        for name in (name for name in variants if runs[name].keys() & runs[PLAIN].keys()):
+            cost = counted[name] / counted[PLAIN]
+            rows.append(row(share, name, runs, cost, arguments.words, arguments.jobs))
     RESULTS.write_text(written(RESULTS.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print("".join(line(cells) for cells in rows))
 
