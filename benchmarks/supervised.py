@@ -263,7 +263,7 @@ def row(
         "–" if variant == PLAIN else interval(over_images),
         "–" if variant == PLAIN else interval(over_seeds),
         spread(positions) if positions else "–",
-        f"{cost:.2f}",
+        f"{cost:.1f}",
         f"{statistics.fmean(run.minutes for run in these):.1f} min",
         f"{machine['gpu'] or machine['cpu']}, 1 thread, {jobs} at a time, {training['precision']}",
         f"`{' '.join(command)}` ({datetime.date.today()})",

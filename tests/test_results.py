@@ -185,6 +185,18 @@ def test_rows_stand_in_their_section_in_place_of_their_like(supervised):
     ]  # fmt: skip
 
 
+def test_every_variant_is_a_recipe_and_words_that_it_takes(supervised):
+    for variant in supervised.VARIANTS:
+        recipe, *words = supervised.words_of(variant, ["steps=200"])
+        config = load(find_recipe(recipe, "pretrain"), [*words, *supervised.ALIKE])
+        assert config.allow_leak == ("paper" in variant) and config.monitor.held_out == 0
+        labels = [name for name in config.objectives if name != "classification"]
+        assert labels == [name for name in ("absolute", "relative") if name in variant]
+        for name in labels:
+            full = config.objectives[name]["position"] == "full"
+            assert config.objectives[name]["weight"] == 0.5 and full == config.allow_leak
+
+
 def test_twice_as_long_is_twice_the_steps_of_the_others(supervised):
     assert supervised.words_of("plain", ["steps=200", "batch=8"]) == ["supervised/cifar10", "steps=200", "batch=8"]
     assert supervised.words_of(supervised.TWICE, ["steps=200", "batch=8"])[1:] == ["batch=8", "steps=400"]

@@ -134,7 +134,7 @@ def test_a_row_is_written(command: str, home: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SUPERVISED)
 def test_variants_of_supervised_training_have_rows(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By two steps of each variant and seed; its scripts run in this process, one after the other."""
+    """By two steps of each seed; its scripts run in this process, one after the other."""
     script, words = split(command)
     module = module_of(script)
     monkeypatch.setattr(module, "ROOT", home)
@@ -143,19 +143,18 @@ def test_variants_of_supervised_training_have_rows(command: str, home: Path, mon
     (home / "RESULTS.md").write_text("# Results\n")
 
     def run(script: str, words: list[str], log: Path) -> None:
-        with training_here(), monkeypatch.context() as patch:
+        with log.open("a") as file, contextlib.redirect_stdout(file), training_here(), monkeypatch.context() as patch:
             assert call(module_of(script), list(words), patch) == 0
 
     monkeypatch.setattr(module, "run", run)
-    short = ["steps=2", "batch=4", "log_every=1"]
-    assert call(module, [words[0], *short, *words[1:], "--seeds", "0", "1"], monkeypatch) == 0
+    short, some = ["steps=2", "batch=4", "log_every=1"], ["absolute", "absolute, as in the paper"]
+    few = [words[0], *short, *words[1:], "--seeds", "0", "1", "--variants", *some]
+    assert call(module, few, monkeypatch) == 0
     rows = [line.strip("| ").split(" | ") for line in (home / "RESULTS.md").read_text().splitlines() if " | " in line]
     by_name = {cells[1]: dict(zip(module.COLUMNS, cells, strict=True)) for cells in rows[1:]}
-    assert [name.removesuffix(" (LEAK allowed)") for name in by_name] == list(module.VARIANTS)
-    assert [name for name in by_name if "LEAK" in name] == [
-        f"{name} (LEAK allowed)" for name in module.VARIANTS if "paper" in name
-    ]
-    assert by_name["absolute"]["seeds"] == "0, 1" and by_name[module.TWICE]["steps"] == "4"
+    assert list(by_name) == ["plain", "absolute", "absolute, as in the paper (LEAK allowed)"]
+    assert [row["operations"] for row in by_name.values()] == ["1.0", "2.0", "1.0"]
+    assert all((row["labels"], row["steps"], row["seeds"]) == ("10 %", "2", "0, 1") for row in by_name.values())
 
 
 class Inline:
