@@ -13,7 +13,7 @@ from runs.children import Run
 BIN = Path(sys.executable).parent
 TORCHRUN = "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 pretrain/run.py 'data=~/photos'"
 LAUNCHED = {
-    "accelerate launch pretrain/run.py": "done: 2 steps",
+    "accelerate launch pretrain/run.py mp3 'data=~/photos'": "done: 2 steps",
     "accelerate launch evaluate/knn.py --ckpt runs/photos": "report: runs/photos/evaluate/knn.json",
     TORCHRUN: "device     2 x CPU",
     "poslabel pretrain vit_small 'data=~/photos'": "done: 2 steps",

@@ -73,6 +73,9 @@ pretrain/jigsaw                 14 class 375300  0.0167  0.996129  student   all
 pretrain/mp3                    14 class 125000    0.05  0.992274  student   all
 pretrain/quickstart              4 -     360324     0.1    0.9995  student   all
 pretrain/vit_small              14 class 500400    0.05  0.999031  student   all   784
+supervised/cifar10                   4 -     1000       0.1  0.9995    student  1000   mean
+supervised/cifar10_absolute          4 -     1000       0.1  0.9995    student  1000   mean   all
+supervised/cifar10_relative          4 -     1000       0.1  0.9995    student  1000   mean   64
 supervised/deit_base                14 class 375300  0.0167  0.996129  average  1000  class
 supervised/deit_base_absolute       14 class 375300  0.0167  0.996129  average  1000  class   all
 supervised/deit_base_absolute_mini  14 class 1501200  0.0167  0.999031  average  1000  class   all
@@ -92,6 +95,22 @@ supervised/deit_tiny                14 class 375300  0.0167  0.996129  average  
 supervised/deit_tiny_irpe_k         14 class 375300  0.0167  0.996129  average  1000  class
 supervised/deit_tiny_irpe_qk        14 class 375300  0.0167  0.996129  average  1000  class
 supervised/deit_tiny_irpe_qkv       14 class 375300  0.0167  0.996129  average  1000  class
+supervised/lvvit_l                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/lvvit_l_384              24 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_l_448              28 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_l_512              32 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_m                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/lvvit_m_384              24 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_m_448              28 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_m_512              32 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_s                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/lvvit_s_384              24 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_s_448              28 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_s_512              32 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_t                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/lvvit_t_384              24 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_t_448              28 class 75060    0.167  0.998063  average  1000   class
+supervised/lvvit_t_512              32 class 75060    0.167  0.998063  average  1000   class
 supervised/nest_base                14 -     375300  0.0667  0.996129  student  1000   mean
 supervised/nest_base_absolute       14 -     375300  0.0667  0.996129  student  1000   mean   all
 supervised/nest_base_absolute_mini  14 -     1501200  0.0667  0.999031  student  1000   mean   all
@@ -104,6 +123,12 @@ supervised/nest_small_relative      14 -     375300  0.0667  0.996129  student  
 supervised/nest_tiny                14 -     375300  0.0667  0.996129  student  1000   mean
 supervised/nest_tiny_absolute       14 -     375300  0.0667  0.996129  student  1000   mean   all
 supervised/nest_tiny_relative       14 -     375300  0.0667  0.996129  student  1000   mean   784
+supervised/spvit_l                  14 class 496310  0.0161  0.996975  average  1000   class
+supervised/spvit_l_384              24 class 75060    0.167  0.998063  average  1000   class
+supervised/spvit_m                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/spvit_m_384              24 class 300270   0.167  0.9995    average  1000   class
+supervised/spvit_s                  14 class 387810  0.0161  0.996129  average  1000   class
+supervised/spvit_s_384              24 class 150120   0.167  0.999031  average  1000   class
 supervised/swin_base                 7 -     375300  0.0667  0.996129  student  1000   mean
 supervised/swin_base_absolute       14 -     375300  0.0667  0.998063  student  1000   mean   all
 supervised/swin_base_absolute_mini  14 -     750600  0.0667  0.999031  student  1000   mean   all
@@ -119,6 +144,11 @@ supervised/swin_tiny_absolute       14 -     375300  0.0667  0.998063  student  
 supervised/swin_tiny_conv            7 -     375300   0.133  0.998063  student  1000   mean
 supervised/swin_tiny_conv_14        14 -     375300  0.0667  0.998063  student  1000   mean
 supervised/swin_tiny_relative        7 -     375300   0.133  0.998063  student  1000   mean   all
+supervised/tokens_annotator          4 -     60054      0.1  0.9995    student  1000   mean
+supervised/tokens_lvvit              4 class 40036      0.1  0.9995    student  1000   class
+supervised/tokens_lvvit_96           6 class 10009      0.1  0.9995    student  1000   class
+supervised/tokens_lvvit_transfer     4 class 10009      0.1  0.9995    student  1000   class
+supervised/tokens_vit                4 class 40036      0.1  0.9995    student  1000   class
 supervised/vit_base                 14 -     375300  0.0667  0.998063  student  1000   mean
 supervised/vit_base_absolute        14 -     375300  0.0667  0.998063  student  1000   mean   all
 supervised/vit_base_absolute_mini   14 -     750600  0.0667  0.999031  student  1000   mean   all
