@@ -224,7 +224,13 @@ TRAINED = [
     *("swin_tiny", "swin_tiny_conv", "swin_tiny_conv_14", "swin_tiny_absolute", "swin_tiny_relative"),
     *("nest_tiny_absolute", "nest_tiny_relative", "cifar10_absolute", "cifar10_relative"),
 ]
-SLOW = ("nest_tiny_absolute", "nest_tiny_relative", "vit_base_absolute")  # as a twin, or no smaller
+SLOW = (
+    "cifar10_absolute",
+    "cifar10_relative",
+    "nest_tiny_absolute",
+    "nest_tiny_relative",
+    "vit_base_absolute",
+)  # as a twin, or no smaller
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def objective(labels: Path | None, **options: object) -> str:
     return f"objectives={{absolute: {{weight: 0}}, relative: {{weight: 0}}, token_labeling: {{{said}}}}}"
 
 
-@pytest.mark.parametrize("backbone", [(), LV], ids=["vit", "lvvit"])
+@pytest.mark.parametrize("backbone", [pytest.param((), id="vit", marks=pytest.mark.slow), pytest.param(LV, id="lvvit")])
 def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(
     inside: Callable[..., int], tiny: list[str], labels: Path, tmp_path: Path, backbone: tuple[str, ...]
 ) -> None:
