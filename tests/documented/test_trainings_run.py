@@ -98,6 +98,7 @@ def test_labels_are_generated(
 ) -> None:
     """By a small annotator in place of the one that is named, of the photos here."""
     script, words = split(command)
+    (home / "labelled.labels").unlink()  # others are trained with it
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), home / "annotator.pth")
     small_one = ["--annotator", "timm:test_resnet", "--weights", "annotator.pth", "--size", "64", "--data", "~/photos"]
     assert call(module_of(script), [*words, *small_one], monkeypatch) == 0
