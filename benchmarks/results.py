@@ -99,9 +99,21 @@ def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
+def section_of(text: str, title: str) -> tuple[str, str, str]:
+    """(what is before, in, and after the section of that title) of RESULTS.md; `before` is all of it if it has none."""
+    before, _, rest = text.partition(f"\n{title}\n")
+    section, mark, after = rest.partition("\n## ")
+    return before, section, mark + after
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return line(columns) + "|---" * len(columns) + "|\n" + "".join(map(line, rows))
+
+
 def heading() -> str:
     """RESULTS.md without a row."""
-    return HEADER + line(COLUMNS) + "|---" * len(COLUMNS) + "|\n"
+    return HEADER + table(COLUMNS, [])
 
 
 SUMMARY = {

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from benchmarks.results import line, records, spread
+from benchmarks.results import line, records, section_of, spread, table
 from common import config as configuration
 from common.errors import Refusal
 from evaluate.job import bootstrap, report
@@ -151,14 +151,19 @@ def recipe_of(name: str) -> dict[str, Any]:
     return content
 
 
-def run(script: str, words: Sequence[str], log: Path) -> None:
-    """Run one of our scripts as a child process with one thread; what it says is added to `log`. Raises Refusal."""
+def run(script: str, words: Sequence[str], log: Path) -> float:
+    """Run one of our scripts as a child process with one thread; what it says is added to `log`. Returns the minutes
+    that it kept a processor busy, which others on the machine lengthen little. Raises Refusal."""
     one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with log.open("a", encoding="utf-8") as file:
-        command = [sys.executable, str(ROOT / script), *words]
-        status = subprocess.run(command, stdout=file, stderr=file, env=os.environ | one).returncode
-    if status:
-        raise Refusal(f"{script} ended with status {status}; its words are in {log}")
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *words], stdout=file, stderr=file, env=os.environ | one
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise Refusal(f"{script} ended with status {process.returncode}; its words are in {log}")
+    return (usage.ru_utime + usage.ru_stime) / 60
 
 
 def asked(job: Job, more: Sequence[str]) -> dict[str, Any]:
@@ -272,14 +277,12 @@ def row(
 
 def written(text: str, rows: Sequence[Sequence[str]]) -> str:
     """RESULTS.md with these rows in its section, in place of those that say the same of other runs."""
-    before, _, rest = text.partition(f"\n{TITLE}\n")
-    section, mark, after = rest.partition("\n## ")
+    before, section, after = section_of(text, TITLE)
     old = [old.strip("| ").split(" | ") for old in section.splitlines() if old.startswith("| ")][1:]
     kept = {tuple(cells[:KEY]): cells for cells in [*old, *rows]}
     order = list(VARIANTS)
     best = sorted(kept.values(), key=lambda cells: (float(cells[0].split()[0]), order.index(cells[1].split(" (")[0])))
-    table = line(COLUMNS) + "|---" * len(COLUMNS) + "|\n" + "".join(map(line, best))
-    return f"{before}\n{TITLE}\n{TEXT}{table}{mark}{after}"
+    return f"{before}\n{TITLE}\n{TEXT}{table(COLUMNS, best)}{after}"
 
 
 def queue(shares: Sequence[float], variants: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:

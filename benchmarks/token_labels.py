@@ -17,17 +17,14 @@ if not __package__:
 import argparse
 import datetime
 import json
-import os
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.results import line, records
-from benchmarks.supervised import ALIKE, RESULTS, interval
-from common.errors import Refusal
+from benchmarks.results import line, records, section_of, table
+from benchmarks.supervised import ALIKE, RESULTS, interval, run
 from common.features.metrics import wilson
 from evaluate.job import bootstrap, report
 
@@ -82,21 +79,6 @@ CHAIN = [
     Training("Fashion-MNIST", TRANSFER, "Fashion-MNIST from scratch", "LV-ViT", True, "LV-ViT"),
 ]
 BY_NAME = {training.name: training for training in CHAIN}
-
-
-def run(script: str, words: Sequence[str], log: Path) -> float:
-    """Run one of our scripts as a child process with one thread; what it says is added to `log`. Returns the minutes
-    that it kept a processor busy, which others on the machine lengthen little. Raises Refusal."""
-    one = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *words], stdout=file, stderr=file, env=os.environ | one
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise Refusal(f"{script} ended with status {process.returncode}; its words are in {log}")
-    return (usage.ru_utime + usage.ru_stime) / 60
 
 
 def words_of(training: Training, data: Path, fashion: Path | None) -> list[str]:
@@ -167,10 +149,8 @@ def row(training: Training, command: str) -> list[str]:
 
 def written(text: str, rows: Sequence[Sequence[str]]) -> str:
     """RESULTS.md with this section, in place of the one before."""
-    before, _, rest = text.partition(f"\n{TITLE}\n")
-    _, mark, after = rest.partition("\n## ")
-    table = line(COLUMNS) + "|---" * len(COLUMNS) + "|\n" + "".join(map(line, rows))
-    return f"{before}\n{TITLE}\n{TEXT}{table}{mark}{after}"
+    before, _, after = section_of(text, TITLE)
+    return f"{before}\n{TITLE}\n{TEXT}{table(COLUMNS, rows)}{after}"
 
 
 def main() -> None:
