@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from common.batches.unreadable import UNREADABLE
+from common.batches.unreadable import BAD_FILES
 from common.commands import command
 from common.models.backbone import count_parameters
 from common.training import schedules
@@ -58,7 +58,7 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
     lines += expected(parts)
     lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
     lines += [f"warning    {note}" for note in parts.notes]
-    lines += parts.look.lines(f"others take their places (all are listed in {run / UNREADABLE})")
+    lines += parts.look.lines(f"others take their places (all are listed in {run / BAD_FILES})")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from ..processes.launch import usable_cores
 from .loading import Loader
 from .samples import Batch
 
-UNREADABLE = "unreadable.txt"
+BAD_FILES = "bad_files.txt"
 AUTO = "auto"  # a hundredth; of few images FEW, but no more than a tenth
 FEW = 5
 LOOKED, SECONDS = 2000, 10.0  # images that are looked at up front, at most, and for how long
@@ -210,12 +210,12 @@ def watch(
     batches: Loader, folder: Path, images: Images, together: int, say: Callable[[str], None], limit: Limit, look: Look
 ) -> Generator[Batch, None, None]:
     """Yield the same batches. Each unreadable file among them, and among those of `look`, is written to
-    folder/unreadable.txt, and named on the screen once.
+    folder/bad_files.txt, and named on the screen once.
 
     Processes tell each other every `together` batches, so that all stop at once. Raises Refusal if unreadable files
     are more than `limit` allows, or no readable image is found in place of one.
     """
-    path, process = folder / UNREADABLE, PartialState()
+    path, process = folder / BAD_FILES, PartialState()
     known = set(look.bad)
     listed = read_list(path) | known  # said before
     if process.is_main_process:

@@ -23,7 +23,7 @@ except ImportError:  # Windows has no POSIX locks: two writers are not noticed t
 
 CONFIG, LOCK = "config.yaml", "lock"
 # what a training writes into its run folder
-FILES = (CONFIG, LOCK, "metrics.jsonl", "unreadable.txt", *PUBLIC, BEST, BEST_HEAD, "best.json")
+FILES = (CONFIG, LOCK, "metrics.jsonl", "bad_files.txt", *PUBLIC, BEST, BEST_HEAD, "best.json")
 FOLDERS = ("state", "tb", "pictures", "flight")
 WAIT = 60.0  # seconds a resume waits for an interrupted process to finish its checkpoint
 

@@ -2,7 +2,7 @@
 
 poslabel inspect DATA                  # or: python -m common.data inspect DATA
   --most N       decode N images of each split, evenly spread (default: all)
-  --out FOLDER   where the report is written (default: runs/inspect/NAME): inspect.json, sheet.png, unreadable.txt
+  --out FOLDER   where the report is written (default: runs/inspect/NAME): inspect.json, sheet.png, bad_files.txt
   --data-root DIR, --data-train NAME, ...   as the options of a training, see its --help
 
 Counts by kind, also of what is not read; classes; sizes; mean and deviation of the channels, ready to be pasted; what
@@ -25,7 +25,7 @@ import re
 
 from tqdm import tqdm
 
-from common.batches.unreadable import UNREADABLE
+from common.batches.unreadable import BAD_FILES
 from common.checkpoints.storage import write_atomically, write_json
 from common.commands import Parser
 from common.data import SPLITS, open_split
@@ -64,17 +64,17 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", report.numbers(splits, found, speed))
     bad = [message for split in splits for message in split.survey.bad]
-    (out / UNREADABLE).unlink(missing_ok=True)
+    (out / BAD_FILES).unlink(missing_ok=True)
     if bad:
         text = "".join(f"{message}\n" for message in bad)
         write_atomically(
-            out / UNREADABLE, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+            out / BAD_FILES, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         )
     readable = next((split for split in splits if split.survey.index), None)
     if readable is None:
-        raise Refusal(f"none of {total:,} images looked at in {where.spec} can be read: see {out / UNREADABLE}")
+        raise Refusal(f"none of {total:,} images looked at in {where.spec} can be read: see {out / BAD_FILES}")
     report.sheet(readable.images, readable.survey, out / "sheet.png")
-    say(f"report: {out / 'inspect.json'}; pictures: {out / 'sheet.png'}" + (f"; {out / UNREADABLE}" if bad else ""))
+    say(f"report: {out / 'inspect.json'}; pictures: {out / 'sheet.png'}" + (f"; {out / BAD_FILES}" if bad else ""))
     return 0
 
 

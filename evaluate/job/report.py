@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import config as configuration
-from common.batches.unreadable import UNREADABLE, write_list
+from common.batches.unreadable import BAD_FILES, write_list
 from common.checkpoints.storage import sha256, write_atomically
 from common.errors import Refusal
 from common.features.extraction import KINDS, PIXELS, RAW, digest
@@ -54,7 +54,7 @@ def write(
     transform = {"name": "evaluation", "size": description["size"], "crop": job.crop, "interpolation": "bicubic"}
     state = job.subject.state
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    listed = job.out.with_suffix(f".{UNREADABLE}")
+    listed = job.out.with_suffix(f".{BAD_FILES}")
     listed.unlink(missing_ok=True)
     write_list(listed, job.look.bad)
     content = {

@@ -222,7 +222,7 @@ class Labelling:
         if known:
             say(f"agrees     the mean of its cells names the class of {right / known:.1%} of {known:,.0f} images")
         bad = np.flatnonzero(states == UNREADABLE)
-        listed = self.out.with_name(f"{self.out.name}.unreadable.txt")
+        listed = self.out.with_name(f"{self.out.name}.bad_files.txt")
         if len(bad) and self.process.is_main_process:
             told = {message.partition(": ")[0] for message in messages}
             names = [name for name in (self.images.name(int(i)) for i in bad) if name not in told]

@@ -57,7 +57,7 @@ def test_a_few_unreadable_images_are_named_once_and_replaced_alike(
             assert len(said) == 2 and "(2 of 200 so far)" in said[1]
         else:
             assert len(said) == 1 and said[0].startswith("warning: 2 of 200 images cannot be read; others take")
-        listed = (run.path / "unreadable.txt").read_text().splitlines()
+        listed = (run.path / "bad_files.txt").read_text().splitlines()
         assert sorted(line.partition(": ")[0] for line in listed) == sorted(names)
         losses.append(run.losses)
     assert losses[0] == losses[1]
@@ -72,7 +72,7 @@ def test_unreadable_images_are_replaced_alike_after_a_resume(inside, at_step, ma
     assert inside(*words, "run=parts") == 0
     assert inside("--resume", "parts") == 0
     assert Run(Path("parts")).losses == Run(Path("whole")).losses
-    listed = [(Path(run) / "unreadable.txt").read_text().splitlines() for run in ("parts", "whole")]
+    listed = [(Path(run) / "bad_files.txt").read_text().splitlines() for run in ("parts", "whole")]
     assert sorted(listed[0]) == sorted(listed[1])  # each once
 
 
@@ -111,7 +111,7 @@ def test_unreadable_images_are_told_all_at_once_before_anything_is_written(insid
     said = capsys.readouterr().out
     assert all(name in said for name in names) and not Path("run").exists()
     assert inside(*words, "run=run", "max_bad=0.02", "monitor.held_out=0") == 0  # just allowed
-    listed = Path("run/unreadable.txt").read_text().splitlines()
+    listed = Path("run/bad_files.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in listed] == names
     assert inside("--resume", "run", "steps=2", "max_bad=4") == 0
     assert read_description(Path("run") / WEIGHTS)["training"]["max_bad"] == "4"  # and it can be judged
@@ -128,7 +128,7 @@ def test_more_than_is_allowed_is_an_error(inside, many, trained_on, tmp_path, wo
     message = str(refusal.value)
     assert "3 of 200 images in" in message and "more than the 2 that max_bad=0.01 allows" in message
     assert "\n" not in message
-    listed = Path("run/unreadable.txt").resolve()
+    listed = Path("run/bad_files.txt").resolve()
     assert str(listed) in message and "mend or remove" in message
     assert sorted(line.partition(": ")[0] for line in listed.read_text().splitlines()) == sorted(names)
 
@@ -160,5 +160,5 @@ def test_names_that_are_no_text_in_a_run_and_its_resume(inside, many, tmp_path, 
     assert said.isprintable() or {c for c in said if not c.isprintable()} == {"\n"}
     names = [f"{tmp_path}/link/br\\xf6ken/{name}.png" for name in ("a\\x1b[2Jb\\n", "br\\xf6ken")]
     assert inside("--resume", "run", "steps=2") == 0
-    lines = Path("run/unreadable.txt").read_bytes().decode().splitlines()
+    lines = Path("run/bad_files.txt").read_bytes().decode().splitlines()
     assert [line.partition(": ")[0] for line in lines] == names and all(name in said for name in names)

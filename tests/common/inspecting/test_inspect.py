@@ -69,7 +69,7 @@ def test_every_fault_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "images/s in one thread" in lines["decoding"]
     report = json.loads((out / "inspect.json").read_text())
     assert report["splits"]["train"]["classes"] == {"cat": 6, "dog": 3} and report["exact"]["in_both_splits"] == 1
-    assert (out / "unreadable.txt").read_text().startswith(str(data / "train/dog/broken.jpg"))
+    assert (out / "bad_files.txt").read_text().startswith(str(data / "train/dog/broken.jpg"))
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.size == (3 * 98 - 2, 3 * 98 - 2)  # the 8 readable ones
 

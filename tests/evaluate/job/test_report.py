@@ -64,7 +64,7 @@ def test_images_that_cannot_be_read_are_in_neither(make_run, script, data, tmp_p
         words = ["--ckpt", str(run), "--data", str(folder), "--threads", "1", "--device", "cpu", *JOBS[name]]
         assert script(name).main(words) == 0
         content, outcomes = read(run / "evaluate" / f"{name}.json")
-        listed = (run / "evaluate" / f"{name}.unreadable.txt").read_text().splitlines()
+        listed = (run / "evaluate" / f"{name}.bad_files.txt").read_text().splitlines()
         assert [line.partition(":")[0] for line in listed] == [test.name(at) for at in victims]
         assert content["data"]["looked_at"] == {"images": 396, "unreadable": 2, "max_bad": "auto"}
         assert content["data"]["not_read"] == ["1 .txt"]

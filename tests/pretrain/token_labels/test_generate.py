@@ -231,7 +231,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_counted(
     assert not out.exists()
     assert generate_labels.main(given) == 0
     assert "1 of 22 images cannot be read and have no labels" in capsys.readouterr().out
-    assert "picture.04.png" in (tmp_path / "mine.labels.unreadable.txt").read_text()
+    assert "picture.04.png" in (tmp_path / "mine.labels.bad_files.txt").read_text()
     packed, whole = Packed(out), Packed(labelled)
     assert packed.states.tolist() == [1, 1, 2] + [1] * 19
     for i in set(range(IMAGES)) - {2}:
