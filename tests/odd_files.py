@@ -206,7 +206,7 @@ BROKEN = (
 )
 TOO_MANY = "more than the 89,478,485 allowed"
 HTML = "<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>"
-SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='32' height='24'><rect width='9' height='9'/></svg>"
+SVG = "<svg width='32' height='24'><rect width='9' height='9'/></svg>"
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 24\nshowpage\n"
 ON_WHITE: tuple[Colour, ...] = (RED, GREEN, BLUE, (255, 255, 255))
 FADED = (*same((81, 119, 54)), (255, 255, 255))  # luma
@@ -335,7 +335,7 @@ NO_PICTURES = [
     Odd("compressed.jpg", lambda: gzip.compress(jpeg()), reason=NOT_OPENED),
     Odd("packed.png", lambda: bz2.compress(png(grey())), reason=NOT_OPENED),
     Odd("telephone.jpg", lambda: struct.pack(">L", 24) + b"ftypheic" + bytes(300), reason=NOT_OPENED),
-    Odd("pointer-of-lfs.jpg", text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    Odd("pointer-of-lfs.jpg", text("version 1 of git-lfs\noid sha256:0\nsize 9\n"),
         reason=NOT_OPENED),
     Odd("notes.txt", text("none"), listed=False),
     Odd("telephone.heic", lambda: struct.pack(">L", 24) + b"ftypheic", listed=False),
