@@ -10,21 +10,17 @@ table has medians over the rounds and the range of the ratio.
 
 The files are cut from scikit-learn's two sample photographs at random places, zooms and shapes around 500x375.
 
-`--decoders [FOLDER]` times the JPEG decoders alone, side by side: those that `common.decoding.decode` knows and Pillow,
-whose `draft` decodes to an eighth, a quarter or half of a side. FOLDER: JPEGs to time them on beside small ones.
+`--decoders [FOLDER]` times the JPEG decoders alone: those that `common.decoding.decode` knows, Pillow, and
+simplejpeg and PyTurboJPEG where they are installed. FOLDER: JPEGs to time them on beside small ones.
 
 `--sources SPEC [SPEC ...]` times places of the same images, as `data=` takes them: a folder, and archives of it.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
-import io
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:
@@ -38,10 +34,12 @@ from PIL import Image, features
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.loading.decoders import compare_decoders
+from benchmarks.loading.measuring import Method, each, in_batches, measure
 from common.batches.crops import augment
 from common.batches.views import View
 from common.data import Images, open_data
-from common.decoding.decode import JPEG_DECODERS, decode_with_pil, jpeg_decoder
+from common.decoding.decode import jpeg_decoder_name
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCHES = (16, 64, 256)
@@ -74,29 +72,11 @@ def normalise(batch: Tensor) -> Tensor:
     return batch.float().mul_(1 / (255 * std)).add_(-mean / std)
 
 
-def in_batches(
-    count: int, size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor], Tensor]
-) -> Callable[[], None]:
-    def run() -> None:
-        for start in range(0, count, size):
-            finish(torch.stack([one(i) for i in range(start, min(start + size, count))]))
-
-    return run
-
-
-def each(count: int, one: Callable[[int], object]) -> Callable[[], None]:
-    def run() -> None:
-        for i in range(count):
-            one(i)
-
-    return run
-
-
 def same(batch: Tensor) -> Tensor:
     return batch
 
 
-def photograph_methods(folder: Path, count: int, batch: int) -> dict[str, Callable[[], None]]:
+def photograph_methods(folder: Path, batch: int) -> dict[str, Method]:
     ours = open_data(str(folder))
     view = View(size=224, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)
     coloured = View(size=224, scale=[0.08, 1.0], flip=0.5)
@@ -114,26 +94,24 @@ def photograph_methods(folder: Path, count: int, batch: int) -> dict[str, Callab
         return augment(ours.read(i, contiguous=False), view, rng)
 
     return {
-        "ImageFolder + v2 on tensors (the standard)": in_batches(count, batch, lambda i: theirs["tensors"][i][0], same),
-        "ImageFolder + v2, cropping in PIL": in_batches(count, batch, lambda i: theirs["pil"][i][0], same),
-        OURS: in_batches(count, batch, fast, same),
-        NORMALISED: in_batches(count, batch, fast, normalise),
-        "ours + normalise, contiguous read": in_batches(
-            count, batch, lambda i: augment(ours.read(i), view, rng), normalise
-        ),
+        "ImageFolder + v2 on tensors (the standard)": in_batches(batch, lambda i: theirs["tensors"][i][0], same),
+        "ImageFolder + v2, cropping in PIL": in_batches(batch, lambda i: theirs["pil"][i][0], same),
+        OURS: in_batches(batch, fast, same),
+        NORMALISED: in_batches(batch, fast, normalise),
+        "ours + normalise, contiguous read": in_batches(batch, lambda i: augment(ours.read(i), view, rng), normalise),
         "ours + normalise, default colour": in_batches(
-            count, batch, lambda i: augment(ours.read(i, contiguous=False), coloured, rng), normalise
+            batch, lambda i: augment(ours.read(i, contiguous=False), coloured, rng), normalise
         ),
     }
 
 
-def decoding_methods(folder: Path, count: int) -> dict[str, Callable[[], None]]:
+def decoding_methods(folder: Path) -> dict[str, Method]:
     ours, theirs = open_data(str(folder)), torchvision.datasets.ImageFolder(str(folder))
     return {
-        "ImageFolder (PIL image)": each(count, lambda i: theirs[i]),
-        "ImageFolder + v2.ToImage": each(count, lambda i: v2.functional.to_image(theirs[i][0])),
-        "ours": each(count, lambda i: ours.read(i, contiguous=False)),
-        "ours, contiguous read": each(count, lambda i: ours.read(i)),
+        "ImageFolder (PIL image)": each(lambda i: theirs[i]),
+        "ImageFolder + v2.ToImage": each(lambda i: v2.functional.to_image(theirs[i][0])),
+        "ours": each(lambda i: ours.read(i, contiguous=False)),
+        "ours, contiguous read": each(lambda i: ours.read(i)),
     }
 
 
@@ -148,59 +126,17 @@ def compare_sources(specs: list[str], count: int, rounds: int) -> None:
     side = 224 if min(first.read(chosen[0]).shape[1:]) >= 100 else 32
     view, rng = View(size=side, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0), np.random.default_rng(0)
 
-    def reading(images: Images) -> Callable[[], None]:
-        return each(len(chosen), lambda k: images.read(chosen[k], contiguous=False))
+    def reading(images: Images) -> Method:
+        return each(lambda k: images.read(chosen[k], contiguous=False))
 
-    def cropping(images: Images) -> Callable[[], None]:
-        return each(len(chosen), lambda k: augment(images.read(chosen[k], contiguous=False), view, rng))
+    def cropping(images: Images) -> Method:
+        return each(lambda k: augment(images.read(chosen[k], contiguous=False), view, rng))
 
     for title, way in (("reading", reading), (f"reading, crop to {side}", cropping)):
         measure(title, len(chosen), rounds, {spec[-44:]: way(images) for spec, images in sources.items()})
 
 
-def draft(data: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (h, w, 3) of a JPEG, decoded by Pillow to the smallest of its scales that covers size x size."""
-    image = Image.open(io.BytesIO(data))
-    image.draft("RGB", (size, size))
-    return np.asarray(image)
-
-
-def decoder_methods(files: list[np.ndarray], channels: int) -> dict[str, Callable[[], None]]:
-    """Every JPEG decoder that is installed, on encoded `files`; prints how many pictures they decode alike."""
-    decoders: dict[str, Callable[[np.ndarray, int], Tensor]] = {}
-    for name, load in JPEG_DECODERS.items():
-        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
-            decoders[name] = load()
-    decoders["Pillow"] = lambda data, channels: decode_with_pil(data, channels, None)[0]
-    first = next(iter(decoders.values()))
-    for name, decoder in decoders.items():
-        alike = sum(torch.equal(decoder(data, channels), first(data, channels)) for data in files)
-        print(f"  {name}: {alike} of {len(files)} pictures have the pixels of the first, {channels} channels")
-    methods = {
-        name: each(len(files), lambda i, decoder=decoder: decoder(files[i], channels))  # type: ignore[misc]
-        for name, decoder in decoders.items()
-    }
-    if channels == 3:
-        methods["Pillow, draft to 224 (other pixels)"] = each(len(files), lambda i: draft(files[i], 224))
-    return methods
-
-
-def compare_decoders(folder: Path, count: int, rounds: int) -> None:
-    """Print the JPEG decoders' speeds on up to `count` files in `folder`, and on as many of 32x32 made from them."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:count]
-    files = [np.fromfile(path, np.uint8) for path in paths]
-    small = []
-    for data in files:
-        packed = io.BytesIO()
-        Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32)).save(packed, "JPEG", quality=95)
-        small.append(np.frombuffer(packed.getvalue(), np.uint8).copy())
-    for title, group in (("files as they are", files), ("32x32", small)):
-        for channels in (3, 1):
-            name = f"decoding, {title}, {channels} channel{'s' if channels > 1 else ''}"
-            measure(name, len(group), rounds, decoder_methods(group, channels))
-
-
-def small_methods(count: int) -> dict[str, Callable[[], None]]:
+def small_methods(count: int) -> dict[str, Method]:
     ours = open_data("builtin")
     pixels = np.stack([ours.read(i, channels=1)[0].numpy() for i in range(count)])
     view = View(size=28, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)
@@ -212,34 +148,12 @@ def small_methods(count: int) -> dict[str, Callable[[], None]]:
         v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std),
     ])  # fmt: skip
     return {
-        "MNIST's PIL image + v2 on tensors": in_batches(
-            count, 256, lambda i: transform(Image.fromarray(pixels[i])), same
-        ),
-        NORMALISED: in_batches(count, 256, lambda i: augment(ours.read(i, 1), view, rng), normalise),
+        "MNIST's PIL image + v2 on tensors": in_batches(256, lambda i: transform(Image.fromarray(pixels[i])), same),
+        NORMALISED: in_batches(256, lambda i: augment(ours.read(i, 1), view, rng), normalise),
         "ours + normalise, default colour": in_batches(
-            count, 256, lambda i: augment(ours.read(i, 1), coloured, rng), normalise
+            256, lambda i: augment(ours.read(i, 1), coloured, rng), normalise
         ),
     }
-
-
-def measure(title: str, count: int, rounds: int, methods: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Prints images/s and the ratio to the first method; returns the ratios (medians over the rounds)."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
-        for name, method in methods.items():
-            start = time.process_time()
-            method()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-    first = next(iter(methods))
-    print(f"\n{title:<46} images/s   ratio  (range)")
-    ratios = {}
-    for name, times in seconds.items():
-        each_round = [a / b for a, b in zip(seconds[first], times, strict=True)]
-        ratios[name] = statistics.median(each_round)
-        extent = f"({min(each_round):.2f} to {max(each_round):.2f})"
-        print(f"  {name:<44} {count / statistics.median(times):8.0f} {ratios[name]:7.2f}  {extent}")
-    return ratios
 
 
 def main() -> None:
@@ -256,8 +170,7 @@ def main() -> None:
     except importlib.metadata.PackageNotFoundError:
         simd = "no"
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, PIL {PIL.__version__}, simd: {simd}")
-    turbo, fast = features.check("libjpeg_turbo"), jpeg_decoder() is not None
-    print(f"libjpeg-turbo in PIL: {turbo}; a fast JPEG decoder: {fast}; one thread")
+    print(f"libjpeg-turbo in PIL: {features.check('libjpeg_turbo')}; ours decodes by {jpeg_decoder_name()}; one thread")
     count, rounds = options.images, options.rounds
     if options.sources:
         compare_sources(options.sources, count, rounds)
@@ -273,10 +186,10 @@ def main() -> None:
             compare_decoders(folder, count, rounds)
             return
         ratios = {
-            batch: measure(f"crop to 224, batches of {batch}", count, rounds, photograph_methods(folder, count, batch))
+            batch: measure(f"crop to 224, batches of {batch}", count, rounds, photograph_methods(folder, batch))
             for batch in BATCHES
         }
-        measure("decoding alone", count, rounds, decoding_methods(folder, count))
+        measure("decoding alone", count, rounds, decoding_methods(folder))
     measure("28x28 arrays: crop, flip, normalise", 2000, rounds, small_methods(2000))
     print(f"\nbound: {BOUND}x the standard pipeline")
     for name in (OURS, NORMALISED):

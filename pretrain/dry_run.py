@@ -14,12 +14,12 @@ from common.batches.unreadable import LISTED
 from common.models.backbone import count_parameters
 from common.models.create import set_attention
 from common.processes import group
-from common.processes.launch import active_pil
 from common.training.precision import DTYPES
 from common.training.tracking import clock, patient
 from pretrain.assemble import Parts, optimization_for
 from pretrain.command import written
 from pretrain.monitoring.pace import advice, step_seconds, verdict_on_data
+from pretrain.summary import decoders
 
 CALIBRATION, FEWEST = 20, 3  # steps, of which the first quarter warms up; at least so many
 BUDGET = 30.0  # seconds that they take, about
@@ -33,7 +33,7 @@ def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
     config, process, images = parts.config, parts.process, parts.images
     accelerator = group.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
-    accelerator.print(f"# {active_pil()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
+    accelerator.print(f"# {decoders()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
     said = [f"{what}: {words}" for what, words in (("splits", images.note), ("not read", images.left_out)) if words]
     for note in said + parts.notes:
         accelerator.print(f"# {note}")

@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # `python pretrain/run.py` puts pretrain/ first, where `import common` fails
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.processes.launch import active_pil, entry  # first: it sets what torch reads when it is imported
+from common.processes.launch import entry  # first: it sets what torch reads when it is imported
 
 # isort: split
 import functools
@@ -78,7 +78,7 @@ def train(folder: Path, parts: Parts, arguments: Arguments, stop: StopSignal) ->
     with Run.open(checkpoints, task, optimization, parts.feed, parts.steps, config.seed, stop) as run:
         if not run.start or arguments.words:  # the recipe, and where it changes
             run.tracker.text("recipe", written(config, parts.reasons), run.start)
-        accelerator.print(printable_lines(begun(parts, folder, run.start, active_pil())))
+        accelerator.print(printable_lines(begun(parts, folder, run.start)))
         say = run.progress.say
         best = functools.partial(checkpoints.keep_best, task)
         slow, collapsed = pace.data_warning(parts, say), monitors.collapse_warnings(task, say)

@@ -10,7 +10,9 @@ import torch
 
 from common.batches.unreadable import BAD_FILES
 from common.commands import command
+from common.decoding.decode import jpeg_decoder_name
 from common.models.backbone import count_parameters
+from common.processes.launch import active_pil
 from common.training import schedules
 from common.training.ema import half_life
 from common.training.tracking import held_out_summary, last_held_out, records_of
@@ -19,7 +21,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.monitoring.pace import expected
 
 
-def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
+def begun(parts: Parts, run: Path, start: int) -> str:
     """A few lines: data, model, objectives, device, and every automatic value with its reason."""
     config, backbone, process = parts.config, parts.task.backbone, parts.process
     h, w = backbone.grid
@@ -53,13 +55,18 @@ def begun(parts: Parts, run: Path, start: int, pil: str) -> str:
         f"length     {parts.steps:,} steps of {config.batch} images, {parts.per_epoch:,} steps an epoch",
         f"device     {process.num_processes} x {device}; {config.precision}, {config.model.attention} attention, "
         f"{config.loader.workers} loader workers each",
-        f"versions   torch {torch.__version__}, timm {timm.__version__}, {pil}",
+        f"versions   torch {torch.__version__}, timm {timm.__version__}, {decoders()}",
     ]
     lines += expected(parts)
     lines += [f"auto       {name} = {_value(config, name)}: {reason}" for name, reason in parts.reasons.items()]
     lines += [f"warning    {note}" for note in parts.notes]
     lines += parts.look.lines(f"others take their places (all are listed in {run / BAD_FILES})")
     return "\n".join(lines)
+
+
+def decoders() -> str:
+    """What decodes images here: the PIL, and the package that JPEGs are decoded by."""
+    return f"{active_pil()}, JPEGs by {jpeg_decoder_name()}"
 
 
 def _objective(name: str, weight: float, parts: Parts) -> str:

@@ -336,7 +336,7 @@ def test_every_folder_and_every_dependency_is_in_pyproject() -> None:
     declared = {name.lower() for name in re.findall(r'"([\w-]+)>=', dependencies)} | {"pil", "yaml"}
     extra = {
         name.replace("-", "_")
-        for name in re.findall(r'^(?:segmentation|torchcodec) = \["([\w-]+)>=', text, re.MULTILINE)
+        for name in re.findall(r'^(?:segmentation|torchcodec|simplejpeg) = \["([\w-]+)>=', text, re.MULTILINE)
     }
     used = set().union(*(reached(path) for path in sources(*STAGES))) - set(sys.stdlib_module_names) - set(STAGES)
     assert {name.lower() for name in used} - extra <= declared and extra <= used

@@ -51,6 +51,14 @@ def endings() -> frozenset[str]:
 JpegDecoder = Callable[[np.ndarray, int], Tensor]  # (encoded bytes, channels 1 or 3) -> uint8 (channels, H, W)
 
 
+def jpeg_by_simplejpeg() -> JpegDecoder:
+    """Load simplejpeg's decoder. Raises ImportError where there is none."""
+    from simplejpeg import decode_jpeg
+
+    modes = {1: "GRAY", 3: "RGB"}
+    return lambda data, channels: torch.from_numpy(decode_jpeg(data, modes[channels])).permute(2, 0, 1)
+
+
 def jpeg_by_torchvision() -> JpegDecoder:
     """Load torchvision's operator itself: the function around it warns at every image since 0.29, which deprecates
     both. Raises AttributeError in a build without libjpeg."""
@@ -68,21 +76,31 @@ def jpeg_by_torchcodec() -> JpegDecoder:
     return lambda data, channels: decode_jpeg(torch.from_numpy(data), mode=modes[channels])
 
 
-# In the order in which they are taken: torchvision's as long as it is there, so that an update of poslabel changes
-# nothing; then TorchCodec's; Pillow without either. All three are libjpeg-turbo: on 400 photographs and 3,000 JPEGs of
-# 32x32 their pixels were equal, in colour and in grey (torchvision 0.29, TorchCodec 0.16 and 0.17, Pillow 13), so which
-# one is used is no part of what a run is. Images per second, as a share of the first: 1, 1.02 and 0.76 at 500x375, 1,
-# 0.87 and 0.21 at 32x32 (`python benchmarks/loader.py --decoders FOLDER`). Pillow's scaled `draft` has other pixels.
-JPEG_DECODERS = {"torchvision": jpeg_by_torchvision, "torchcodec": jpeg_by_torchcodec}
+# In the order in which they are taken, the fastest first; Pillow without any. All are libjpeg-turbo: on 400 photographs
+# and 400 JPEGs of 32x32 their pixels were equal, in colour and in grey, so which one is used is no part of what a run
+# is (simplejpeg 1.9, torchvision 0.29, TorchCodec 0.17, Pillow 13; so are PyTurboJPEG's, which gains nothing). Speed as
+# a share of the first: 1, 0.95, 0.93 and 0.70 at 500x375, 1, 0.69, 0.60 and 0.16 at 32x32, Pillow last
+# (`python benchmarks/loader.py --decoders FOLDER`).
+JPEG_DECODERS = {
+    "simplejpeg": jpeg_by_simplejpeg,
+    "torchvision": jpeg_by_torchvision,
+    "torchcodec": jpeg_by_torchcodec,
+}
 
 
 @functools.cache
-def jpeg_decoder() -> JpegDecoder | None:
-    """Return the fastest JPEG decoder of this installation; None where only Pillow can read them."""
-    for load in JPEG_DECODERS.values():
+def jpeg_decoder() -> tuple[str, JpegDecoder] | None:
+    """Return the fastest JPEG decoder of this installation and its name; None where only Pillow can read them."""
+    for name, load in JPEG_DECODERS.items():
         with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):  # not there, or of another torch
-            return load()
+            return name, load()
     return None
+
+
+def jpeg_decoder_name() -> str:
+    """Name the package that decodes JPEGs here."""
+    fast = jpeg_decoder()
+    return "Pillow" if fast is None else fast[0]
 
 
 def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Tensor:
@@ -95,9 +113,9 @@ def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Te
     header, _ = read_header(data.data, bare=False)
     check_size(header.height, header.width)
     pixels = None
-    if header.components in (1, 3) and (decode_jpeg := jpeg_decoder()) is not None:
-        with contextlib.suppress(RuntimeError):  # PIL reads some JPEGs that this decoder does not
-            pixels = decode_jpeg(data, channels)
+    if header.components in (1, 3) and (fast := jpeg_decoder()) is not None:
+        with contextlib.suppress(RuntimeError, ValueError):  # PIL reads some JPEGs that this decoder does not
+            pixels = fast[1](data, channels)
     if pixels is None:
         pixels, header = decode_with_pil(data, channels, span)
     return upright(pixels, header.orientation)

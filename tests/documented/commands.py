@@ -41,6 +41,7 @@ NOT_RUN = {
     "pip install .": "changes the environment; tests/test_install.py builds the wheel and installs it elsewhere",
     "pip install '.[onnx]'": "changes the environment, from a network; the tests' own has this extra",
     "pip install '.[segmentation]'": "changes the environment, from a network; the tests' own has this extra",
+    "pip install '.[simplejpeg]'": "changes the environment, from a network",
     "pip install '.[torchcodec]'": "changes the environment, from a network",
     "accelerate launch --multi_gpu pretrain/run.py vit_small 'data=~/photos'": "wants several GPUs",
 }  # command: why no test runs it

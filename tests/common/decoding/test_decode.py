@@ -59,19 +59,24 @@ def test_pillow_reads_jpegs_as_the_fast_decoder_does(tmp_path, monkeypatch, chan
     assert (read_one(tmp_path, channels).int() - expected.int()).abs().max() <= 2
 
 
-def test_torchcodec_decodes_where_torchvision_has_no_operator(tmp_path, monkeypatch):
-    torchcodec = ModuleType("torchcodec.decoders")
+def test_the_fastest_jpeg_decoder_that_is_installed_is_taken(tmp_path, monkeypatch):
+    torchcodec, simplejpeg = ModuleType("torchcodec.decoders"), ModuleType("simplejpeg")
     torchcodec.decode_jpeg = lambda data, mode: torch.full((3 if mode == "RGB" else 1, 2, 2), len(data)).byte()
+    simplejpeg.decode_jpeg = lambda data, mode: np.full((1, 1, 3 if mode == "RGB" else 1), 7, np.uint8)
     monkeypatch.setattr(decode, "jpeg_decoder", decode.jpeg_decoder.__wrapped__)
+    monkeypatch.setitem(sys.modules, "simplejpeg", simplejpeg)
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", torchcodec)
     path = save(tmp_path / "a.jpg")
+    assert read_one(tmp_path).tolist() == [[[7]]] * 3 and read_one(tmp_path, 1).tolist() == [[[7]]]
+    assert decode.jpeg_decoder_name() == "simplejpeg"
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
     before = read_one(tmp_path)
-    assert before.shape[1:] != (2, 2)  # torchvision's goes before
+    assert before.shape[1:] != (2, 2) and decode.jpeg_decoder_name() == "torchvision"
     monkeypatch.setattr(torch.ops, "image", None)
     assert (read_one(tmp_path) == path.stat().st_size % 256).all() and read_one(tmp_path, 1).shape == (1, 2, 2)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    assert (read_one(tmp_path).int() - before.int()).abs().max() <= 2
+    assert (read_one(tmp_path).int() - before.int()).abs().max() <= 2 and decode.jpeg_decoder_name() == "Pillow"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

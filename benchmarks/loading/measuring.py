@@ -1,0 +1,56 @@
+"""Methods that take turns on one thread: images per second, and ratios to the first of them."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Method = Callable[[range], None]  # goes through images of these numbers
+
+
+def each(one: Callable[[int], object]) -> Method:
+    def run(numbers: range) -> None:
+        for i in numbers:
+            one(i)
+
+    return run
+
+
+def in_batches(size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor], Tensor]) -> Method:
+    def run(numbers: range) -> None:
+        for start in range(0, len(numbers), size):
+            finish(torch.stack([one(i) for i in numbers[start : start + size]]))
+
+    return run
+
+
+def measure(title: str, count: int, rounds: int, methods: dict[str, Method], turn: int = 0) -> dict[str, float]:
+    """Prints images/s and the ratio to the first method; returns the ratios (medians over the rounds).
+
+    `turn`: images after which it is the next method's turn, 0: all of them. A machine that is busy for a second then
+    slows all methods, and not one.
+    """
+    order = list(methods)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for number in range(rounds + 1):
+        spent = dict.fromkeys(order, 0.0)
+        for start in range(0, count, turn or count):
+            for name in order:
+                before = time.process_time()
+                methods[name](range(start, min(count, start + (turn or count))))
+                spent[name] += time.process_time() - before
+            order = [*order[1:], order[0]]
+        if number:  # the first round warms up
+            for name in order:
+                seconds[name].append(spent[name])
+    first = next(iter(methods))
+    print(f"\n{title:<46} images/s   ratio  (range)")
+    ratios = {}
+    for name, times in seconds.items():
+        each_round = [a / b for a, b in zip(seconds[first], times, strict=True)]
+        ratios[name] = statistics.median(each_round)
+        extent = f"({min(each_round):.2f} to {max(each_round):.2f})"
+        print(f"  {name:<44} {count / statistics.median(times):8.0f} {ratios[name]:7.2f}  {extent}")
+    return ratios
