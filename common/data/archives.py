@@ -18,6 +18,7 @@ import numpy as np
 
 from ..decoding.decode import endings, formats
 from ..errors import Refusal
+from ..kept import UNKEPT
 from ..paths import expanded
 from ..printable import printable
 from .folder import classes_of, first_folders
@@ -231,7 +232,7 @@ def _indexes(paths: list[str], wanted: Wanted) -> list[Index]:
     indexes, said = list[Index](), time.monotonic()
     for path in paths:
         indexes.append(index_of(path, wanted))
-        if time.monotonic() - said >= OFTEN:
+        if len(paths) > 1 and time.monotonic() - said >= OFTEN:
             said = time.monotonic()
             print(f"indexing {len(paths):,} archives: {len(indexes):,} so far", file=sys.stderr, flush=True)
     return indexes
@@ -280,7 +281,7 @@ def _notes(indexes: list[Index]) -> list[str]:
     """Say what else a user should know of the archives."""
     replaced = sum(index.facts["replaced"] for index in indexes)
     alone = sum(index.facts.get("alone", 0) for index in indexes)
-    unkept = next((index.facts["unkept"] for index in indexes if "unkept" in index.facts), None)
+    unkept = next((index.facts[UNKEPT] for index in indexes if UNKEPT in index.facts), None)
     return [
         *([f"{replaced:,} images that later ones of the same name replace"] if replaced else []),
         *([f"{alone:,} samples that have a label and no image"] if alone else []),

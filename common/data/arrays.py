@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import lzma
-import os
 import sys
 import urllib.error
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Refusal
+from ..kept import cache_folder
 from ..printable import printable
 from .images import Arrays, Images
 from .listing import stamps
@@ -44,11 +44,6 @@ def open_builtin(split: str) -> Images:
             return Images(Arrays(chosen, "builtin"), "builtin", np.tile(np.arange(10), count), FASHION_CLASSES)
         start += 10 * count
     raise ValueError(split)
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is fetched or made once."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "poslabel"
 
 
 def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:

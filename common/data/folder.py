@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .. import kept
 from ..decoding.decode import decode, endings, formats
 from ..errors import Refusal
 from ..printable import printable
@@ -21,6 +26,9 @@ from .location import Location
 from .splits import judge
 
 PACKED = {".gz", ".tgz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
+ROOM, FORMAT = "folders", 1  # of listings that are kept
+LARGE = 20_000  # images, from which on that pays
+CALM = 2_000_000_000  # nanoseconds; times of change are told apart by as much as seconds
 SHOWN = 3  # pairs of images that a message names
 
 
@@ -32,6 +40,13 @@ class Files(NamedFiles):
         super().__init__(ends, np.frombuffer(b"".join(names), np.uint8))
         self.root = root
         self.links = frozenset(links)  # those of the names that are links to files
+
+    @classmethod
+    def listed(cls, root: str, ends: np.ndarray, buffer: np.ndarray) -> Files:
+        """Return the files of these names, as `NamedFiles` has them."""
+        files = cls(root, [])
+        files.ends, files.buffer = ends, buffer
+        return files
 
     def path(self, i: int) -> str:
         """Return the path of file `i`, to open it by."""
@@ -106,14 +121,36 @@ def first_folders(files: NamedFiles) -> dict[bytes, int] | None:
 
 def load(root: str, known: frozenset[str] = frozenset()) -> Images:
     """Open all images under `root`; first folders are classes, also one alone if `known`. Raises Refusal if none."""
-    names, left = scan(root)
-    if not names:
+    files, left = _listed(root)
+    if not len(files):
         raise Refusal(no_images(printable(root), left))
-    files = Files(root, names, left.followed)
     labels, classes = classes_of(files, known)
     images = Images(files, printable(root), labels, classes)
+    names = [files.relative_bytes(i) for i in range(len(files))] if left.linked else []
     images.left_out = left.note(names, labels is not None)
     return images
+
+
+def _listed(root: str) -> tuple[Files, LeftOut]:
+    """List the images under `root` as `scan` does; a large folder once, until one of its folders changes."""
+    asked, where = json.dumps([FORMAT, sorted(endings())]), os.path.realpath(root)
+    index = kept.load(ROOM, where, asked)
+    if index is not None and index.arrays.keys() == {"ends", "buffer", "times"}:
+        paths = [os.path.join(root, folder) for folder in index.facts["folders"]]
+        if np.array_equal(stamps(paths), index.arrays["times"]):
+            left = LeftOut(Counter(index.facts["others"]), Counter(index.facts["special"]))
+            return Files.listed(root, index.arrays["ends"], index.arrays["buffer"]), left
+    began = time.time_ns()
+    names, left = scan(root)
+    files = Files(root, names, left.followed)
+    if len(files) >= LARGE and not left.links:
+        times = stamps([os.path.join(root, folder) for folder in left.folders])
+        if times[:, 1:3].max() < began - CALM:  # else it may have changed while it was listed
+            arrays = {"ends": files.ends, "buffer": files.buffer, "times": times}
+            facts = {"folders": left.folders, "others": left.others, "special": left.special}
+            with contextlib.suppress(OSError):
+                kept.keep(ROOM, where, asked, "", kept.Index(arrays, facts))
+    return files, left
 
 
 def no_images(root: str, left: LeftOut) -> str:

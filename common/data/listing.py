@@ -45,6 +45,8 @@ class LeftOut:
     special: Counter[str] = field(default_factory=Counter)  # FIFOs, sockets, devices
     linked: list[tuple[str, str]] = field(default_factory=list)  # a name, and the one under which the same is read
     followed: list[bytes] = field(default_factory=list)  # not left out: names that are read and are links to files
+    folders: list[str] = field(default_factory=list)  # not left out: those looked into, from the one that is listed
+    links: int = 0  # met on the way
 
     def count(self, name: str) -> None:
         """Count a regular file that is no image."""
@@ -164,6 +166,7 @@ class _Walk:
                 self.left.linked.append((prefix, first or "./"))
                 continue
             inner = []
+            self.left.folders.append(prefix)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = entry.name
@@ -176,6 +179,7 @@ class _Walk:
                             self.left.count(name)
                     elif entry.is_symlink():
                         self.links.append(prefix + name)
+                        self.left.links += 1
                     elif not entry.is_dir(follow_symlinks=False):
                         self.left.special[_kind(entry.stat(follow_symlinks=False).st_mode)] += 1
                     elif name.lower() not in JUNK_FOLDERS:

@@ -6,8 +6,6 @@ to a picture as WebDataset has it, NAME.cls or NAME.json beside NAME.jpg, is rea
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -16,20 +14,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..checkpoints.storage import sweep, write_atomically
+from .. import kept
 from ..errors import Refusal
 from ..printable import printable
-from .arrays import cache_folder
 from .huggingface import CANONICAL, LABEL_NAMES
 from .listing import LeftOut, is_hidden
 
-FORMAT = 1  # of the stored index
+FORMAT = 2  # of the stored index
 BLOCK = 512  # bytes of a header; contents begin and end on blocks
+SUM = slice(148, 156)  # of a header: the sum of its bytes, with spaces in its place
+RUN = 1000  # headers that are read at a time
 PATIENCE, OFTEN = 5.0, 10.0  # seconds of a pass after which it is told, and between lines
 MOST_LABEL = 1 << 20  # bytes of a label's member
 CLASS = "cls"
@@ -78,7 +76,8 @@ class Index:
         return split(self.text_ends, self.texts)
 
 
-ARRAYS = ("ends", "buffer", "offsets", "sizes", "text_ends", "texts")
+OF_EACH = ("ends", "offsets", "sizes", "text_ends")
+ARRAYS = (*OF_EACH, "buffer", "texts")
 
 
 def split(ends: np.ndarray, buffer: np.ndarray) -> list[bytes]:
@@ -93,93 +92,27 @@ def packed(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return ends, np.frombuffer(b"".join(texts), np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- kept
-
-
 def index_of(path: str, wanted: Wanted) -> Index:
     """Return the index of the archive at `path`: the one that is kept for its size and time of change, or a new one.
 
-    Several processes that ask build it once. Where nothing can be kept, it is built each time, and `facts["unkept"]`
-    says why. Raises Refusal for what is no whole tar archive.
+    Raises Refusal for what is no whole tar archive.
     """
     try:
         status = os.stat(path)
     except OSError as error:
         raise Refusal(f"cannot read {printable(path)}: {error.strerror}; expected a tar archive") from error
-    about = _about(path, status, wanted)
-    name = f"{_digest(path)}-{_digest(about)}.safetensors"
-    folder = cache_folder() / "archives"
-    if (index := _stored(folder / name, about)) is not None:
-        return index
-    from filelock import FileLock
+    asked = json.dumps([FORMAT, sorted(wanted.endings), wanted.image, wanted.label])
+    state = f"{status.st_size} {status.st_mtime_ns}"
 
-    with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(str(folder / f".{_digest(path)}.lock")))
-        except (OSError, NotImplementedError) as error:
-            index = build(path, wanted)
-            index.facts["unkept"] = str(error)
-            return index
-        if (index := _stored(folder / name, about)) is not None:  # another process was faster
-            return index
+    def built() -> kept.Index:
         index = build(path, wanted)
-        try:
-            _store(folder, name, index, about)
-        except OSError as error:
-            index.facts["unkept"] = str(error)
-    return index
+        return kept.Index({name: getattr(index, name) for name in ARRAYS}, index.facts)
 
+    def is_whole(index: kept.Index) -> bool:
+        return index.arrays.keys() == set(ARRAYS) and len({len(index.arrays[name]) for name in OF_EACH}) == 1
 
-def _about(path: str, status: os.stat_result, wanted: Wanted) -> str:
-    """Describe what an index was made of."""
-    asked = [sorted(wanted.endings), wanted.image, wanted.label]
-    where = printable(path)  # a path may be of bytes that are no text
-    return json.dumps([FORMAT, where, status.st_size, status.st_mtime_ns, *asked])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
-
-
-def _store(folder: Path, name: str, index: Index, about: str) -> None:
-    """Keep an index, instead of those of what was at this path before. For the only process that writes there."""
-    from safetensors.numpy import save_file
-
-    arrays = {key: np.ascontiguousarray(getattr(index, key)) for key in ARRAYS}
-    sweep(folder / name)
-    metadata = {"about": about, "facts": json.dumps(index.facts)}
-    write_atomically(folder / name, lambda aside: save_file(arrays, aside, metadata))
-    size_and_time = json.loads(about)[2:4]
-    for other in folder.glob(f"{name.partition('-')[0]}-*.safetensors"):
-        if (known := _made_of(other)) is None or json.loads(known)[2:4] != size_and_time:
-            other.unlink(missing_ok=True)
-
-
-def _made_of(file: Path) -> str | None:
-    """Return what a kept index was made of; None if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "numpy") as stored:
-            return (stored.metadata() or {}).get("about")
-    except (OSError, SafetensorError):
-        return None
-
-
-def _stored(file: Path, about: str) -> Index | None:
-    """Load a kept index; None if there is none of this archive as it is now, or a damaged one."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.exists() or _made_of(file) != about:
-        return None
-    try:
-        with safe_open(file, "numpy") as stored:
-            facts = json.loads(stored.metadata()["facts"])
-            index = Index(**{key: stored.get_tensor(key) for key in ARRAYS}, facts=facts)
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-    return index if len(index.ends) == len(index.offsets) == len(index.sizes) == len(index.text_ends) else None
+    stored = kept.index_of("archives", path, asked, state, built, is_whole)
+    return Index(**stored.arrays, facts=stored.facts)
 
 
 # -------------------------------------------------------------------------------------------------------- one pass
@@ -221,26 +154,24 @@ def members(file: BinaryIO, start: int, end: int, shown: str) -> Iterator[Member
     """
     archive, place = _begun(file, start, shown), start
     while True:
+        if not archive.pax_headers:
+            run, place = plain_run(file.fileno(), place, end)
+            yield from run
         file.seek(place)
         block = file.read(BLOCK) if place < end else b""
         if len(block) < BLOCK:
             raise Refusal(f"{shown} is cut short at byte {place:,}: it has no end mark; fetch or write it again")
         if not any(block):
             break
-        member = None if archive.pax_headers else plain(block, place + BLOCK)
-        if member is not None:
-            after = place + BLOCK + -(-member.size // BLOCK) * BLOCK
-        else:
-            try:
-                file.seek(place)
-                member = _described(tarfile.TarInfo.fromtarfile(archive))
-            except (tarfile.TarError, ValueError) as error:
-                raise Refusal(f"{shown} is damaged at byte {place:,}: {error}; fetch or write it again") from None
-            after = archive.offset
-        if not place < after <= end:
+        try:
+            file.seek(place)
+            member = _described(tarfile.TarInfo.fromtarfile(archive))
+        except (tarfile.TarError, ValueError) as error:
+            raise Refusal(f"{shown} is damaged at byte {place:,}: {error}; fetch or write it again") from None
+        if not place < archive.offset <= end:
             name = printable(member.name)
             raise Refusal(f"{shown} is cut short in {name}, at byte {end:,}; fetch or write it again")
-        place = after
+        place = archive.offset
         yield member
     file.seek(place)
     while place < end and (rest := file.read(min(1 << 20, end - place))):
@@ -269,19 +200,40 @@ def _begun(file: BinaryIO, start: int, shown: str) -> tarfile.TarFile:
         raise Refusal(f"{shown} is no tar archive; expected one, not compressed") from None
 
 
-def plain(block: bytes, offset: int) -> Member | None:
-    """Read the header of a plain file, as nearly all are, in a third of the time that `tarfile` takes; None for
-    anything else, or if its sum is wrong."""
-    name, before = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
-    if block[156] not in b"0\0" or not block.startswith(b"ustar", 257) or name.endswith(b"/"):
-        return None
-    try:
-        size, stated = int(block[124:136].partition(b"\0")[0], 8), int(block[148:156].partition(b"\0")[0], 8)
-    except ValueError:  # a size above 8 GB is written in another way
-        return None
-    if size < 0 or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
-        return None
-    return Member(b"/".join((before, name)) if before else name, offset, size)
+def plain_run(handle: int, place: int, end: int) -> tuple[list[Member], int]:
+    """Read headers of plain files, as nearly all are, from byte `place` on: (their members, where the next one begins
+    that is none of them, or whose sum is wrong). At most RUN of them, in a tenth of the time that `tarfile` takes."""
+    blocks, places, sizes = list[bytes](), list[int](), list[int]()
+    while len(blocks) < RUN and place < end:
+        block = os.pread(handle, BLOCK, place)
+        if block[257:262] != b"ustar" or block[156] not in b"0\0":
+            break
+        try:
+            size = int(block[124:136].partition(b"\0")[0], 8)
+        except ValueError:  # a size above 8 GB is written in another way
+            break
+        after = place + BLOCK + -(-size // BLOCK) * BLOCK
+        if size < 0 or after > end or len(block) < BLOCK:
+            break
+        blocks.append(block)
+        places.append(place)
+        sizes.append(size)
+        place = after
+    if not blocks:
+        return [], place
+    values = np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
+    sums = values.sum(1, dtype=np.int64) - values[:, SUM].sum(1, dtype=np.int64) + 8 * ord(" ")
+    run = list[Member]()
+    for block, at, size, total in zip(blocks, places, sizes, sums.tolist(), strict=True):
+        name, before = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+        try:
+            is_sound = int(block[SUM].partition(b"\0")[0], 8) == total and not name.endswith(b"/")
+        except ValueError:
+            is_sound = False
+        if not is_sound:
+            return run, at
+        run.append(Member(b"/".join((before, name)) if before else name, at + BLOCK, size))
+    return run, place
 
 
 def _described(member: tarfile.TarInfo) -> Member:

@@ -223,3 +223,70 @@ def test_images_exchanged_in_a_table(tmp_path, monkeypatch):
     fingerprint, stamp = files.fingerprint(), files.stamp()
     exchange(data / "a/0.png", data / "b/0.png")
     assert files.fingerprint() != fingerprint and files.stamp() != stamp
+
+
+# ------------------------------------------------------------------------------------------- kept for the next time
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A folder that counts as large, and as calm although it was just written; the cache folder is one of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("common.data.folder.LARGE", 3)
+    monkeypatch.setattr("common.data.folder.CALM", -(10**12))
+    for name in ("a/1.png", "b/deep/2.png", "b/\udcff.png", "notes.txt"):
+        save(tmp_path / "data" / name) if name.endswith("png") else (tmp_path / "data" / name).write_text("no")
+    return tmp_path / "data"
+
+
+def kept_of(folder: Path) -> list[Path]:
+    return list((folder.parent / "cache" / "poslabel" / "folders").glob("*.safetensors"))
+
+
+def test_a_large_folder_is_listed_once(large, monkeypatch):
+    before = open_data(str(large))
+    assert len(kept_of(large)) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("common.data.folder.scan", lambda root: pytest.fail("listed again"))
+        again = open_data(str(large))
+        assert names(again) == names(before) == ["a/1.png", "b/deep/2.png", "b/\\udcff.png"]
+        assert labels(again) == labels(before) and again.classes == before.classes
+        assert again.left_out == before.left_out == "1 .txt"
+        assert again.fingerprint() == before.fingerprint() and again.stamp() == before.stamp()
+        assert again.read(1).equal(before.read(1))
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "a folder", "damaged", "another folder"])
+def test_a_folder_that_has_changed_is_listed_again(large, change):
+    open_data(str(large))
+    if change == "added":
+        save(large / "b" / "deep" / "3.png")
+    elif change == "removed":
+        (large / "b" / "deep" / "2.png").unlink()
+    elif change == "renamed":
+        (large / "a" / "1.png").rename(large / "a" / "0.png")
+    elif change == "a folder":
+        save(large / "c" / "4.png")
+    elif change == "damaged":
+        (kept,) = kept_of(large)
+        kept.write_bytes(kept.read_bytes()[:-7])
+    else:
+        shutil.move(large, large.with_name("old"))
+        save(large / "other.png")
+    expected = sorted(os.fsencode(path.relative_to(large)) for path in large.rglob("*.png"))
+    images = open_data(str(large))
+    assert [os.fsencode(images.source.relative(i)) for i in range(len(images))] == expected
+
+
+def test_a_listing_that_may_be_out_of_date_is_not_kept(large, monkeypatch):
+    with monkeypatch.context() as patch:  # written a moment ago: another change would not show in its times
+        patch.setattr("common.data.folder.CALM", 2 * 10**9)
+        open_data(str(large))
+    assert not kept_of(large)
+    (large / "link.png").symlink_to("a/1.png")  # what it leads to may change and no folder with it
+    open_data(str(large))
+    assert not kept_of(large)
+    (large / "link.png").unlink()
+    (large.parent / "cache" / "poslabel").mkdir(parents=True, exist_ok=True)
+    (large.parent / "cache" / "poslabel" / "folders").write_text("no folder: nothing can be kept")
+    assert len(open_data(str(large))) == 3
