@@ -62,7 +62,7 @@ def opening(spec: str, results: Any) -> None:
 
 def private_dirty() -> float:
     """MB of this process that it shares with no other and has written."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
