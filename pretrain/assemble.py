@@ -99,7 +99,7 @@ class Parts:
         """Held-out images, cropped and drawn for as the training images are."""
         task, samples = self.task, self.samples
         options = task.draws, task.collates, task.labelled, samples.colours, samples.beside
-        return Samples(images, samples.views, 0, samples.channels, *options)
+        return Samples(images, samples.views, 0, samples.channels, *options, scaled=samples.scaled)
 
 
 def assemble(
@@ -118,6 +118,8 @@ def assemble(
     threads = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
     images = open_data(location_of(vars(config)))
+    if config.loader.decode == "scaled" and not images.are_encoded:
+        raise Refusal(f"loader.decode=scaled goes with files of pictures, and {images.where} holds decoded ones")
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
     processes = process.num_processes
@@ -169,7 +171,7 @@ def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: I
     opened = {name: each.beside(images, Limit(config.max_bad)) for name, each in task.objectives.items()}
     beside = {name: source for name, source in opened.items() if source is not None}
     drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std), beside
-    return Samples(train, views, config.seed, task.backbone.channels, *drawn)
+    return Samples(train, views, config.seed, task.backbone.channels, *drawn, scaled=config.loader.decode == "scaled")
 
 
 def _begin_classifier(config: PretrainConfig, task: Pretraining, images: Images) -> str:

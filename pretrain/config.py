@@ -80,6 +80,9 @@ class LoaderConfig:
 
     workers: Annotated[int | None, Range(at_least=0)] = None
     """Processes that decode and crop, per training process; 0 does it in the training process, null chooses."""
+    decode: Literal["full", "scaled"] = "full"
+    """scaled: a JPEG is decoded to a half, a quarter or an eighth of its sides where all its crops still have the
+    pixels of their views. Much faster for pictures of a camera's size; crops differ a little (docs/data.md)."""
 
 
 @dataclass
@@ -192,7 +195,7 @@ class PretrainConfig:
 
 # What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
 MAY_CHANGE = (
-    "loader.", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
+    "loader.workers", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
     "monitor.every", "monitor.images",
     "monitor.validation", "monitor.control_every", "optimizer.most_skipped", "tensorboard", "export",
     "allow_leak", "diagnose", *OPTIONS.values(), "run",

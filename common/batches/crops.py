@@ -6,6 +6,7 @@ workers cannot change a single bit.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..decoding.decode import REDUCTIONS
 from ..errors import Refusal
 from ..limits import Share, expected
 from .colour import ORDERS, Change, recolour
@@ -41,15 +43,27 @@ def augment(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) 
     Always takes the same number of draws from `rng`, whatever the image, the view and the crop. The number only says
     which of the view's probabilities apply.
     """
-    return cut(image, view, rng, crop)[0]
+    return cut(image, view, rng.random(DRAWS).tolist(), crop)[0]
 
 
-def cut(image: Tensor, view: View, rng: np.random.Generator, crop: int = 0) -> tuple[Tensor, Placed]:
-    """Cut a crop as `augment` does: (the crop, where it lies)."""
-    draws: list[float] = rng.random(DRAWS).tolist()
-    height, width = int(image.shape[1]), int(image.shape[2])
-    top, left, crop_height, crop_width = crop_box(height, width, view, draws)
-    part = image[:, top : top + crop_height, left : left + crop_width]
+def crop_draws(view: View, rng: np.random.Generator) -> list[list[float]]:
+    """Draw a row of DRAWS numbers for each crop of a view: all that `cut` needs beside the image. Each crop takes
+    equally many: more crops change none."""
+    return rng.random((view.count, DRAWS)).tolist()
+
+
+def cut(
+    image: Tensor, view: View, draws: list[float], crop: int = 0, whole: tuple[int, int] | None = None
+) -> tuple[Tensor, Placed]:
+    """Cut a crop as `augment` does, by its row of draws: (the crop, where it lies).
+
+    whole  (height, width) of the image before one of REDUCTIONS divided both; None: it was not reduced
+    """
+    height, width = whole or (int(image.shape[1]), int(image.shape[2]))
+    top, left, crop_height, crop_width = box = crop_box(height, width, view, draws)
+    if whole is not None and image.shape[1:] != whole:
+        box = reduced_box(box, divisor_of(image, whole))
+    part = image[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
     out = resize(part, height_width(view.size), view.interpolation)
     if flipped := draws[FLIP] < view.flip:
         out = out.flip(-1)
@@ -86,6 +100,31 @@ def crop_box(height: int, width: int, view: View, draws: list[float]) -> tuple[i
     ratio = min(max(width / height, narrow), wide)
     crop_height, crop_width = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def reduction(height: int, width: int, crops: Sequence[tuple[View, list[float]]]) -> int:
+    """Return the largest of REDUCTIONS of an image of height x width after which each of the crops, a view and its row
+    of draws, still has the pixels of its view or more."""
+    most = max(REDUCTIONS)
+    for view, draws in crops:
+        _, _, crop_height, crop_width = crop_box(height, width, view, draws)
+        out_height, out_width = height_width(view.size)
+        most = min(most, crop_height // out_height, crop_width // out_width)
+    return max(divisor for divisor in REDUCTIONS if divisor <= max(1, most))
+
+
+def divisor_of(image: Tensor, whole: tuple[int, int]) -> int:
+    """Return which of REDUCTIONS made `image` (C, h, w) of one of `whole` (height, width)."""
+    return next(n for n in REDUCTIONS if (-(-whole[0] // n), -(-whole[1] // n)) == tuple(image.shape[1:]))
+
+
+def reduced_box(box: tuple[int, int, int, int], divisor: int) -> tuple[int, int, int, int]:
+    """Return the (top, left, height, width) of a box in an image whose sides were divided: its edges, rounded. It is at
+    least as high and wide as the quotients, rounded down."""
+    top, left, height, width = box
+    first, last = ((top, left), (top + height, left + width))
+    (top, left), (bottom, right) = (tuple((edge + divisor // 2) // divisor for edge in each) for each in (first, last))
+    return top, left, bottom - top, right - left
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, Images, Unreadable
-from .crops import Placed, cut
+from .crops import Placed, crop_draws, cut, reduction
 from .loading import Loader
 from .mixing import Mixture, drawn, mix
 from .sampler import StepPart, generator
@@ -20,6 +20,8 @@ from .views import View
 
 FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
+Size = tuple[int, int]  # height, width
+CropDraws = dict[str, list[list[float]]]  # name of a view -> a row for each of its crops
 Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -85,6 +87,7 @@ class Samples(Dataset):
     purpose finds it among its draws, and where the first crop of the first view lies: "box" (B, 4) float32, top, left,
     height and width in shares of the image; "flip" (B,) bool; "size" (B, 2) int64, the image's height and width; where
     the view has a policy, also "moves" (B, M, 2) float32, what that moved the crop by: kinds, as in MOVES, and values.
+    `scaled`: JPEGs are decoded to a half, quarter or eighth of their sides where all crops keep their pixels.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -100,9 +103,10 @@ class Samples(Dataset):
         labelled: Collection[str] = (),
         colours: Colours = GREY,
         beside: Mapping[str, Beside] | None = None,
+        scaled: bool = False,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
-        self.colours = colours
+        self.colours, self.scaled = colours, scaled
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
         self.beside = dict(beside or {})
         first = self.views.get(FIRST_VIEW)
@@ -118,28 +122,28 @@ class Samples(Dataset):
             name: {} for name in (*self.draws, *self.labelled, *self.beside)
         }
         unreadable: list[str] = []
-        places: list[tuple[Placed, torch.Size, Moves]] = []
+        places: list[tuple[Placed, Size, Moves]] = []
         hopeless = False
         for epoch, index in keys:
-            image, shown, kept = self._read(index, unreadable)
+            rows = self._crop_draws(epoch, index)
+            image, whole, shown, kept = self._read(index, unreadable, rows)
             for name in self.labelled:
                 draws[name].setdefault("label", []).append(np.asarray(self._labels[shown]))
             if image is None:  # `watch` ends the run; an exception would come out of the worker with its traceback
-                hopeless, image = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
+                hopeless, image, whole = True, torch.zeros(self.channels, 1, 1, dtype=torch.uint8), (1, 1)
             for name, draw in self.draws.items():
                 _add(draws[name], draw(generator(self.seed, epoch, index, name)))
             for name, values in kept.items():
                 _add(draws[name], values)
             for name, view in self.views.items():
-                rng = generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}")
-                for number, row in enumerate(crops[name]):  # each takes equally many numbers: more crops change none
-                    crop, placed = cut(image, view, rng, number)
-                    row.append(crop)
+                for number, made in enumerate(crops[name]):
+                    crop, placed = cut(image, view, rows[name][number], number, whole)
+                    made.append(crop)
                     is_first = name == FIRST_VIEW and number == 0
                     where = "" if is_first else f" {name} {number}"
                     moves = strengthen(crop, view, (self.seed, epoch, index), where, self.colours)
                     if is_first and self.beside:
-                        places.append((placed, image.shape[1:], moves))
+                        places.append((placed, whole, moves))
         stacked = self._stacked(draws)
         for what, tensor in self._where(places).items():
             stacked |= {f"{name}/{what}": tensor for name in self.beside}
@@ -160,7 +164,7 @@ class Samples(Dataset):
         mixed = {name: view for name, view in self.views.items() if view.is_mixed} if step is not None else {}
         return {name: drawn(view, self.seed, step, keys) for name, view in mixed.items()}  # type: ignore[arg-type]
 
-    def _where(self, places: Sequence[tuple[Placed, torch.Size, Moves]]) -> dict[str, Tensor]:
+    def _where(self, places: Sequence[tuple[Placed, Size, Moves]]) -> dict[str, Tensor]:
         """Return where the first crops lie in their images, and how they were moved."""
         if not places:  # the first view is not looked at
             return {}
@@ -185,18 +189,36 @@ class Samples(Dataset):
             tensors |= {f"{name}/{what}": tensor for what, tensor in stacked.items()}
         return tensors
 
-    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor | None, int, dict[str, Mapping]]:
-        """Return (image, its index, what is kept beside it): image `index` or, where it cannot be read, another one,
-        always the same; None if no other can be read. Where labels are asked for, the other one has a label if this one
-        has, so that as many images of a step have one as was known before."""
+    def _crop_draws(self, epoch: int, index: int) -> CropDraws:
+        """Return what the crops of each view depend on beside the image."""
+        return {
+            name: crop_draws(view, generator(self.seed, epoch, index, "" if name == FIRST_VIEW else f"view/{name}"))
+            for name, view in self.views.items()
+        }
+
+    def _read(
+        self, index: int, unreadable: list[str], rows: CropDraws | None = None
+    ) -> tuple[Tensor | None, Size, int, dict[str, Mapping]]:
+        """Return (image, size of the whole image, its index, what is kept beside it): image `index` or, where it cannot
+        be read, another one, always the same; None if no other can be read. Where labels are asked for, the other one
+        has a label if this one has, so that as many images of a step have one as was known before. `rows`: of the crops
+        that it is read for, if it may be reduced."""
         for attempt in range(self.ATTEMPTS):
             at = self._instead(index, attempt) if attempt else index
-            try:  # layout is left to the decoder: augment copies what it crops
+            try:
                 kept = {name: source.read(self.images.source_index(at)) for name, source in self.beside.items()}
-                return self.images.read(at, self.channels, contiguous=False), at, kept
+                return *self._pixels(at, rows), at, kept
             except Unreadable as error:
                 unreadable.append(str(error))
-        return None, index, {name: source.blank() for name, source in self.beside.items()}
+        return None, (1, 1), index, {name: source.blank() for name, source in self.beside.items()}
+
+    def _pixels(self, at: int, rows: CropDraws | None) -> tuple[Tensor, Size]:
+        """Return image `at` and the size of it whole. The memory layout is the decoder's: `cut` copies what it cuts."""
+        if self.scaled and rows is not None:
+            crops = [(view, row) for name, view in self.views.items() for row in rows[name]]
+            return self.images.read_reduced(at, self.channels, lambda height, width: reduction(height, width, crops))
+        image = self.images.read(at, self.channels, contiguous=False)
+        return image, (image.shape[1], image.shape[2])
 
     def _instead(self, index: int, attempt: int) -> int:
         """Return the index of the image that stands for image `index` at this attempt, counted from 1."""

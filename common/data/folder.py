@@ -13,10 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from .. import kept
-from ..decoding.decode import decode, endings, formats
+from ..decoding.decode import endings, formats
 from ..errors import Refusal
 from ..printable import printable
 from .images import Images, NamedFiles
@@ -72,8 +71,9 @@ class Files(NamedFiles):
         """Return the path of file `i`, to be shown."""
         return printable(self.path(i))
 
-    def read(self, i: int, channels: int) -> Tensor:
-        return decode(np.fromfile(self.path(i), np.uint8), channels, self.span)
+    def encoded(self, i: int) -> np.ndarray:
+        """Return the bytes of file `i`, uint8 (bytes,)."""
+        return np.fromfile(self.path(i), np.uint8)
 
     def size(self, i: int) -> int:
         return os.stat(self.path(i)).st_size

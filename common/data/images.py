@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decoding.decode import Reduce, decode, decode_reduced
 from ..decoding.depth import Range
 from ..errors import Refusal
 from ..printable import printable
@@ -40,7 +41,10 @@ class Unreadable(ValueError):
 
 
 class Source(Protocol):
-    """Source of pixels. It must survive pickling, because spawned workers get a copy."""
+    """Source of pixels. It must survive pickling, because spawned workers get a copy.
+
+    Some have more: `encoded(i)`, the bytes that are decoded, uint8 (bytes,), and `span`, by which deep ones are.
+    """
 
     def __len__(self) -> int: ...
 
@@ -130,9 +134,26 @@ class Images:
         try:
             image = self._source.read(at, channels)
         except Exception as error:  # decoders raise almost anything: SyntaxError, struct.error, MemoryError, ...
-            reason = re.sub(r" <_io\.\w+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
-            raise Unreadable(self._source.name(at), printable(reason)) from error
+            raise self._unreadable(at, error) from error
         return image.contiguous() if contiguous else image
+
+    def read_reduced(self, i: int, channels: int, reduce: Reduce) -> tuple[Tensor, tuple[int, int]]:
+        """Read image `i` as `read` does, a JPEG smaller by what `reduce` says, in the decoder's memory layout:
+        (pixels, (height, width) of the whole image). For images that `are_encoded`."""
+        at, source = self._locate(i), self._source
+        try:
+            return decode_reduced(source.encoded(at), channels, source.span, reduce)  # type: ignore[attr-defined]
+        except Exception as error:
+            raise self._unreadable(at, error) from error
+
+    def _unreadable(self, at: int, error: Exception) -> Unreadable:
+        reason = re.sub(r" <_io\.\w+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
+        return Unreadable(self._source.name(at), printable(reason))
+
+    @property
+    def are_encoded(self) -> bool:
+        """Whether these are files of pictures, decoded whenever they are read."""
+        return hasattr(self._source, "encoded")
 
     def name(self, i: int) -> str:
         """Name image `i` for a message: its path, or `name[i]`."""
@@ -242,6 +263,14 @@ class NamedFiles:
     def relative(self, i: int) -> str:
         """Return the name of file `i`, as seen from the folder or the archive."""
         return os.fsdecode(self.relative_bytes(i))
+
+    def encoded(self, i: int) -> np.ndarray:
+        """Read the bytes of file `i`, uint8 (bytes,)."""
+        raise NotImplementedError
+
+    def read(self, i: int, channels: int) -> Tensor:
+        """Decode file `i`."""
+        return decode(self.encoded(i), channels, self.span)
 
     def size(self, i: int) -> int:
         """Return the bytes of file `i`; may raise OSError."""

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ..decoding.decode import decode
 from ..printable import printable
 from .images import NamedFiles
 from .listing import sample, stamps
@@ -54,11 +52,12 @@ class Members(NamedFiles):
         """Return the path of the archive and the name of file `i` in it, to be shown."""
         return printable(os.fsencode(self.archives[self.which[i]]) + b"/" + self.before + self.relative_bytes(i))
 
-    def read(self, i: int, channels: int) -> Tensor:
+    def encoded(self, i: int) -> np.ndarray:
+        """Return the bytes of file `i`, uint8 (bytes,)."""
         content = np.empty(self.sizes[i], np.uint8)
         if self._read(int(self.which[i]), content, int(self.offsets[i])) < len(content):
             raise ValueError("the archive ends before it does")
-        return decode(content, channels, self.span)
+        return content
 
     def _read(self, archive: int, into: np.ndarray, offset: int) -> int:
         """Read from a place in an archive; returns how many bytes. Raises ValueError if it is not what was indexed.

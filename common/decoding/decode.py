@@ -103,6 +103,10 @@ def jpeg_decoder_name() -> str:
     return "Pillow" if fast is None else fast[0]
 
 
+REDUCTIONS = (1, 2, 4, 8)  # by which a JPEG's sides can be divided while it is decoded, by transforms of fewer points
+Reduce = Callable[[int, int], int]  # (height, width) of an upright picture -> one of REDUCTIONS
+
+
 def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Tensor:
     """Decode uint8 (bytes,) to uint8 (channels, H, W), upright (EXIF applied), transparency over white, first frame.
 
@@ -110,22 +114,37 @@ def decode(data: np.ndarray, channels: int = 3, span: Range | None = None) -> Te
 
     The memory layout is the decoder's. Raises ValueError or what PIL raises on data that is broken or too large.
     """
+    return decode_reduced(data, channels, span, lambda height, width: 1)[0]
+
+
+def decode_reduced(
+    data: np.ndarray, channels: int, span: Range | None, reduce: Reduce
+) -> tuple[Tensor, tuple[int, int]]:
+    """Decode as `decode` does, but a JPEG to sides divided by what `reduce` says, rounded up: (pixels, (height, width)
+    of the whole picture, upright). Pictures of other kinds are decoded whole."""
     header, _ = read_header(data.data, bare=False)
     check_size(header.height, header.width)
-    pixels = None
-    if header.components in (1, 3) and (fast := jpeg_decoder()) is not None:
-        with contextlib.suppress(RuntimeError, ValueError):  # PIL reads some JPEGs that this decoder does not
-            pixels = fast[1](data, channels)
+    pixels, whole = None, None
+    if header.components in (1, 3) and header.height and header.width:
+        whole = upright_size(header.height, header.width, header.orientation)
+        if (divisor := reduce(*whole)) > 1:
+            pixels, header = decode_with_pil(data, channels, span, divisor)
+        elif (fast := jpeg_decoder()) is not None:
+            with contextlib.suppress(RuntimeError, ValueError):  # PIL reads some JPEGs that this decoder does not
+                pixels = fast[1](data, channels)
     if pixels is None:
         pixels, header = decode_with_pil(data, channels, span)
-    return upright(pixels, header.orientation)
+    image = upright(pixels, header.orientation)
+    return image, whole or (image.shape[1], image.shape[2])
 
 
-def decode_with_pil(data: np.ndarray, channels: int, span: Range | None) -> tuple[Tensor, Header]:
-    """Decode any picture that is opened to uint8 (channels, H, W), as it is stored, and read its header."""
+def decode_with_pil(data: np.ndarray, channels: int, span: Range | None, divisor: int = 1) -> tuple[Tensor, Header]:
+    """Decode any picture that is opened to uint8 (channels, H, W), as it is stored, and read its header. `divisor`: one
+    of REDUCTIONS, for a JPEG."""
     with open_picture(data) as (image, header):
-        if channels == 1:
-            image.draft("L", image.size)  # a JPEG's stored luma, as the fast decoders take it; 1.3 times as fast
+        if channels == 1 or divisor > 1:
+            # grey: a JPEG's stored luma, as the fast decoders take it; 1.3 times as fast
+            image.draft("L" if channels == 1 else None, (image.width // divisor, image.height // divisor))
         pixels = torch.from_numpy(to_8_bit(image, channels, header, span))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1), header
 
@@ -157,6 +176,11 @@ def open_picture(data: np.ndarray) -> Iterator[tuple[ImageFile, Header]]:
 def check_size(height: int | None, width: int | None) -> None:
     if height and width and height * width > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} allowed (README: Your own images)")
+
+
+def upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """Return (height, width) of a picture stored as height x width when it is seen as `orientation` says."""
+    return (width, height) if orientation in range(5, 9) else (height, width)
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:

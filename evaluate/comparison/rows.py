@@ -18,9 +18,9 @@ TITLES = {
 }
 BASELINES = ("random", *RAW)
 # Neither the samples nor what is learned from them depends on these, nor do runs of one recipe have them in common.
-SEED_ONLY = ("seed", "run", "threads", "loader", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
+SEED_ONLY = ("seed", "run", "threads", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
              "milestone_every", "tensorboard", "allow_leak", "data_root")  # fmt: skip
-OF_MONITOR = ("every", "control_every")
+SEED_ONLY_OF = {"monitor": ("every", "control_every"), "loader": ("workers",)}  # a group -> options in it, likewise
 OF_RANDOM = ("name", "kwargs", "size", "crop", "mean", "std", "position", "position_embedding", "irpe", "pooling")
 OF_RAW = ("size", "crop")
 
@@ -91,9 +91,9 @@ def recipe_key(run: Run) -> str:
     if run.config is None:
         return str(run.weights)
     config = {name: value for name, value in run.config.items() if name not in SEED_ONLY}
-    monitor = config.get("monitor")
-    if isinstance(monitor, dict):
-        config["monitor"] = {name: value for name, value in monitor.items() if name not in OF_MONITOR}
+    for group, left_out in SEED_ONLY_OF.items():
+        if isinstance(options := config.get(group), dict):
+            config[group] = {name: value for name, value in options.items() if name not in left_out}
     state = [run.training.get(name) for name in ("step", "data_fingerprint", "exported")]
     return json.dumps([config, state], sort_keys=True, default=str)
 
@@ -110,14 +110,15 @@ def label_of(group: Sequence[Run]) -> str:
 
 
 def differing(config: Any, other: Any, path: str = "") -> list[str]:
-    """`key=value` of every option in which `config` differs from `other`, but for those in `SEED_ONLY`."""
+    """`key=value` of every option in which `config` differs from `other`, but for those in `SEED_ONLY`
+    and `SEED_ONLY_OF`."""
     if isinstance(config, dict) and isinstance(other, dict):
         names = [name for name in dict.fromkeys([*config, *other]) if path or name not in SEED_ONLY]
         return [
             line
             for name in names
             for line in differing(config.get(name), other.get(name), f"{path}.{name}" if path else str(name))
-            if path != "monitor" or name not in OF_MONITOR
+            if name not in SEED_ONLY_OF.get(path, ())
         ]
     return [] if config == other else [f"{path}={json.dumps(config, default=str)}"]
 

@@ -149,7 +149,7 @@ class Crops(Samples):
         unreadable: list[str] = []
         hopeless = False
         for epoch, index in keys:
-            image, shown, _ = self._read(index, unreadable)
+            image, _, shown, _ = self._read(index, unreadable)
             if image is None:
                 hopeless, image = True, torch.zeros(self.channels, *self.size, dtype=torch.uint8)
                 mask = torch.full(self.size, IGNORED, dtype=torch.int16)

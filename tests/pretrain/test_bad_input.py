@@ -55,6 +55,8 @@ NUMBERS = "expected a whole number of at least"
         ("loader.wrokers=2", ["unknown option 'loader.wrokers'", "did you mean 'loader.workers'"]),
         ("steps=many", ["'steps'", "many", "Integer"]),
         ("loader.workers=two", ["'loader.workers'", "two"]),
+        ("loader.decode=scald", ["loader.decode='scald'", "full, scaled", "did you mean 'scaled'"]),
+        ("data=builtin loader.decode=scaled", ["loader.decode=scaled goes with files of pictures", "builtin"]),
         ("views.global.size=large", ["size=large", "a positive whole number of pixels, or [height, width]"]),
         ("views.global.flipp=0.5", ["views.global.flipp"]),
         ("objectives.absolut.weight=1", ["unknown objective 'absolut'", "did you mean 'absolute'", "relative"]),

@@ -60,6 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("objectives.absolute.head=half", ["objectives.absolute.head"]),
         ("objectives.relative.weight=0.5", ["objectives.relative.weight (1.0 -> 0.5)"]),
         ("monitor.held_out=0.2", ["monitor.held_out (0.1 -> 0.2)"]),
+        ("loader.decode=scaled", ["loader.decode (full -> scaled)"]),
         ("steps=7", ["steps (8 -> 7, may only grow)"]),
     ],
 )

@@ -12,7 +12,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from common.batches.crops import cut
+from common.batches.crops import crop_draws, cut
 from common.batches.strong import MOVES, auto_augment, seeded
 from common.batches.views import View
 from pretrain.token_labels import maps
@@ -193,7 +193,7 @@ def test_the_labels_of_a_quadrant_follow_it_through_crop_flip_and_rotation() -> 
     compared = disagreeing = 0
     seen = set()
     for seed in range(40):
-        crop, placed = cut(picture, WIDE, np.random.default_rng(seed))
+        crop, placed = cut(picture, WIDE, crop_draws(WIDE, np.random.default_rng(seed))[0])
         step = ("Rotate", [0.0, 25.0, -25.0][seed % 3])
         pixels = moved_by_timm(crop.permute(1, 2, 0).numpy(), step, fill=(128,) * 3)  # type: ignore[arg-type]
         boxes, flips = torch.tensor([placed.box]), torch.tensor([placed.flipped])
@@ -223,7 +223,7 @@ def test_labels_follow_what_a_policy_did_to_the_pixels(spec: str) -> None:
         policy.ops = [step for step in policy.ops if step.name.removesuffix("Rel") in MOVES]
     compared = disagreeing = moved = 0
     for seed in range(30):
-        crop, placed = cut(picture, WIDE, np.random.default_rng(seed))
+        crop, placed = cut(picture, WIDE, crop_draws(WIDE, np.random.default_rng(seed))[0])
         policy.moves.clear()
         with seeded(np.random.default_rng(seed)):
             pixels = np.array(policy(to_pil_image(crop))).astype(int)
