@@ -117,9 +117,7 @@ def assemble(
     """
     threads = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
-    images = open_data(location_of(vars(config)))
-    if config.loader.decode == "scaled" and not images.are_encoded:
-        raise Refusal(f"loader.decode=scaled goes with files of pictures, and {images.where} holds decoded ones")
+    images = _open(config)
     kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
     processes = process.num_processes
@@ -163,6 +161,14 @@ def assemble(
         _validation(config, images, aside, task),
         pace,
     )
+
+
+def _open(config: PretrainConfig) -> Images:
+    """Open the images. Raises Refusal for what cannot be done with them."""
+    images = open_data(location_of(vars(config)))
+    if config.loader.decode == "scaled" and not images.are_encoded:
+        raise Refusal(f"loader.decode=scaled goes with files of pictures, and {images.where} holds decoded ones")
+    return images
 
 
 def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: Images) -> Samples:
