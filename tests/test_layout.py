@@ -168,6 +168,7 @@ def test_only_pretrain_automatic_gives_options_a_value() -> None:
         assert not assigned, name_of(path)
 
 
+@pytest.mark.slow
 def test_what_we_depend_on_does_not_import_a_package_named_evaluate() -> None:
     """Where the checkout stands first on the path, `import evaluate` is ours and not Hugging Face's."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import {}; assert 'evaluate' not in sys.modules"

@@ -50,6 +50,7 @@ def test_sheets_curves_and_report(make_run, script, report_of, capsys):
     assert report["protocol"]["left_out"] is None and "no transformer attribution" not in told
 
 
+@pytest.mark.slow
 def test_training_images_are_extracted_once(make_run, script, report_of, capsys):
     run, explain = make_run(depth=2), script("explain")
     values, extracted = [], []

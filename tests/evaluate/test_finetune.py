@@ -193,6 +193,7 @@ def test_recipes_hold_the_published_numbers():
     assert (deit.repeats, deit.ema, deit.like) == (3, 0.99996, "supervised/deit_small")
 
 
+@pytest.mark.slow
 def test_another_size_resizes_the_position_embedding_and_timm_judges_the_same(make_run, script, report_of, data):
     run = make_run("full", depth=1)
     assert script("finetune").main(["--ckpt", str(run), *QUICK, "--size", "16", "--crop", "1.0", "--no-baselines"]) == 0

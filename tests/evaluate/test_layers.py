@@ -36,6 +36,7 @@ def test_report_table_and_figure(make_run, script, report_of, monkeypatch, capsy
         assert words in said
 
 
+@pytest.mark.slow
 def test_last_layer_agrees_with_knn_and_portions_change_nothing(make_run, script, report_of, monkeypatch):
     run, layers = make_run(depth=3), script("layers")
     assert script("knn").main(["--ckpt", str(run), *CALM]) == 0

@@ -350,6 +350,7 @@ def test_a_port_that_is_taken(refused, tiny, monkeypatch):
     assert f"127.0.0.1:{port}" in message and "is the port taken?" in message and "--main_process_port" in message
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_no_workers_and_more_than_cores(inside, tiny):
     losses = []

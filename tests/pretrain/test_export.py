@@ -45,6 +45,7 @@ def test_the_teacher_where_there_is_one_else_the_student(inside: Main, tiny: lis
     assert not list(Path().glob("*/student.*"))
 
 
+@pytest.mark.slow
 def test_both_and_then_only_one(inside: Main, tiny: list[str]) -> None:
     """A second pair of files: whole, in the manifest, and gone once it is no longer exported."""
     run = Path("run").absolute()

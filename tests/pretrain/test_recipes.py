@@ -39,7 +39,12 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("recipe", ASKED)
+IN_BRIEF = ("dino_absolute", "dinov2")  # trained in the default tests
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in IN_BRIEF else pytest.mark.slow) for name in ASKED]
+)
 def test_recipes_with_a_teacher(recipe: str, inside: Callable[..., int], images: Path, tmp_path: Path) -> None:
     words = [*SMALL, "views.local.size=16", "monitor.every=4", f"data={images}", f"run={tmp_path / 'run'}"]
     words += ["views.place.size=24"] if ASKED[recipe] & {"absolute", "relative"} else []

@@ -227,8 +227,11 @@ TRAINED = [
 SLOW = (
     "cifar10_absolute",
     "cifar10_relative",
+    "deit_small_relative",
+    "nest_tiny",
     "nest_tiny_absolute",
     "nest_tiny_relative",
+    "swin_tiny_relative",
     "vit_base_absolute",
 )  # as a twin, or no smaller
 

@@ -64,6 +64,7 @@ def test_a_few_unreadable_images_are_named_once_and_replaced_alike(
     assert len(losses[0]) == 24
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_alike_after_a_resume(inside, at_step, many, trained_on, tmp_path, capsys):
     broken(many, tmp_path / "photos", trained_on[7], trained_on[90])
     words = [TINY, f"data={tmp_path / 'photos'}", "steps=16", "loader.workers=0", "monitor.held_out=0.1"]

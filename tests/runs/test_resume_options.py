@@ -82,6 +82,7 @@ def test_a_finished_run_says_so(inside, copied, capsys):
     assert {name: after[name] for name in before} == before  # TensorBoard adds an empty file
 
 
+@pytest.mark.slow
 def test_means_of_an_interval_that_was_cut_are_those_of_one_that_was_not(inside, tiny, monkeypatch):
     """Lines every five steps, of means over them; a signal after step 4 and another after 9, in mid-interval."""
     words = [*tiny, "steps=12", "monitor.held_out=0", "tensorboard=false"]
@@ -127,6 +128,7 @@ def test_a_finished_run_can_be_made_longer_for_good(inside, copied, small, at_st
     assert (training["step"], training["steps"], training["recipe"]) == (12, 12, "tiny")
 
 
+@pytest.mark.slow
 def test_epochs_may_grow_too(inside, tiny, tmp_path):
     run = Run(tmp_path / "run")
     assert inside(*tiny, f"run={run.path}", "steps=null", "epochs=1") == 0
@@ -214,6 +216,7 @@ def change_states(run: Run, change: Callable[[dict], object]) -> None:
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_run_that_left_automatic_values_to_its_objectives_goes_on_alike(inside, copied, tmp_path):
     """As those from before what is asked was resolved with all other options: state and config.yaml say auto."""
     usual = Run(shutil.copytree(copied.path, tmp_path / "usual"))
@@ -293,6 +296,7 @@ def test_before_the_first_checkpoint_it_begins_again(inside, tiny, small, at_ste
     assert run.scalars()["train/loss"] == small.scalars()["train/loss"]
 
 
+@pytest.mark.slow
 def test_accumulated_steps_resume_alike(inside, tiny, monkeypatch, tmp_path):
     """Also where a signal comes in the middle of a step: what its first parts did to the random state is undone."""
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")

@@ -165,7 +165,7 @@ def die_at(count: int, below: Path) -> None:
     sys.addaudithook(hook)  # cannot be taken back: only in a child
 
 
-@pytest.mark.parametrize(("names", "every"), [(BOTH[:1], 1), (BOTH, 3)], ids=["backbone", "teacher and student"])
+@pytest.mark.parametrize(("names", "every"), [(BOTH[:1], 1), pytest.param(BOTH, 3, marks=pytest.mark.slow)])
 def test_killed_anywhere_inside_a_save(run, model, names, every, tmp_path_factory):
     """Before each single file operation of a save in turn (of two backbones: each third): the run resumes, evaluation
     reads it, and it saves again."""

@@ -139,7 +139,7 @@ def test_what_cannot_be_looked_at_is_refused(words: list[str], message: str, tmp
 
 def test_nothing_that_can_be_read_is_a_refusal_that_names_the_list(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no picture")
-    with pytest.raises(Refusal, match=r"none of 1 images looked at in .* can be read: see .*unreadable\.txt"):
+    with pytest.raises(Refusal, match=r"none of 1 images looked at in .* can be read: see .*bad_files\.txt"):
         main([str(tmp_path), "--out", str(tmp_path / "out")])
 
 

@@ -174,6 +174,7 @@ def test_an_encoding_that_starts_at_zero_does_not_hide() -> None:
 # ------------------------------------------------------------------------------------- what is crooked, and what not
 
 
+@pytest.mark.slow
 def test_swins_windows_and_biases_are_named_although_frozen_features_do_not_tell() -> None:
     name = "swin_tiny_patch4_window7_224"
     without, full = judged(task(NONE, name, SWIN)), judged(task(FULL, name, SWIN))
@@ -184,6 +185,7 @@ def test_swins_windows_and_biases_are_named_although_frozen_features_do_not_tell
     assert full.breaks == [tables, *without.breaks]
 
 
+@pytest.mark.slow
 def test_patch_merging_alone_breaks_nothing_and_overlapping_merging_does() -> None:
     one_window = task(NONE, "swin_tiny_patch4_window7_224", {**SWIN, "window_size": 8})
     assert judged(one_window).verdict == "clean"

@@ -62,6 +62,7 @@ def test_last_and_best_are_what_was_measured(
     assert "auto       export = average" in said
 
 
+@pytest.mark.slow
 def test_a_best_one_that_was_half_written_is_written_again(
     inside: Callable[..., int], tiny: list[str], tmp_path: Path
 ) -> None:
@@ -75,7 +76,9 @@ def test_a_best_one_that_was_half_written_is_written_again(
     assert public.load_head(run / "best.safetensors", json.loads((run / "best.json").read_text())) is not None
 
 
-@pytest.mark.parametrize("more", [[], ["views.global.mixup=0.8", "views.global.cutmix=1.0"]])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.slow), ["views.global.mixup=0.8", "views.global.cutmix=1.0"]]
+)
 def test_a_resumed_run_judges_as_an_uninterrupted_one(
     inside: Callable[..., int], at_step: Any, tiny: list[str], tmp_path: Path, more: list[str]
 ) -> None:

@@ -40,6 +40,7 @@ def records(run: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if name in line]
 
 
+@pytest.mark.slow
 def test_control_without_position(inside: Callable[..., int], tiny: list[str], tmp_path: Path) -> None:
     """Noise is chance, and shuffled patches are sent where they came from: exactly as often as in the real images."""
     run = tmp_path / "run"
@@ -94,6 +95,7 @@ def test_pictures(inside: Callable[..., int], tiny: list[str], tmp_path: Path) -
 # ---------------------------------------------------------------------------- with objectives that use other crops
 
 
+@pytest.mark.slow
 def test_crops_of_other_objectives_leave_controls_and_boards_alone(
     inside: Callable[..., int], tiny: list[str], tmp_path: Path
 ) -> None:

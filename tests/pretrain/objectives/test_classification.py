@@ -349,7 +349,7 @@ def test_data_without_labels_are_refused_in_a_line(inside: Callable[..., int], i
 # --------------------------------------------------------------------------------------------------------- in a run
 
 
-@pytest.mark.parametrize("how", [[], STRONG], ids=["plain", "mixed"])
+@pytest.mark.parametrize("how", [pytest.param([], marks=pytest.mark.slow), STRONG], ids=["plain", "mixed"])
 def test_a_run_learns_exports_and_resumes(
     inside: Callable[..., int], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:

@@ -319,7 +319,9 @@ def held(made: Relative, grid: tuple[int, int], width: int) -> tuple[int, int]:
     return Held.most, after
 
 
-@pytest.mark.parametrize(("head", "large"), [("half", (18, 18)), ("separable", (28, 28))])
+@pytest.mark.parametrize(
+    ("head", "large"), [pytest.param("half", (18, 18), marks=pytest.mark.slow), ("separable", (28, 28))]
+)
 def test_memory_is_bounded_over_all_pairs(head: str, large: tuple[int, int]) -> None:
     """A piece at a time while it runs, and afterwards what grows with N, not with its square. All pairs' logits at once
     would be 514 MB on 18x18 with `half` and 270 MB on 28x28 with `separable`, and a piece has 8."""
