@@ -28,8 +28,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 
 from common.batches.strong import auto_augment
+from common.caching.building import Builders, read_cached
+from common.caching.pixels import Cache
+from common.data import Images
 from common.errors import Refusal
 from common.features.finite import refuse_spoiled
 from common.processes import group
@@ -74,6 +78,7 @@ def main(argv: list[str]) -> int:
     notes = [line for line in (note, changed, *unwise(config, len(job.train))) if line]
     subjects = [("subject", subject)] if subject.state is not None else []
     subjects += [("random", subject.untrained())] if arguments.baselines or not subjects else []
+    images = shown(job, config, stop)
     lock = recipes.prepare(job, recipe, config, accelerator)
     identity = recipes.identity(job, config.batch) | {"pooling": pooling}
 
@@ -81,7 +86,8 @@ def main(argv: list[str]) -> int:
     for row, judged in subjects:
         for seed in job.seeds:
             job.say(f"{LABELS[row] if row == 'random' else judged.name}, seed {seed}:")
-            history, added = finetune(job, config, judged, seed, identity, recipes.folder_of(job), accelerator, stop)
+            folder = recipes.folder_of(job)
+            history, added = finetune(job, config, judged, images, seed, identity, folder, accelerator, stop)
             if stop.received is not None:
                 job.say("stopped: no report is written; the same command with --resume goes on")
                 return stop.status
@@ -92,6 +98,17 @@ def main(argv: list[str]) -> int:
     if first_process():
         report(job, recipe, config, pooling, histories, notes)
     return 0
+
+
+def shown(job: Evaluation, config: FinetuneConfig, stop: StopSignal) -> Images:
+    """Images to train on, read from a cache where one is asked for. What else looks at the same images decodes them:
+    features of theirs are kept for other evaluations."""
+    images = job.train.subset(np.arange(len(job.train)))
+    if config.cache is not None:
+        cache = Cache.of(images, config.cache, len(job.subject.description["mean"]), config.cache_root)
+        builders = Builders(PartialState(), job.arguments.workers, job.say, lambda: stop.received)
+        job.say(f"cache      {read_cached([images], cache, builders, job.limit, '--cache ')}")
+    return images
 
 
 def options() -> Parser:

@@ -59,6 +59,7 @@ class Parts:
     init: str = ""  # what the backbone begins from, if not from scratch
     validation: Images | None = None  # what a classifier is judged on while it trains
     pace: float | None = None  # seconds for a forward and backward pass of one image, if it was measured
+    cache: str = ""  # what is read in place of the images, if anything
 
     @property
     def limit(self) -> Limit:

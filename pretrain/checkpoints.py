@@ -26,7 +26,7 @@ from common.data.location import location_of
 from common.errors import Refusal
 from common.training.checkpoints import Checkpoints
 from pretrain.assemble import Parts
-from pretrain.config import MAY_GROW, PretrainConfig, may_change, store, stored_in
+from pretrain.config import MAY_GROW, SAME_PIXELS, PretrainConfig, may_change, store, stored_in
 from pretrain.task import Pretraining
 
 FLIGHT = "flight"
@@ -271,6 +271,7 @@ def learned(config: PretrainConfig) -> dict[str, Any]:
     """The options that decide what is learned, as {dotted key: value}, in JSON's types."""
     whole = configuration.flat(OmegaConf.to_container(OmegaConf.structured(config)))
     kept = {name: value for name, value in whole.items() if not may_change(name) and name not in MAY_GROW}
+    kept |= {name: values[0] for name, values in SAME_PIXELS.items() if kept[name] in values}
     return json.loads(json.dumps(kept, default=str))
 
 

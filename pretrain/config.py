@@ -12,6 +12,7 @@ from common import config as configuration
 from common.batches.strong import auto_augment
 from common.batches.unreadable import Limit
 from common.batches.views import View, height_width, presets
+from common.caching.pixels import FULL, check_option
 from common.checkpoints.run_folder import CONFIG
 from common.checkpoints.storage import sweep, write_atomically
 from common.data.location import OPTIONS, place
@@ -80,6 +81,11 @@ class LoaderConfig:
 
     workers: Annotated[int | None, Range(at_least=0)] = None
     """Processes that decode and crop, per training process; 0 does it in the training process, null chooses."""
+    cache: Any = None
+    """Decode each image once and keep it on disk: 256 (or another number) scales its shorter side to at most so many
+    pixels, full keeps it as it is. null: decoded whenever it is needed."""
+    cache_root: str | None = field(default=None, metadata=path_option(expanded))
+    """Folder of such caches; null: poslabel/decoded in the user's cache folder."""
     decode: Literal["full", "scaled"] = "full"
     """scaled: a JPEG is decoded to a half, a quarter or an eighth of its sides where all its crops still have the
     pixels of their views. Much faster for pictures of a camera's size; crops differ a little (docs/data.md)."""
@@ -195,12 +201,13 @@ class PretrainConfig:
 
 # What may differ when a run is resumed: it changes neither the samples nor what is learned from them.
 MAY_CHANGE = (
-    "loader.workers", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep", "milestone_every",
-    "monitor.every", "monitor.images",
-    "monitor.validation", "monitor.control_every", "optimizer.most_skipped", "tensorboard", "export",
-    "allow_leak", "diagnose", *OPTIONS.values(), "run",
+    "loader.workers", "loader.cache_root", "log_every", "max_bad", "checkpoint_every", "checkpoint_minutes", "keep",
+    "milestone_every", "monitor.every", "monitor.images", "monitor.validation", "monitor.control_every",
+    "optimizer.most_skipped", "tensorboard", "export", "allow_leak", "diagnose", *OPTIONS.values(), "run",
 )  # fmt: skip
 MAY_GROW = ("steps", "epochs")
+# Values of an option that differ in speed alone.
+SAME_PIXELS: dict[str, tuple[Any, ...]] = {"loader.cache": (None, FULL)}
 
 
 def load(recipe: Path | None, words: Sequence[str]) -> PretrainConfig:
@@ -216,6 +223,12 @@ def load(recipe: Path | None, words: Sequence[str]) -> PretrainConfig:
 def check(config: PretrainConfig) -> None:
     """Raises Refusal for a value outside its range."""
     check_limits(config)
+    check_option(config.loader.cache, "loader.cache=")
+    if config.loader.cache is not None and config.loader.decode == "scaled":
+        raise Refusal(
+            f"loader.cache={config.loader.cache} decodes each image once, and loader.decode=scaled for every crop: "
+            "leave one of them out"
+        )
     Limit(config.max_bad).check()
     configuration.as_yaml(config)  # what could not be stored later
     for name, view in config.views.items():
@@ -260,7 +273,7 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
             was, now = before.get(name), after.get(name)
             if was is None or now is None or now < was:
                 forbidden.append(f"{name} ({was} -> {now}, may only grow)")
-        elif not may_change(name):
+        elif not may_change(name) and not all(each.get(name) in SAME_PIXELS.get(name, ()) for each in (before, after)):
             forbidden.append(f"{name} ({before.get(name)} -> {after.get(name)})")
     if forbidden:
         raise Refusal(

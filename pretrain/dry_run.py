@@ -39,6 +39,8 @@ def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
         accelerator.print(f"# {note}")
     for line in parts.look.lines("others take their places", most=LISTED) or ["all images looked at can be read"]:
         accelerator.print(line)
+    if parts.cache:
+        accelerator.print(f"cache           {parts.cache}")
     accelerator.print(f"audit           {parts.audit.verdict}")
     share = config.batch // process.num_processes // config.accumulate
     begun = time.perf_counter()

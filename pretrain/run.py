@@ -19,6 +19,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from common.caching.building import Builders, read_cached
+from common.caching.pixels import Cache
 from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
 from common.printable import printable_lines
 from common.processes import group
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
     check_tensorboard(config.tensorboard)
     is_fresh = arguments.resume is None
     parts = assemble(config, process, is_fresh, stop, arguments.typed)
+    if config.loader.cache is not None:
+        parts.cache = cached(parts, stop, arguments.dry_run)
     if config.diagnose:
         parts.task.witness = Witness(parts.task)
     if arguments.checkpoint is not None:
@@ -65,6 +69,16 @@ def main(argv: list[str]) -> int:
         run = parts.agree_on(run)
     assert run is not None and (lock is not None or not process.is_main_process)
     return train(run, parts, arguments, stop)
+
+
+def cached(parts: Parts, stop: StopSignal, dry_run: bool) -> str:
+    """Let images be read from a cache, see `read_cached`; what it is, in a line."""
+    config = parts.config.loader
+    cache = Cache.of(parts.images, config.cache, parts.task.backbone.channels, config.cache_root)
+    say = functools.partial(print, flush=True) if parts.process.is_main_process else (lambda line: None)
+    builders = Builders(parts.process, config.workers or 0, say, lambda: stop.received)
+    images = (parts.images, parts.train, parts.held_out)
+    return read_cached(images, cache, builders, parts.limit, "loader.cache=", dry_run)
 
 
 def train(folder: Path, parts: Parts, arguments: Arguments, stop: StopSignal) -> int:

@@ -39,6 +39,7 @@ def begun(parts: Parts, run: Path, start: int) -> str:
         f"{len(parts.held_out):,} held out ({classes})",
         *([f"splits     {parts.images.note}"] if parts.images.note else []),
         *([f"not read   {parts.images.left_out}"] if parts.images.left_out else []),
+        *([f"cache      {parts.cache}"] if parts.cache else []),
         f"model      {config.model.name} at {backbone.size[0]}x{backbone.size[1]}, grid {h}x{w}, "
         f"{count_parameters(backbone) / 1e6:.2f} M parameters",
         *(_objective(name, weight, parts) for name, weight in parts.task.weights.items()),

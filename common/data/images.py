@@ -64,6 +64,15 @@ class Source(Protocol):
         ...
 
 
+class Decoded(Protocol):
+    """Pixels of a source that are read in its place, see `Images.read_from`. It must survive pickling."""
+
+    def read(self, i: int, channels: int) -> Tensor:
+        """Read uint8 (channels, H, W) in any memory layout, which nobody may write to; raises ValueError where the
+        source could not be read."""
+        ...
+
+
 class Images:
     """One split of a data set with random access; cheap to pickle and to fork.
 
@@ -85,6 +94,7 @@ class Images:
         self.left_out = self.part = self.note = self.no_label = ""
         self._source = source
         self._indices: np.ndarray | None = indices  # into the source; None is all of it, in its own order
+        self._decoded: Decoded | None = None  # what is read in place of the source
 
     def __len__(self) -> int:
         return len(self._source) if self._indices is None else len(self._indices)
@@ -132,10 +142,17 @@ class Images:
         """
         at = self._locate(i)
         try:
-            image = self._source.read(at, channels)
+            image = (self._source if self._decoded is None else self._decoded).read(at, channels)
         except Exception as error:  # decoders raise almost anything: SyntaxError, struct.error, MemoryError, ...
             raise self._unreadable(at, error) from error
+        if contiguous and self._decoded is not None:
+            return image.clone(memory_format=torch.contiguous_format)
         return image.contiguous() if contiguous else image
+
+    def read_from(self, decoded: Decoded) -> None:
+        """Read the pixels of these images, and of subsets taken from now on, from what was decoded before. What they
+        are called, their labels and their fingerprint stay."""
+        self._decoded = decoded
 
     def read_reduced(self, i: int, channels: int, reduce: Reduce) -> tuple[Tensor, tuple[int, int]]:
         """Read image `i` as `read` does, a JPEG smaller by what `reduce` says, in the decoder's memory layout:
@@ -178,7 +195,7 @@ class Images:
         labels = None if self.labels is None else self.labels[chosen]
         inner = chosen if self._indices is None else self._indices[chosen]
         part = Images(self._source, self.where, labels, self.classes, inner)
-        for name in ("left_out", "part", "note", "no_label"):
+        for name in ("left_out", "part", "note", "no_label", "_decoded"):
             setattr(part, name, getattr(self, name))
         return part
 

@@ -20,7 +20,8 @@ BASELINES = ("random", *RAW)
 # Neither the samples nor what is learned from them depends on these, nor do runs of one recipe have them in common.
 SEED_ONLY = ("seed", "run", "threads", "log_every", "checkpoint_every", "checkpoint_minutes", "keep",
              "milestone_every", "tensorboard", "allow_leak", "data_root")  # fmt: skip
-SEED_ONLY_OF = {"monitor": ("every", "control_every"), "loader": ("workers",)}  # a group -> options in it, likewise
+# A group -> options in it, likewise.
+SEED_ONLY_OF = {"monitor": ("every", "control_every"), "loader": ("workers", "cache_root")}
 OF_RANDOM = ("name", "kwargs", "size", "crop", "mean", "std", "position", "position_embedding", "irpe", "pooling")
 OF_RAW = ("size", "crop")
 

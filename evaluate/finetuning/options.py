@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.batches.views import height_width
+from common.caching.pixels import check_option
 from common.limits import BelowOne, Count, NotNegative, Positive, Probability, Share
 from common.limits import check as check_limits
+from common.paths import expanded, path_option
 from common.training import ema, schedules
 from evaluate.job import recipes
 
@@ -68,11 +70,17 @@ class FinetuneConfig(recipes.TrainingOptions):
     """Momentum of a moving average of the weights, which is judged beside the weights (DeiT: 0.99996); null: none."""
     judge_every: NotNegative = 1.0
     """Epochs between looks at the test images, besides the last; 0: only the last."""
+    cache: Any = None
+    """Decode each training image once and keep it on disk: 256 (or another number) scales its shorter side to at most
+    so many pixels, full keeps it as it is; null: decoded whenever it is needed. Test images are not cached."""
+    cache_root: str | None = field(default=None, metadata=path_option(expanded))
+    """Folder of such caches; null: poslabel/decoded in the user's cache folder."""
 
 
 def check(config: FinetuneConfig) -> None:
     """Raises Refusal for a number outside its range, or a word that is none of those known."""
     check_limits(config, flags=True)
+    check_option(config.cache, "--cache ")
     if config.size is not None:
         height_width(config.size)
 

@@ -19,6 +19,7 @@ from common.batches.samples import FIRST_VIEW, Batch, Samples
 from common.batches.views import View
 from common.checkpoints import public
 from common.checkpoints.storage import HEAD
+from common.data import Images
 from common.features.extraction import digest
 from common.processes import collectives
 from common.processes.stopping import StopSignal
@@ -131,6 +132,7 @@ def finetune(
     job: Evaluation,
     config: FinetuneConfig,
     subject: Subject,
+    images: Images,
     seed: int,
     identity: Mapping[str, Any],
     folder: Path,
@@ -138,7 +140,8 @@ def finetune(
     stop: StopSignal,
 ) -> tuple[list[dict[str, Any]], str]:
     """Finetune `subject` in a folder of its own below `folder`: (the looks at the test images, the last one last; what
-    was added to the backbone). `identity`: what all trainings of this report have in common."""
+    was added to the backbone). `images`: those of `job.train`, however they are read; `identity`: what all trainings of
+    this report have in common."""
     backbone, note = subject.for_finetuning(seed, drop_path_rate=config.drop_path)
     classifier = Classifier(backbone, identity["pooling"], len(job.classes))
     head = subject.head() if subject.state is not None else None
@@ -158,7 +161,7 @@ def finetune(
         return history, note
     view = view_of(config, job.size)
     mean, std = backbone.config.mean, backbone.config.std
-    samples = Samples(job.train, {FIRST_VIEW: view}, seed, backbone.channels, labelled=[LABELS], colours=(mean, std))
+    samples = Samples(images, {FIRST_VIEW: view}, seed, backbone.channels, labelled=[LABELS], colours=(mean, std))
     sampler = functools.partial(StepSampler, repeats=config.repeats)
     every = max(1, round(config.judge_every * per_epoch)) if config.judge_every else steps
     train(training, samples, sampler, rate_of(config, steps, per_epoch)[0], steps, every, stop)

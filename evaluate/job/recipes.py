@@ -32,6 +32,7 @@ FREE = (
     "keep",
     "tensorboard",
     "max_bad",
+    "cache_root",
 )  # may differ at a resume
 Config = TypeVar("Config", bound="TrainingOptions")
 
