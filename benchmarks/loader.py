@@ -1,17 +1,17 @@
-"""Images per second of our loader beside torchvision's, on one thread: `python benchmarks/loader.py`.
+"""Images per second of our loader beside others', on one thread: `python benchmarks/loader.py [--photographs FOLDER]`.
 
-Both do the same work, a RandomResizedCrop(224) with torchvision's default scale, bicubic and antialiased, and a flip,
-on the same JPEG files. Theirs normalises each image; ours hands over uint8 batches, normalised on the device. What that
-costs when the device is this same core is in the rows "+ normalise": above some ten megabytes it is mostly the price of
-fresh memory, so it grows with the batch and with every temporary copy. Hence several batch sizes, for both sides.
+All do the same work on the same JPEG files: one random crop, or the ten of DINO (`benchmarks/loading/peers.py`). Theirs
+are normalised floats; ours are uint8 batches, normalised on the device, and in a row of its own normalised here.
+FOLDER: one with a folder for each class; without it, files are cut from scikit-learn's two sample photographs at random
+places, zooms and shapes around 500x375.
 
-The methods take turns in every round, so that a busy machine slows all of them; times are CPU time of the process, the
-table has medians over the rounds and the range of the ratio.
-
-The files are cut from scikit-learn's two sample photographs at random places, zooms and shapes around 500x375.
+The methods take turns, so that a busy machine slows all of them; times are CPU time of the process, the tables have
+medians over the rounds and the range of the ratio.
 
 `--decoders [FOLDER]` times the JPEG decoders alone: those that `common.decoding.decode` knows, Pillow, and
-simplejpeg and PyTurboJPEG where they are installed. FOLDER: JPEGs to time them on beside small ones.
+PyTurboJPEG where it is installed. FOLDER: JPEGs to time them on beside small ones.
+
+`--scaled` times `loader.decode=scaled` beside whole decoding, also on files of 3000x2000, and says what it changes.
 
 `--sources SPEC [SPEC ...]` times places of the same images, as `data=` takes them: a folder, and archives of it.
 """
@@ -31,78 +31,63 @@ import PIL
 import torch
 import torchvision
 from PIL import Image, features
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.loading.decoders import compare_decoders
-from benchmarks.loading.measuring import Method, each, in_batches, measure
+from benchmarks.loading.measuring import Method, each, in_batches, measure, speeds
+from benchmarks.loading.ours import OURS, normalise, ours
+from benchmarks.loading.peers import MEAN, MULTI, ONE, STD, peers
+from benchmarks.loading.reduced import compare_reduced
 from common.batches.crops import augment
 from common.batches.views import View
 from common.data import Images, open_data
 from common.decoding.decode import jpeg_decoder_name
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-BATCHES = (16, 64, 256)
-BOUND = 1.5  # ours against torchvision's standard pipeline
-OURS, NORMALISED = "ours, uint8 batch", "ours + normalise"
+BATCH = 32
+TARGETS = {ONE: 1.5, MULTI: 3.0}  # ours against the best of the others
+SHAPES = [(500, 375), (375, 500), (500, 333), (480, 360), (400, 400)]  # width, height
+LARGE = [(3000, 2000), (2000, 3000)]
+NOISE = 4.0  # grey levels, of a camera's sensor: pictures that are enlarged would decode faster than real ones
 
 
-def write_photographs(folder: Path, count: int) -> float:
-    """`count` JPEGs of mixed shapes in two class folders; their mean size in kB."""
+def write_photographs(folder: Path, count: int, shapes: list[tuple[int, int]] = SHAPES, noise: float = 0.0) -> float:
+    """`count` JPEGs of these shapes in two class folders; their mean size in kB."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640x427
     rng = np.random.default_rng(0)
     sizes = []
     for k in range(count):
-        width, height = [(500, 375), (375, 500), (500, 333), (480, 360), (400, 400)][k % 5]
+        width, height = shapes[k % len(shapes)]
         share = rng.uniform(0.7, 1.0) * min(640 / width, 427 / height)
         left, top = rng.uniform(0, 640 - share * width), rng.uniform(0, 427 - share * height)
         box = (left, top, left + share * width, top + share * height)
+        image = photographs[k // 2 % 2].resize((width, height), Image.Resampling.BICUBIC, box)
+        if noise:
+            noisy = np.asarray(image) + rng.normal(0, noise, (height, width, 1))
+            image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
         path = folder / "ab"[k % 2] / f"{k:04d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        photographs[k // 2 % 2].resize((width, height), Image.Resampling.BICUBIC, box).save(path, quality=93)
+        path.parent.mkdir(exist_ok=True, parents=True)
+        image.save(path, quality=93)
         sizes.append(path.stat().st_size)
     return statistics.mean(sizes) / 1000
 
 
-def normalise(batch: Tensor) -> Tensor:
-    """uint8 (B, C, h, w) -> float32, with one new array: a second temporary doubles the time at large batches."""
-    mean, std = (torch.tensor(values[: batch.shape[1]])[:, None, None] for values in (MEAN, STD))
-    return batch.float().mul_(1 / (255 * std)).add_(-mean / std)
-
-
-def same(batch: Tensor) -> Tensor:
-    return batch
-
-
-def photograph_methods(folder: Path, batch: int) -> dict[str, Method]:
-    ours = open_data(str(folder))
-    view = View(size=224, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)
-    coloured = View(size=224, scale=[0.08, 1.0], flip=0.5)
-    rng = np.random.default_rng(0)
-    crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    rest = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    on_tensors = v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *rest])
-    on_pil = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), *rest])
-    theirs = {
-        name: torchvision.datasets.ImageFolder(str(folder), transform)
-        for name, transform in (("tensors", on_tensors), ("pil", on_pil))
-    }
-
-    def fast(i: int) -> Tensor:
-        return augment(ours.read(i, contiguous=False), view, rng)
-
-    return {
-        "ImageFolder + v2 on tensors (the standard)": in_batches(batch, lambda i: theirs["tensors"][i][0], same),
-        "ImageFolder + v2, cropping in PIL": in_batches(batch, lambda i: theirs["pil"][i][0], same),
-        OURS: in_batches(batch, fast, same),
-        NORMALISED: in_batches(batch, fast, normalise),
-        "ours + normalise, contiguous read": in_batches(batch, lambda i: augment(ours.read(i), view, rng), normalise),
-        "ours + normalise, default colour": in_batches(
-            batch, lambda i: augment(ours.read(i, contiguous=False), coloured, rng), normalise
-        ),
-    }
+def compare_loaders(folder: Path, cache: Path, count: int, rounds: int) -> None:
+    """Print the tables of both kinds of work, and whether the targets are met."""
+    images = open_data(str(folder))
+    count = min(count, len(images)) // BATCH * BATCH or min(count, len(images))
+    verdicts = []
+    for work, target in TARGETS.items():
+        batch = min(BATCH, count)
+        others = peers(folder, work, batch, cache)
+        seconds = measure(work, count, rounds, others | ours(images, work, batch), turn=batch)
+        best = min(others, key=lambda name: statistics.median(seconds[name]))
+        for name in OURS:
+            ratio = statistics.median(speeds(seconds, name, best))
+            verdict = f"  {'holds' if ratio >= target else 'MISSED'}" if name == OURS[0] else ""
+            verdicts.append(f"  {work:<36} {name:<20} {ratio:.2f}x {best}, target {target}x{verdict}")
+    print("\n" + "\n".join(verdicts))
 
 
 def decoding_methods(folder: Path) -> dict[str, Method]:
@@ -148,8 +133,8 @@ def small_methods(count: int) -> dict[str, Method]:
         v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std),
     ])  # fmt: skip
     return {
-        "MNIST's PIL image + v2 on tensors": in_batches(256, lambda i: transform(Image.fromarray(pixels[i])), same),
-        NORMALISED: in_batches(256, lambda i: augment(ours.read(i, 1), view, rng), normalise),
+        "MNIST's PIL image + v2 on tensors": in_batches(256, lambda i: transform(Image.fromarray(pixels[i])), id),
+        "ours + normalise": in_batches(256, lambda i: augment(ours.read(i, 1), view, rng), normalise),
         "ours + normalise, default colour": in_batches(
             256, lambda i: augment(ours.read(i, 1), coloured, rng), normalise
         ),
@@ -158,9 +143,11 @@ def small_methods(count: int) -> dict[str, Method]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--photographs", metavar="FOLDER", help="JPEGs to use in place of generated ones")
     parser.add_argument("--decoders", nargs="?", const="", metavar="FOLDER", help="time the JPEG decoders instead")
+    parser.add_argument("--scaled", action="store_true", help="time loader.decode=scaled instead")
     parser.add_argument("--sources", nargs="+", metavar="SPEC", help="time places of the same images instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,26 +163,23 @@ def main() -> None:
         compare_sources(options.sources, count, rounds)
         return
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        if options.decoders:
-            compare_decoders(Path(options.decoders), count, rounds)
-            return
-        size = write_photographs(folder, count)
-        print(f"{count} JPEGs of about 500x375 and {size:.0f} kB, medians of {rounds} rounds")
+        folder, cache = Path(place) / "photographs", Path(place) / "cache"
+        given = options.decoders or options.photographs
+        if not given:
+            size = write_photographs(folder, count)
+            print(f"{count} JPEGs of about 500x375 and {size:.0f} kB, medians of {rounds} rounds")
+        folder = Path(given).expanduser() if given else folder
         if options.decoders is not None:
             compare_decoders(folder, count, rounds)
-            return
-        ratios = {
-            batch: measure(f"crop to 224, batches of {batch}", count, rounds, photograph_methods(folder, batch))
-            for batch in BATCHES
-        }
-        measure("decoding alone", count, rounds, decoding_methods(folder))
-    measure("28x28 arrays: crop, flip, normalise", 2000, rounds, small_methods(2000))
-    print(f"\nbound: {BOUND}x the standard pipeline")
-    for name in (OURS, NORMALISED):
-        for batch, ratio in ratios.items():
-            verdict = "holds" if ratio[name] >= BOUND else "MISSED"
-            print(f"  {name:<20} batches of {batch:<4} {ratio[name]:.2f}x  {verdict}")
+        elif options.scaled:
+            large = Path(place) / "large"
+            size = write_photographs(large, max(8, count // 8), LARGE, NOISE)
+            print(f"large: {max(8, count // 8)} JPEGs of 3000x2000 and {size:,.0f} kB")
+            compare_reduced({"small": folder, "large": large}, count, rounds)
+        else:
+            compare_loaders(folder, cache, count, rounds)
+            measure("decoding alone", count, rounds, decoding_methods(folder), turn=8)
+            measure("28x28 arrays: crop, flip, normalise", 2000, rounds, small_methods(2000))
 
 
 if __name__ == "__main__":

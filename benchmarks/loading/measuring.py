@@ -18,7 +18,7 @@ def each(one: Callable[[int], object]) -> Method:
     return run
 
 
-def in_batches(size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor], Tensor]) -> Method:
+def in_batches(size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor], object]) -> Method:
     def run(numbers: range) -> None:
         for start in range(0, len(numbers), size):
             finish(torch.stack([one(i) for i in numbers[start : start + size]]))
@@ -26,14 +26,22 @@ def in_batches(size: int, one: Callable[[int], Tensor], finish: Callable[[Tensor
     return run
 
 
-def measure(title: str, count: int, rounds: int, methods: dict[str, Method], turn: int = 0) -> dict[str, float]:
-    """Prints images/s and the ratio to the first method; returns the ratios (medians over the rounds).
+Seconds = dict[str, list[float]]  # by method: of each round
+
+
+def speeds(seconds: Seconds, name: str, other: str) -> list[float]:
+    """How much faster a method is than another, round by round."""
+    return [theirs / its for its, theirs in zip(seconds[name], seconds[other], strict=True)]
+
+
+def measure(title: str, count: int, rounds: int, methods: dict[str, Method], turn: int = 0) -> Seconds:
+    """Prints images/s and the ratio to the first method (medians over the rounds); returns the seconds.
 
     `turn`: images after which it is the next method's turn, 0: all of them. A machine that is busy for a second then
     slows all methods, and not one.
     """
     order = list(methods)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    seconds: Seconds = {name: [] for name in order}
     for number in range(rounds + 1):
         spent = dict.fromkeys(order, 0.0)
         for start in range(0, count, turn or count):
@@ -47,10 +55,8 @@ def measure(title: str, count: int, rounds: int, methods: dict[str, Method], tur
                 seconds[name].append(spent[name])
     first = next(iter(methods))
     print(f"\n{title:<46} images/s   ratio  (range)")
-    ratios = {}
     for name, times in seconds.items():
-        each_round = [a / b for a, b in zip(seconds[first], times, strict=True)]
-        ratios[name] = statistics.median(each_round)
-        extent = f"({min(each_round):.2f} to {max(each_round):.2f})"
-        print(f"  {name:<44} {count / statistics.median(times):8.0f} {ratios[name]:7.2f}  {extent}")
-    return ratios
+        ratios = speeds(seconds, name, first)
+        extent = f"({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  {name:<44} {count / statistics.median(times):8.0f} {statistics.median(ratios):7.2f}  {extent}")
+    return seconds

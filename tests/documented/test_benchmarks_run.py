@@ -25,6 +25,12 @@ FEW = {
     "launch": ["--steps", "12", "--rounds", "1"],
     "probe": ["--images", "64", "--batch", "32", "--rounds", "1"],
 }  # fmt: skip  # words that shorten a benchmark
+LOADERS = [
+    r"one crop of 224 +images/s",
+    r"  timm's create_loader +\d+ +\d+\.\d\d",
+    r"  DINO's crops, 2 of 224 and 8 of 96 +ours, uint8 batch .* (?:holds|MISSED)",
+    r"28x28 arrays",
+]
 ROWS = {
     "python benchmarks/positions.py": [
         r"absolute \(linear\) +\d+\.\d +\d\.\d+ +\d\.\d+ +1\.05",
@@ -37,10 +43,11 @@ ROWS = {
         r"\| SP-ViT-S \| [\d.]+ \| [\d.]+ \|.* 1\.15 \|",
         r"\| SP-ViT-S \| [\d,]+ \| \d\.\d+ \| [\d,]+ \| \d\.\d+ \| 1\.1 \|",
     ],
-    "python benchmarks/loader.py": [
-        r"crop to 224, batches of \d+ +images/s",
-        r"28x28 arrays",
-        "  ours.* (?:holds|MISSED)",
+    "python benchmarks/loader.py": LOADERS,
+    "python benchmarks/loader.py --photographs '~/labelled/train'": LOADERS,
+    "python benchmarks/loader.py --scaled --photographs '~/labelled/train'": [
+        r"large: DINO's crops, 2 of 224 and 8 of 96 +images/s",
+        r"  decoded to .*1/4: \d+%",
     ],
     "python benchmarks/loader.py --decoders": [
         "decoding, files as they are, 3 channels",
