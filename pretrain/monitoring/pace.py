@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from common.batches.views import height_width
+from common.caching.pixels import FULL, Cache, size_of
 from common.processes import collectives
 from common.processes.launch import usable_cores
 from common.training.tracking import clock
@@ -25,6 +27,8 @@ DEAR, TIMES_AS_LONG = 1.0, 3.0  # seconds of training on an image, from which on
 SLOW = 60.0  # seconds of a step, from which on there is advice
 COMFORT = 30.0  # seconds that a step, or a part of one, is advised to take
 WAITS, IN_A_ROW = 0.25, 2  # share of the time spent waiting for images, in so many lines, that is told
+MARGIN = 8 / 7  # side of cached images, to that of the largest view: 256 for 224
+ALIKE = 1.25  # a cache of whole images that is at most so much larger is advised in its place
 SETTLED = 50  # steps after which the loader has started
 
 
@@ -85,7 +89,23 @@ def verdict_on_data(parts: Parts, wait: float) -> str:
             f"every core decodes already: files whose shorter side is about {2 * min(h, w)} pixels, fewer crops of an "
             "image or more cores"
         )
-    return f"data-bound: {wait:.0%} of the time is spent waiting for images; {help}"
+    cache = cache_advice(parts)
+    return f"data-bound: {wait:.0%} of the time is spent waiting for images; {'; '.join(filter(None, (help, cache)))}"
+
+
+def cache_advice(parts: Parts) -> str:
+    """What a cache of decoded images would be and take; nothing where images are not decoded, or it would not fit."""
+    config = parts.config.loader
+    if config.cache is not None or config.decode == "scaled" or parts.images.in_memory:
+        return ""
+    side = max(min(height_width(view.size)) for view in parts.samples.views.values())
+    channels = parts.task.backbone.channels
+    caches = {
+        option: Cache.of(parts.images, option, channels, config.cache_root) for option in (round(MARGIN * side), FULL)
+    }
+    scaled, whole = (cache.num_bytes for cache in caches.values())
+    option, needed = (FULL, whole) if whole <= ALIKE * scaled else (round(MARGIN * side), scaled)
+    return f"loader.cache={option} would fit in {size_of(needed)}" if needed <= caches[option].free else ""
 
 
 def data_warning(parts: Parts, say: Callable[[str], None]) -> Callable[[int, Mapping[str, Any]], None]:

@@ -1,6 +1,7 @@
 """What is measured and said before the first step, how often a run is measured, and batches for few images."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_a_recipes_batch_is_lowered_to_what_few_images_fill(images: Path) -> Non
 
 def waiting(workers: int, processes: int = 1) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(loader=SimpleNamespace(workers=workers)),
+        config=SimpleNamespace(loader=SimpleNamespace(workers=workers, cache="full")),
         process=SimpleNamespace(num_processes=processes),
         task=SimpleNamespace(backbone=SimpleNamespace(size=(32, 48))),
     )
@@ -190,6 +191,24 @@ def test_a_training_that_waits_is_told_what_to_set(
     told = pace.verdict_on_data(waiting(workers, processes), 0.63)
     assert told.startswith("data-bound: 63% of the time is spent waiting for images; ") and advice in told
     assert pace.verdict_on_data(waiting(workers, processes), 0.1).startswith("compute-bound: 10%")
+
+
+def test_a_cache_is_advised_where_there_is_none_and_it_fits(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"data={images}", "loader.workers=0", f"loader.cache_root={tmp_path / 'cache'}"]
+    parts = assemble(load(TINY, words), group.join())
+    told = pace.verdict_on_data(parts, 0.63)
+    assert re.search(r"; loader\.cache=18 would fit in 0\.1 MB$", told)  # views of 16x24
+    monkeypatch.setattr(pace, "ALIKE", 100)
+    assert pace.cache_advice(parts) == "loader.cache=full would fit in 0.6 MB"
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("common.caching.pixels.Cache.free", 1000)
+    assert not pace.cache_advice(parts)
+    monkeypatch.undo()
+    for word in ("loader.cache=full", "loader.decode=scaled"):
+        assert not pace.cache_advice(dataclasses.replace(parts, config=load(TINY, [*words, word])))
+    assert not pace.cache_advice(assemble(load(TINY, ["data=builtin"]), group.join()))
 
 
 def test_waiting_is_told_once_and_not_while_the_loader_starts() -> None:
