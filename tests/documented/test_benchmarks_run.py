@@ -21,6 +21,7 @@ FEW = {
                   "--batch", "2", "--prototypes", "256", "--rounds", "1", "--threads", "1", "--precision", "fp32"],
     "loader": ["--images", "8", "--rounds", "1"],
     "indexing": ["--entries", "3000"],
+    "caching": ["--images", "8", "--rounds", "1"],
     "labels": ["--images", "8", "--rounds", "1"],
     "launch": ["--steps", "12", "--rounds", "1"],
     "probe": ["--images", "64", "--batch", "32", "--rounds", "1"],
@@ -30,6 +31,11 @@ LOADERS = [
     r"  timm's create_loader +\d+ +\d+\.\d\d",
     r"  DINO's crops, 2 of 224 and 8 of 96 +ours, uint8 batch .* (?:holds|MISSED)",
     r"28x28 arrays",
+]
+CACHES = [
+    r"  cache=256 +\d+ +\d+\.\d\d",
+    r"  cache=full: grey levels from no cache: global 0\.00 \(90 % below 0\.00\), local 0\.00",
+    r"  bilinear: grey levels from no cache: global \d\.\d\d",
 ]
 ROWS = {
     "python benchmarks/positions.py": [
@@ -58,6 +64,8 @@ ROWS = {
         r"  ~/archives/train\.tar +\d+ +\d+\.\d\d",
     ],
     "python benchmarks/indexing.py": [r"train\.tar +\d+\.\d\d s ", r"train +\d+\.\d\d s .*of a worker's own"],
+    "python benchmarks/caching.py": CACHES,
+    "python benchmarks/caching.py --photographs '~/labelled/train'": CACHES,
     "python benchmarks/labels.py": ["  one packed file +[0-9]+ +[01].[0-9]+", "bound: 0.95 .* packed: [01].[0-9]+"],
     "python benchmarks/launch.py": [r"start-up to the first step +\d+\.\d s", r"two processes.* \d+ img/s +\d\.\d\dx"],
     "python benchmarks/probe.py --threads 1 --images 640 --rounds 3": [r'\{"heads": \d+\.\d+, "cache_52": '],

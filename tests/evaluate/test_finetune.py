@@ -122,6 +122,19 @@ def test_it_learns_and_repeats_itself(make_run, script, report_of):
     assert values[0]["subject"]["mean"]["accuracy"] > 0.8  # three colours
 
 
+def test_from_a_cache_of_whole_images_it_is_the_same(make_run, script, report_of, tmp_path, capsys):
+    run, finetune = make_run(), script("finetune")
+    arguments = ["--ckpt", str(run), *QUICK, "--no-baselines", "--log-every", "1"]
+    losses, root = [], ["--cache-root", str(tmp_path / "cache")]
+    for words in ([], ["--cache", "full", *root], ["--cache", "4", *root]):
+        assert finetune.main([*arguments, *words]) == 0
+        assert str(report_of(run, "finetune")["protocol"]["cache"]) == (words[1] if words else "None")
+        lines = (run / "evaluate" / "finetune" / "trained-seed0" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+    assert losses[0] == losses[1] != losses[2] and len(losses[0]) == 6
+    assert "cache      36 images at 4 px, " in capsys.readouterr().out
+
+
 def test_bad_numbers_are_refused(make_run, script):
     run, finetune = make_run(class_token=False, global_pool="avg"), script("finetune")
     for words in (["--lr", "0"], ["--layer-decay", "1.5"], ["--batch", "0"], ["--scale", "nan"], ["--steps", "0"]):
@@ -148,6 +161,7 @@ def test_bad_numbers_are_refused(make_run, script):
         (["--size", "30"], "30x30"),
         (["--batch", "5", "--mixup", "1"], "choose a multiple of 2"),
         (["--resume"], "nothing was begun"),
+        (["--cache", "ful"], "--cache ful: expected full, the pixels"),
     ):
         with pytest.raises(Refusal, match=re.escape(message)):
             finetune(["--ckpt", str(run), "--device", "cpu", "--threads", "1", *words])
