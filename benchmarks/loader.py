@@ -13,6 +13,8 @@ PyTurboJPEG where it is installed. FOLDER: JPEGs to time them on beside small on
 
 `--scaled` times `loader.decode=scaled` beside whole decoding, also on files of 3000x2000, and says what it changes.
 
+`--cache` times `loader.cache` beside no cache, and says what it changes.
+
 `--sources SPEC [SPEC ...]` times places of the same images, as `data=` takes them: a folder, and archives of it.
 """
 
@@ -33,6 +35,7 @@ import torchvision
 from PIL import Image, features
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.loading.cached import compare_caches
 from benchmarks.loading.decoders import compare_decoders
 from benchmarks.loading.measuring import Method, each, in_batches, measure, speeds
 from benchmarks.loading.ours import OURS, normalise, ours
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--photographs", metavar="FOLDER", help="JPEGs to use in place of generated ones")
     parser.add_argument("--decoders", nargs="?", const="", metavar="FOLDER", help="time the JPEG decoders instead")
     parser.add_argument("--scaled", action="store_true", help="time loader.decode=scaled instead")
+    parser.add_argument("--cache", action="store_true", help="time loader.cache instead")
     parser.add_argument("--sources", nargs="+", metavar="SPEC", help="time places of the same images instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,6 +180,8 @@ def main() -> None:
             size = write_photographs(large, max(8, count // 8), LARGE, NOISE)
             print(f"large: {max(8, count // 8)} JPEGs of 3000x2000 and {size:,.0f} kB")
             compare_reduced({"small": folder, "large": large}, count, rounds)
+        elif options.cache:
+            compare_caches(folder, Path(place) / "decoded", count, rounds)
         else:
             compare_loaders(folder, cache, count, rounds)
             measure("decoding alone", count, rounds, decoding_methods(folder), turn=8)
