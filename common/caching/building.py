@@ -61,11 +61,24 @@ def build(cache: Cache, builders: Builders, limit: Limit, option: str) -> Pixels
             if missing:
                 there = cache.num_parts - len(missing)
                 more = f"; {there} of {cache.num_parts} parts are there" if there else ""
+                if others := cache.beside:
+                    more += (
+                        f"; other caches of these images, {size_of(others)}, are kept there until somebody removes them"
+                    )
                 builders.say(f"cache      {cache.size()}{more}; made once")
         missing = _first(builders.process, missing)
         if missing:
             _Building(cache, builders, limit, missing).run()
-    return Pixels(cache)
+    pixels = Pixels(cache)
+    _refuse_bad(cache, [f"{cache.images.name(i)}: {why}" for i, why in pixels.unreadable()], limit)
+    return pixels
+
+
+def _refuse_bad(cache: Cache, bad: Sequence[str], limit: Limit) -> None:
+    """Raises Refusal for more images that cannot be read than `limit` allows."""
+    total = len(cache.images)
+    if len(bad) > limit.allowed(total):
+        limit.refuse(len(bad), total, total, cache.images.where, bad)
 
 
 def read_cached(
@@ -145,10 +158,7 @@ class _Building:
         if signals:
             self.builders.say("cache      stopped; the parts that are whole are kept, the same command goes on")
             raise Stopped(signals[0])
-        bad = sorted(message for _, messages in everybody for message in messages)
-        total = len(self.cache.images)
-        if len(bad) > self.limit.allowed(total):
-            self.limit.refuse(len(bad), total, total, self.cache.images.where, bad)
+        _refuse_bad(self.cache, sorted(message for _, messages in everybody for message in messages), self.limit)
 
 
 class _Cut(Exception):

@@ -1,5 +1,6 @@
 """Pixels of a data set that was decoded before: where they are kept, how large they are, and how one is read."""
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -20,7 +21,7 @@ from ..kept import cache_folder
 from .parts import FORMAT, Damaged, Part
 
 FULL = "full"
-LEAST, MOST_PARTS = 64, 256  # images of a part, at least, and parts of a data set: each is an open file
+LEAST, MOST_PARTS = 64, 128  # images of a part, at least, and parts of a data set: each is an open file
 SAMPLE = 256  # images by which the size is estimated
 CHECKED = 2  # images of a part whose pixels are compared with what was written
 
@@ -163,6 +164,15 @@ class Cache:
                 "make room, or choose a smaller side, another disk (cache_root), or no cache"
             )
 
+    @property
+    def beside(self) -> int:
+        """Bytes of other caches of images at the same place: of another side, or as they were before."""
+        sizes = [0]
+        for path in self.root.glob(f"{self.folder.name.partition('-')[0]}-*/*.pixels"):
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                sizes += [path.stat().st_size] if path.parent != self.folder else []
+        return sum(sizes)
+
     def size(self) -> str:
         """Return what it is and how large, in words."""
         return f"{self}: about {size_of(self.num_bytes)} in {self.folder} ({size_of(self.free)} free)"
@@ -197,6 +207,14 @@ class Pixels:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_parts": {}}  # opened again where it is unpickled, as one is read
+
+    def unreadable(self) -> list[tuple[int, str]]:
+        """List the images of the source that cannot be read, with reasons."""
+        return [
+            (number * self.per_part + place, why)
+            for number, part in sorted(self._parts.items())
+            for place, why in sorted(part.reasons.items())
+        ]
 
     @property
     def num_bytes(self) -> int:
