@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import tarfile
 import threading
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from common.caching.parts import Damaged, Part
 from common.caching.pixels import Cache, check_option, scaled, shrink
 from common.data import Images, Unreadable, open_data
 from common.data.images import Arrays
+from common.decoding.depth import parse_range
 from common.errors import Refusal
 from common.processes import group
 from common.processes.stopping import Stopped
@@ -97,6 +99,26 @@ def test_images_are_scaled_by_their_shorter_side(images, tmp_path):
         assert cached.read(i).equal(shrink(whole, 40))
         if min(whole.shape[1:]) <= 40:
             assert cached.read(i).equal(whole)
+
+
+def test_archives_tables_and_ranges_have_caches_of_their_own(images, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(images, ".")
+    files = [str(path) for path in sorted(images.rglob("*.*"))]
+    table = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "table"))
+    folders = set()
+    for spec in (images, tmp_path / "images.tar", f"hf:{tmp_path / 'table'}"):
+        data = open_data(str(spec))
+        cache = Cache.of(data, "full", 3, str(tmp_path / "root"))
+        cached = reading(data, made(cache))
+        assert all(cached.read(i).equal(data.read(i)) for i in range(96)) and cache.num_bytes < 1_000_000
+        folders.add(cache.folder)
+    data = open_data(str(images))
+    data.set_range(parse_range("0:100"))
+    folders.add(Cache.of(data, "full", 3, str(tmp_path / "root")).folder)
+    assert len(folders) == 4
 
 
 @pytest.mark.parametrize("value", ["many", "ful", 0, -3, 2.5, True, ""])
