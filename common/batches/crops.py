@@ -52,6 +52,38 @@ def crop_draws(view: View, rng: np.random.Generator) -> list[list[float]]:
     return rng.random((view.count, DRAWS)).tolist()
 
 
+class Cut(NamedTuple):
+    """Decisions that make a crop of an image, in the order in which they are carried out."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width in the image as it was read
+    placed: Placed
+    changes: list[Change]  # of colour
+    sigma: float  # of the blur, in pixels of the crop; 0: none
+    solarised: bool
+
+
+def decide(
+    read: tuple[int, int], channels: int, view: View, draws: list[float], crop: int, whole: tuple[int, int]
+) -> Cut:
+    """Decide by a row of draws how crop number `crop` of a view is made.
+
+    read   (height, width) of the image as it was read, of so many `channels`
+    whole  its (height, width) before one of REDUCTIONS divided both
+    """
+    height, width = whole
+    top, left, crop_height, crop_width = box = crop_box(height, width, view, draws)
+    if read != whole:
+        box = reduced_box(box, divisor_of(read, whole))
+    low, high = view.blur_sigma
+    return Cut(
+        box,
+        Placed((top / height, left / width, crop_height / height, crop_width / width), draws[FLIP] < view.flip),
+        colour_changes(view, draws, channels),
+        low + (high - low) * draws[SIGMA] if draws[BLUR] < chance(view.blur, crop) else 0.0,
+        draws[SOLARISE] < chance(view.solarise, crop),
+    )
+
+
 def cut(
     image: Tensor, view: View, draws: list[float], crop: int = 0, whole: tuple[int, int] | None = None
 ) -> tuple[Tensor, Placed]:
@@ -59,24 +91,22 @@ def cut(
 
     whole  (height, width) of the image before one of REDUCTIONS divided both; None: it was not reduced
     """
-    height, width = whole or (int(image.shape[1]), int(image.shape[2]))
-    top, left, crop_height, crop_width = box = crop_box(height, width, view, draws)
-    if whole is not None and image.shape[1:] != whole:
-        box = reduced_box(box, divisor_of(image, whole))
-    part = image[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+    channels, height, width = image.shape
+    how = decide((height, width), channels, view, draws, crop, whole or (height, width))
+    top, left, crop_height, crop_width = how.box
+    part = image[:, top : top + crop_height, left : left + crop_width]
     out = resize(part, height_width(view.size), view.interpolation)
-    if flipped := draws[FLIP] < view.flip:
+    if how.placed.flipped:
         out = out.flip(-1)
-    if changes := colour_changes(view, draws, channels=int(image.shape[0])):
-        out = recolour(out, changes)
-    if draws[BLUR] < chance(view.blur, crop):
-        low, high = view.blur_sigma
-        out = blur(out, low + (high - low) * draws[SIGMA])
-    if draws[SOLARISE] < chance(view.solarise, crop):
+    if how.changes:
+        out = recolour(out, how.changes)
+    if how.sigma:
+        out = blur(out, how.sigma)
+    if how.solarised:
         out = torch.minimum(out, 255 - out)  # from 128 on, the inverse is the smaller
     # A crop of the full size is still a view of the image: the caller gets memory of its own.
     out = out.clone(memory_format=torch.contiguous_format) if out is part else out.contiguous()
-    return out, Placed((top / height, left / width, crop_height / height, crop_width / width), flipped)
+    return out, how.placed
 
 
 def chance(value: Any, crop: int) -> float:
@@ -113,9 +143,9 @@ def reduction(height: int, width: int, crops: Sequence[tuple[View, list[float]]]
     return max(divisor for divisor in REDUCTIONS if divisor <= max(1, most))
 
 
-def divisor_of(image: Tensor, whole: tuple[int, int]) -> int:
-    """Return which of REDUCTIONS made `image` (C, h, w) of one of `whole` (height, width)."""
-    return next(n for n in REDUCTIONS if (-(-whole[0] // n), -(-whole[1] // n)) == tuple(image.shape[1:]))
+def divisor_of(read: tuple[int, int], whole: tuple[int, int]) -> int:
+    """Return which of REDUCTIONS made an image of (height, width) `read` of one of `whole`."""
+    return next(n for n in REDUCTIONS if (-(-whole[0] // n), -(-whole[1] // n)) == read)
 
 
 def reduced_box(box: tuple[int, int, int, int], divisor: int) -> tuple[int, int, int, int]:

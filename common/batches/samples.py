@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, Images, Unreadable
-from .crops import Placed, crop_draws, cut, reduction
+from .crops import Placed, crop_draws, reduction
+from .cutting import CropDraws, Cutting, Size, Uncutting
+from .device import Uncut
 from .loading import Loader
 from .mixing import Mixture, drawn, mix
 from .sampler import StepPart, generator
-from .strong import GREY, Colours, Moves, num_moves, strengthen
-from .views import View
+from .strong import GREY, Colours, Moves, num_moves
+from .views import FIRST_VIEW, View
 
-FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `generator`)
 Draw = Callable[[np.random.Generator], Mapping[str, np.ndarray]]
-Size = tuple[int, int]  # height, width
-CropDraws = dict[str, list[list[float]]]  # name of a view -> a row for each of its crops
 Collate = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -51,12 +50,15 @@ class Batch:
     unreadable: list[str] = field(default_factory=list)  # files that were replaced by another image
     hopeless: bool = False  # so many of them in a row that none was found to take the place
     mixtures: dict[str, list[Mixture | None]] = field(default_factory=dict)  # of views whose images are to be mixed
+    uncut: Uncut | None = None  # from which the views are made where the batch goes to its device
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on `device`."""
+        """Return the same batch on `device`, with all its views."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
+        if self.uncut is not None:
+            views |= self.uncut.crops(device)
         draws = {name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()}
-        return replace(self, views=views, draws=draws)
+        return replace(self, views=views, draws=draws, uncut=None)
 
     def mixed(self) -> "Batch":
         """Return the same batch, its images mixed with each other as was drawn."""
@@ -72,6 +74,7 @@ class Batch:
         """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
         self.views = {name: view.pin_memory() for name, view in self.views.items()}
         self.draws = {name: draw.pin_memory() for name, draw in self.draws.items()}
+        self.uncut = None if self.uncut is None else self.uncut.pin_memory()
         return self
 
 
@@ -88,6 +91,7 @@ class Samples(Dataset):
     height and width in shares of the image; "flip" (B,) bool; "size" (B, 2) int64, the image's height and width; where
     the view has a policy, also "moves" (B, M, 2) float32, what that moved the crop by: kinds, as in MOVES, and values.
     `scaled`: JPEGs are decoded to a half, quarter or eighth of their sides where all crops keep their pixels.
+    `on_device`: crops are made where the batch goes to its device, see `device`; not of views with a policy or erasing.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -104,9 +108,10 @@ class Samples(Dataset):
         colours: Colours = GREY,
         beside: Mapping[str, Beside] | None = None,
         scaled: bool = False,
+        on_device: bool = False,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
-        self.colours, self.scaled = colours, scaled
+        self.colours, self.scaled, self.on_device = colours, scaled, on_device
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
         self.beside = dict(beside or {})
         first = self.views.get(FIRST_VIEW)
@@ -117,7 +122,7 @@ class Samples(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """Make one batch of a list of (epoch, index)."""
-        crops: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(v.count)] for name, v in self.views.items()}
+        crops = Uncutting(self.views) if self.on_device else Cutting(self.views, self.seed, self.colours)
         draws: dict[str, dict[str, list[np.ndarray]]] = {
             name: {} for name in (*self.draws, *self.labelled, *self.beside)
         }
@@ -135,28 +140,17 @@ class Samples(Dataset):
                 _add(draws[name], draw(generator(self.seed, epoch, index, name)))
             for name, values in kept.items():
                 _add(draws[name], values)
-            for name, view in self.views.items():
-                for number, made in enumerate(crops[name]):
-                    crop, placed = cut(image, view, rows[name][number], number, whole)
-                    made.append(crop)
-                    is_first = name == FIRST_VIEW and number == 0
-                    where = "" if is_first else f" {name} {number}"
-                    moves = strengthen(crop, view, (self.seed, epoch, index), where, self.colours)
-                    if is_first and self.beside:
-                        places.append((placed, whole, moves))
+            placed, moves = crops.add((epoch, index), image, whole, rows)
+            if placed is not None and self.beside:
+                places.append((placed, whole, moves))
         stacked = self._stacked(draws)
         for what, tensor in self._where(places).items():
             stacked |= {f"{name}/{what}": tensor for name in self.beside}
         for name in self.labelled:
             stacked[f"{name}/known"] = torch.tensor(self._known(keys))
-        return Batch(
-            {name: torch.stack([crop for row in rows for crop in row]) for name, rows in crops.items()},
-            torch.tensor([index for _, index in keys]),
-            stacked,
-            unreadable,
-            hopeless,
-            self._mixtures(keys),
-        )
+        views, uncut = crops.done()
+        indices = torch.tensor([index for _, index in keys])
+        return Batch(views, indices, stacked, unreadable, hopeless, self._mixtures(keys), uncut)
 
     def _mixtures(self, keys: list[tuple[int, int]]) -> dict[str, list[Mixture | None]]:
         """Return the mixtures of each view whose images are mixed; none where nothing is trained."""

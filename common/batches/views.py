@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from ..errors import Refusal
 from ..limits import Count, NotNegative, Probability, Range, Shares, check
 
+FIRST_VIEW = "global"  # which every recipe has; its crops need no purpose (see `sampler.generator`)
 Interpolation = Literal["bicubic", "bilinear"]
 Chances = Annotated[Any, Range(at_least=0, at_most=1)]  # a probability, or a list of them
 

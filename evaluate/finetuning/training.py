@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from common.batches import mixing
 from common.batches.sampler import StepSampler
-from common.batches.samples import FIRST_VIEW, Batch, Samples
-from common.batches.views import View
+from common.batches.samples import Batch, Samples
+from common.batches.views import FIRST_VIEW, View
 from common.checkpoints import public
 from common.checkpoints.storage import HEAD
 from common.data import Images

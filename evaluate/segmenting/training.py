@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches.sampler import StepSampler
-from common.batches.samples import FIRST_VIEW, Batch
+from common.batches.samples import Batch
 from common.batches.unreadable import Limit
+from common.batches.views import FIRST_VIEW
 from common.checkpoints import public, storage
 from common.features.extraction import digest
 from common.processes.stopping import StopSignal

@@ -14,7 +14,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
 from common.batches.sampler import generator
-from common.batches.samples import FIRST_VIEW, Batch, Samples
+from common.batches.samples import Batch, Samples
+from common.batches.views import FIRST_VIEW
 from evaluate.segmenting.data import IGNORED, Scenes
 from evaluate.segmenting.options import SegmentationConfig
 
