@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from common.batches.sampler import HELD_OUT_EPOCH, StepSampler, held_out
-from common.batches.samples import Samples
+from common.batches.samples import Faster, Samples
 from common.batches.unreadable import LISTED, Limit, Look, look_at
 from common.checkpoints import pretrained
 from common.data import Images, open_data, with_classes_of
@@ -100,7 +100,7 @@ class Parts:
         """Held-out images, cropped and drawn for as the training images are."""
         task, samples = self.task, self.samples
         options = task.draws, task.collates, task.labelled, samples.colours, samples.beside
-        return Samples(images, samples.views, 0, samples.channels, *options, scaled=samples.scaled)
+        return Samples(images, samples.views, 0, samples.channels, *options, samples.faster)
 
 
 def assemble(
@@ -128,7 +128,8 @@ def assemble(
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
         known = len(train), backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
-        settled = automatic.resolve(config, Facts(*known, lower_batch="batch" not in typed))
+        gpu = process.device.type != "cpu"
+        settled = automatic.resolve(config, Facts(*known, gpu, lower_batch="batch" not in typed))
         config = settled.options
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
@@ -178,7 +179,8 @@ def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: I
     opened = {name: each.beside(images, Limit(config.max_bad)) for name, each in task.objectives.items()}
     beside = {name: source for name, source in opened.items() if source is not None}
     drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std), beside
-    return Samples(train, views, config.seed, task.backbone.channels, *drawn, scaled=config.loader.decode == "scaled")
+    faster = Faster(scaled=config.loader.decode == "scaled", on_device=config.augment == "device")
+    return Samples(train, views, config.seed, task.backbone.channels, *drawn, faster)
 
 
 def _begin_classifier(config: PretrainConfig, task: Pretraining, images: Images) -> str:

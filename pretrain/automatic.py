@@ -19,7 +19,7 @@ from common.models.plan import PlanSpec
 from common.training import schedules
 from common.training.ema import half_life
 from pretrain import objectives
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, host_alone
 from pretrain.task import resolve as options_of
 
 AUTO = "auto"
@@ -65,6 +65,7 @@ class Facts:
     processes: int = 1
     cores: int = 1  # that this machine's processes may use
     threads: tuple[int, str] = (1, "given")  # of torch in each process, and where the number came from
+    gpu: bool = False  # what is trained on
     lower_batch: bool = False  # whether a batch that is larger than the images becomes as large: nobody typed it
 
 
@@ -196,6 +197,11 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     values["objectives"] = {name: dataclasses.asdict(options) for name, options in chosen.items()}
 
     values["export"] = _export(config, chosen, facts, has_teacher, reasons)
+    if config.augment == "auto":
+        why = host_alone(config.views)
+        values["augment"] = "device" if facts.gpu and not why else "host"
+        if facts.gpu:
+            reasons["augment"] = why or "a GPU makes the crops of a batch together"
     if config.loader.workers is None:
         cores = facts.cores // facts.processes
         values["loader.workers"] = max(1, min(8, cores - 1))

@@ -1,7 +1,7 @@
 """The options of a pretraining run, and which of them may change when it is resumed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,6 +177,10 @@ class PretrainConfig:
     """Checkpoints at multiples of so many steps are kept for good."""
     tensorboard: bool = True
     """Write TensorBoard's event files."""
+    augment: Literal["auto", "host", "device"] = "auto"
+    """Where crops are resized, flipped, coloured and blurred: host, in the loader's processes; device, a batch at a
+    time, with crops that differ in a few grey levels (docs/data.md); auto: device on a GPU, unless a view has a policy
+    or erasing."""
     export: Literal["auto", "teacher", "student", "both", "average"] = "auto"
     """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), average,
     or auto: the average where there is one, else the teacher."""
@@ -229,6 +233,8 @@ def check(config: PretrainConfig) -> None:
             f"loader.cache={config.loader.cache} decodes each image once, and loader.decode=scaled for every crop: "
             "leave one of them out"
         )
+    if config.augment == "device" and (why := host_alone(config.views)):
+        raise Refusal(f"augment=device: {why}; expected augment=host")
     Limit(config.max_bad).check()
     configuration.as_yaml(config)  # what could not be stored later
     for name, view in config.views.items():
@@ -240,6 +246,16 @@ def check(config: PretrainConfig) -> None:
         raise Refusal(
             f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}"
         )
+
+
+def host_alone(views: Mapping[str, View]) -> str:
+    """Why crops cannot be made on the device; nothing where they can."""
+    for name, view in views.items():
+        if view.auto_augment is not None:
+            return f"views.{name}.auto_augment={view.auto_augment} is a policy of Pillow's, one crop after the other"
+        if view.erasing > 0:
+            return f"views.{name}.erasing={view.erasing} is done in the loader's processes"
+    return ""
 
 
 def option_names() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.loading.measuring import Method
 from benchmarks.loading.peers import MEAN, MULTI, ONE, STD
-from common.batches.samples import Batch, Samples
+from common.batches.samples import Batch, Faster, Samples
 from common.batches.views import PRESETS, View
 from common.data import Images
 
@@ -34,7 +34,7 @@ def normalised(batch: Batch) -> list[Tensor]:
 
 
 def by_samples(images: Images, work: str, batch: int, finish: Callable, scaled: bool = False) -> Method:
-    samples = Samples(images, VIEWS[work], 0, 3, scaled=scaled)
+    samples = Samples(images, VIEWS[work], 0, 3, faster=Faster(scaled=scaled))
 
     def run(numbers: range) -> None:
         for start in range(0, len(numbers), batch):

@@ -10,13 +10,13 @@ from benchmarks.loading.ours import VIEWS, by_samples, unchanged
 from benchmarks.loading.peers import MULTI, ONE
 from common.batches.crops import crop_draws, divisor_of
 from common.batches.sampler import generator
-from common.batches.samples import Samples
+from common.batches.samples import Faster, Samples
 from common.data import Images, open_data
 
 
 def differences(images: Images, work: str, count: int) -> str:
     """How often images are reduced, and by how many grey levels their crops then differ from those of whole ones."""
-    full, scaled = (Samples(images, VIEWS[work], 0, 3, scaled=each) for each in (False, True))
+    full, scaled = (Samples(images, VIEWS[work], 0, 3, faster=Faster(scaled=each)) for each in (False, True))
     divisors: Counter[int] = Counter()
     levels: list[float] = []
     for i in range(count):

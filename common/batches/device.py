@@ -220,7 +220,14 @@ def blurred(planes: Tensor, sigma: Tensor) -> Tensor:
     taps, rows = (each.to(planes.device, non_blocking=True) for each in (taps, rows))
     height, width = planes.shape[2:]
     wide = F.pad(planes[rows], (reach, reach, 0, 0), mode="replicate")
-    along = sum(taps[:, t, None, None, None] * wide[..., t : t + width] for t in range(2 * reach + 1))
-    tall = F.pad((along * 16).round() / 16, (0, 0, reach, reach), mode="replicate")
-    down = sum(taps[:, t, None, None, None] * tall[..., t : t + height, :] for t in range(2 * reach + 1))
-    return planes.index_copy(0, rows, whole(down))
+    along = (_summed(wide, taps, width, 3) * 16).round() / 16
+    tall = F.pad(along, (0, 0, reach, reach), mode="replicate")
+    return planes.index_copy(0, rows, whole(_summed(tall, taps, height, 2)))
+
+
+def _summed(values: Tensor, taps: Tensor, size: int, axis: int) -> Tensor:
+    """Add up shifted `values` (n, C, y, x), each times its tap (n, taps): `size` of them along an axis."""
+    total = torch.zeros_like(values.narrow(axis, 0, size))
+    for place, tap in enumerate(taps.unbind(1)):
+        total += tap[:, None, None, None] * values.narrow(axis, place, size)
+    return total

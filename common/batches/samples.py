@@ -78,6 +78,21 @@ class Batch:
         return self
 
 
+@dataclass(frozen=True)
+class Faster:
+    """Faster ways to crops that differ a little (docs/data.md).
+
+    scaled     JPEGs are decoded to a half, quarter or eighth of their sides where all crops keep their pixels
+    on_device  crops are made where the batch goes to its device, see `device`; not of views with a policy or erasing
+    """
+
+    scaled: bool = False
+    on_device: bool = False
+
+
+SAME = Faster()
+
+
 class Samples(Dataset):
     """Data set that decodes, crops and draws, in the loader's workers: (epoch, index) pairs in, one `Batch` out.
 
@@ -90,8 +105,7 @@ class Samples(Dataset):
     purpose finds it among its draws, and where the first crop of the first view lies: "box" (B, 4) float32, top, left,
     height and width in shares of the image; "flip" (B,) bool; "size" (B, 2) int64, the image's height and width; where
     the view has a policy, also "moves" (B, M, 2) float32, what that moved the crop by: kinds, as in MOVES, and values.
-    `scaled`: JPEGs are decoded to a half, quarter or eighth of their sides where all crops keep their pixels.
-    `on_device`: crops are made where the batch goes to its device, see `device`; not of views with a policy or erasing.
+    `faster`: ways to the same crops, but for a few grey levels.
     """
 
     ATTEMPTS = 64  # other images tried when one cannot be read
@@ -107,11 +121,10 @@ class Samples(Dataset):
         labelled: Collection[str] = (),
         colours: Colours = GREY,
         beside: Mapping[str, Beside] | None = None,
-        scaled: bool = False,
-        on_device: bool = False,
+        faster: Faster = SAME,
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
-        self.colours, self.scaled, self.on_device = colours, scaled, on_device
+        self.colours, self.faster = colours, faster
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
         self.beside = dict(beside or {})
         first = self.views.get(FIRST_VIEW)
@@ -122,7 +135,7 @@ class Samples(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """Make one batch of a list of (epoch, index)."""
-        crops = Uncutting(self.views) if self.on_device else Cutting(self.views, self.seed, self.colours)
+        crops = Uncutting(self.views) if self.faster.on_device else Cutting(self.views, self.seed, self.colours)
         draws: dict[str, dict[str, list[np.ndarray]]] = {
             name: {} for name in (*self.draws, *self.labelled, *self.beside)
         }
@@ -208,7 +221,7 @@ class Samples(Dataset):
 
     def _pixels(self, at: int, rows: CropDraws | None) -> tuple[Tensor, Size]:
         """Return image `at` and the size of it whole. The memory layout is the decoder's: `cut` copies what it cuts."""
-        if self.scaled and rows is not None:
+        if self.faster.scaled and rows is not None:
             crops = [(view, row) for name, view in self.views.items() for row in rows[name]]
             return self.images.read_reduced(at, self.channels, lambda height, width: reduction(height, width, crops))
         image = self.images.read(at, self.channels, contiguous=False)

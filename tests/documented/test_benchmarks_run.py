@@ -20,6 +20,7 @@ FEW = {
     "dino_step": ["--model", "vit_tiny_patch16_224", "--size", "64", "--local-size", "32", "--local-crops", "2",
                   "--batch", "2", "--prototypes", "256", "--rounds", "1", "--threads", "1", "--precision", "fp32"],
     "loader": ["--images", "8", "--rounds", "1"],
+    "augment": ["--images", "8", "--rounds", "1"],
     "indexing": ["--entries", "3000"],
     "labels": ["--images", "8", "--rounds", "1"],
     "launch": ["--steps", "12", "--rounds", "1"],
@@ -61,6 +62,10 @@ ROWS = {
     "python benchmarks/loader.py --sources '~/labelled/train' '~/archives/train.tar'": [
         r"reading +images/s",
         r"  ~/archives/train\.tar +\d+ +\d+\.\d\d",
+    ],
+    "python benchmarks/augment.py '~/labelled/train'": [
+        r"  device: decode, decide upon crops +\d+ +\d+\.\d\d",
+        r"  local crops, \d+: \d+\.\d\d% of the values are equal",
     ],
     "python benchmarks/indexing.py": [r"train\.tar +\d+\.\d\d s ", r"train +\d+\.\d\d s .*of a worker's own"],
     "python benchmarks/loader.py --cache --images 256 --photographs '~/labelled/train'": CACHES,

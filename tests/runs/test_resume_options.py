@@ -53,6 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("batch=8", ["batch (16 -> 8)"]),
         ("accumulate=2", ["accumulate (1 -> 2)"]),
         ("precision=bf16", ["precision (fp32 -> bf16)"]),
+        ("augment=device", ["augment (host -> device)"]),
         ("threads=2", ["threads (1 -> 2)"]),
         ("model.kwargs.depth=3", ["model.kwargs.depth (2 -> 3)"]),
         ("model.kwargs.num_classes=5", ["model.kwargs.num_classes (None -> 5)"]),

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from common.batches.crops import CROP_TRIES, DRAWS, crop_draws, divisor_of, reduced_box, reduction
 from common.batches.sampler import generator
-from common.batches.samples import Samples
+from common.batches.samples import Faster, Samples
 from common.batches.views import View
 from common.data import open_data
 from common.decoding.decode import REDUCTIONS, decode, decode_reduced
@@ -87,7 +87,9 @@ def folder_of(path: Path, count: int = 6) -> Path:
 def test_crops_are_nearly_those_of_whole_images_and_of_the_same_places(tmp_path):
     images = open_data(str(folder_of(tmp_path)))
     keys = [(epoch, index) for epoch in range(3) for index in range(len(images))]
-    made = [Samples(images, VIEWS, 3, 3, scaled=scaled).__getitems__(keys).views for scaled in (False, True)]
+    made = [
+        Samples(images, VIEWS, 3, 3, faster=Faster(scaled=scaled)).__getitems__(keys).views for scaled in (False, True)
+    ]
     for name in VIEWS:
         full, scaled = (views[name].float() for views in made)
         assert full.shape == scaled.shape and not full.equal(scaled)
@@ -106,7 +108,9 @@ def test_every_source_has_the_same_scaled_crops(tmp_path, monkeypatch):
     datasets.Dataset.from_dict({"image": cells}, features=features).to_parquet(tmp_path / "all.parquet")
     keys = [(5, index) for index in range(len(files))]
     places = (folder, tmp_path / "all.tar", f"hf:{tmp_path}/all.parquet")
-    first, *others = (Samples(open_data(str(place)), VIEWS, 1, 3, scaled=True).__getitems__(keys) for place in places)
+    first, *others = (
+        Samples(open_data(str(place)), VIEWS, 1, 3, faster=Faster(scaled=True)).__getitems__(keys) for place in places
+    )
     assert all(first.views[name].equal(other.views[name]) for other in others for name in VIEWS)
 
 
@@ -114,9 +118,11 @@ def test_a_broken_picture_is_named_and_another_one_read(tmp_path):
     path = save(tmp_path / "broken.jpg", photo(300, 400))
     path.write_bytes(path.read_bytes()[:400])
     save(tmp_path / "whole.jpg", photo(100, 90))
-    batch = Samples(open_data(str(tmp_path)), VIEWS, 0, 3, scaled=True).__getitems__([(0, 0), (0, 1)])
+    batch = Samples(open_data(str(tmp_path)), VIEWS, 0, 3, faster=Faster(scaled=True)).__getitems__([(0, 0), (0, 1)])
     assert len(batch.unreadable) == 1 and "broken.jpg" in batch.unreadable[0]
-    alone = Samples(open_data(str(tmp_path)).subset([1]), VIEWS, 0, 3, scaled=True).__getitems__([(0, 0)])
+    alone = Samples(open_data(str(tmp_path)).subset([1]), VIEWS, 0, 3, faster=Faster(scaled=True)).__getitems__(
+        [(0, 0)]
+    )
     assert batch.views["global"][::2].equal(alone.views["global"])
 
 
