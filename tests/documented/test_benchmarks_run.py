@@ -63,7 +63,7 @@ ROWS = {
         r"reading +images/s",
         r"  ~/archives/train\.tar +\d+ +\d+\.\d\d",
     ],
-    "python benchmarks/augment.py '~/labelled/train'": [
+    "python benchmarks/augment.py ~/labelled/train": [
         r"  device: decode, decide upon crops +\d+ +\d+\.\d\d",
         r"  local crops, \d+: \d+\.\d\d% of the values are equal",
     ],
