@@ -15,6 +15,8 @@ PyTurboJPEG where it is installed. FOLDER: JPEGs to time them on beside small on
 
 `--cache` times `loader.cache` beside no cache, and says what it changes.
 
+`--device` times the part of `augment=device` that is a loader's process beside all of it, and says what it changes.
+
 `--sources SPEC [SPEC ...]` times places of the same images, as `data=` takes them: a folder, and archives of it.
 """
 
@@ -38,6 +40,7 @@ from torchvision.transforms import InterpolationMode, v2
 from benchmarks.loading.cached import compare_caches
 from benchmarks.loading.decoders import compare_decoders
 from benchmarks.loading.measuring import Method, each, in_batches, measure, speeds
+from benchmarks.loading.on_device import compare_device
 from benchmarks.loading.ours import OURS, normalise, ours
 from benchmarks.loading.peers import MEAN, MULTI, ONE, STD, peers
 from benchmarks.loading.reduced import compare_reduced
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--decoders", nargs="?", const="", metavar="FOLDER", help="time the JPEG decoders instead")
     parser.add_argument("--scaled", action="store_true", help="time loader.decode=scaled instead")
     parser.add_argument("--cache", action="store_true", help="time loader.cache instead")
+    parser.add_argument("--device", action="store_true", help="time augment=device instead")
     parser.add_argument("--sources", nargs="+", metavar="SPEC", help="time places of the same images instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,6 +186,8 @@ def main() -> None:
             compare_reduced({"small": folder, "large": large}, count, rounds)
         elif options.cache:
             compare_caches(folder, Path(place) / "decoded", count, rounds)
+        elif options.device:
+            compare_device(folder, count, rounds)
         else:
             compare_loaders(folder, cache, count, rounds)
             measure("decoding alone", count, rounds, decoding_methods(folder), turn=8)

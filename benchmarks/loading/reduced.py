@@ -21,7 +21,8 @@ def differences(images: Images, work: str, count: int) -> str:
     levels: list[float] = []
     for i in range(count):
         rows = {name: crop_draws(view, generator(0, 0, i, name)) for name, view in VIEWS[work].items()}
-        divisors[divisor_of(*scaled._pixels(i, rows))] += 1
+        image, whole = scaled._pixels(i, rows)
+        divisors[divisor_of((image.shape[1], image.shape[2]), whole)] += 1
         one, other = (samples.__getitems__([(0, i)]).views for samples in (full, scaled))
         levels += [(one[name].float() - other[name].float()).abs().mean().item() for name in one]
     shares = ", ".join(f"1/{divisor}: {divisors[divisor] / count:.0%}" for divisor in sorted(divisors))

@@ -20,7 +20,6 @@ FEW = {
     "dino_step": ["--model", "vit_tiny_patch16_224", "--size", "64", "--local-size", "32", "--local-crops", "2",
                   "--batch", "2", "--prototypes", "256", "--rounds", "1", "--threads", "1", "--precision", "fp32"],
     "loader": ["--images", "8", "--rounds", "1"],
-    "augment": ["--images", "8", "--rounds", "1"],
     "indexing": ["--entries", "3000"],
     "labels": ["--images", "8", "--rounds", "1"],
     "launch": ["--steps", "12", "--rounds", "1"],
@@ -63,7 +62,7 @@ ROWS = {
         r"reading +images/s",
         r"  ~/archives/train\.tar +\d+ +\d+\.\d\d",
     ],
-    "python benchmarks/augment.py ~/labelled/train": [
+    "python benchmarks/loader.py --device --photographs '~/labelled/train'": [
         r"  device: decode, decide upon crops +\d+ +\d+\.\d\d",
         r"  local crops, \d+: \d+\.\d\d% of the values are equal",
     ],
