@@ -5,8 +5,11 @@ The encoded bytes are read from the Arrow table and decoded by us, like any file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +159,31 @@ def load_splits(where: Location) -> dict[str, Any]:
             if len(loaded) < len(files):  # `datasets` knows fewer names than `splits`, and none with a capital
                 loaded = datasets.load_dataset(str(path), data_files=files)
         else:
-            loaded = datasets.load_dataset(name)
+            with quiet_hub():
+                loaded = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         expected = "a folder or file that `datasets` reads"
         if not path.exists():
-            expected = "a local path, or a name on the hub with the network reachable and HF_HUB_OFFLINE unset"
+            expected = (
+                "a local path, or a name on the hub: without a network only what was fetched before is found, where "
+                f"there is one, by python -c \"import datasets; datasets.load_dataset('{name}')\" (kept in HF_HOME, "
+                "which can be copied)"
+            )
         raise Refusal(f"cannot open data=hf:{name}: {reason}; expected {expected}") from error
     return {str(key): table for key, table in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub's client from telling of each of its tries, which take half a minute where there is no network."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def files_of_splits(folder: Path) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +15,8 @@ from pictures import photo, save, write_idx
 from common.data import Images, Location, Unreadable, labelled_splits, open_data
 from common.data.arrays import EXTRACT, EXTRACT_SPLITS
 from common.errors import Refusal
+
+ROOT = Path(__file__).resolve().parents[3]
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 SOURCE = os.environ.get("POSLABEL_FASHION_MNIST")  # a folder with the whole set, to compare the extract with
@@ -349,3 +353,15 @@ if SOURCE:  # only where the whole set lies: what the extract says of itself
                 chosen = np.flatnonzero(whole.labels == label)[:each]
                 for k in (0, 1, each // 2, each - 1):
                     assert torch.equal(ours.read(10 * k + label), whole.read(int(chosen[k])))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.slow  # the hub's client tries again for half a minute
+def test_a_hub_that_cannot_be_reached_is_one_line_that_says_how_to_fetch(tmp_path):
+    words = [sys.executable, str(ROOT / "pretrain/run.py"), "data=hf:someone/something", f"run={tmp_path / 'run'}"]
+    nowhere = {"HF_ENDPOINT": "http:" + "//127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    ended = subprocess.run(words, env=os.environ | nowhere, capture_output=True, text=True)
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: cannot open data=hf:someone/something: ")
+    assert "datasets.load_dataset('someone/something')\" (kept in HF_HOME" in line
