@@ -16,7 +16,7 @@ from accelerate import PartialState
 from pictures import save
 from ranks.job import ranks
 
-from common.batches.samples import Samples
+from common.batches.samples import Faster, Samples
 from common.batches.unreadable import Limit
 from common.batches.views import View
 from common.caching import building, parts, pixels
@@ -67,9 +67,11 @@ def test_batches_of_whole_images_are_equal_to_the_bit(images, tmp_path, channels
         "local": View(size=16, count=3, scale=[0.05, 0.4]),
     }
     keys = [(epoch, i) for epoch in (0, 1) for i in range(len(data))]
-    before, after = (Samples(each, views, 0, channels).__getitems__(keys) for each in (data, cached))
-    for name in views:
-        assert before.views[name].equal(after.views[name])
+    for faster in (Faster(), Faster(on_device=True)):
+        samples = (Samples(each, views, 0, channels, faster=faster) for each in (data, cached))
+        before, after = (each.__getitems__(keys).to(torch.device("cpu")) for each in samples)
+        for name in views:
+            assert before.views[name].equal(after.views[name])
     assert (cached.fingerprint(), cached.name(5), len(cached)) == (data.fingerprint(), data.name(5), 96)
     assert cached.labels.tolist() == data.labels.tolist()
 
