@@ -179,7 +179,7 @@ class PretrainConfig:
     """Write TensorBoard's event files."""
     augment: Literal["auto", "host", "device"] = "auto"
     """Where crops are resized, flipped, coloured and blurred: host, in the loader's processes; device, a batch at a
-    time, with crops that differ in a few grey levels (docs/data.md); auto: device on a GPU, unless a view has a policy
+    time, to the same pixels but for rounding (docs/data.md); auto: device on a GPU, unless a view has a policy
     or erasing."""
     export: Literal["auto", "teacher", "student", "both", "average"] = "auto"
     """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), average,

@@ -41,6 +41,6 @@ def compare_device(folder: Path, count: int, rounds: int) -> None:
         for name, crops in host.__getitems__(keys).views.items():
             gap = (crops.int() - device.__getitems__(keys).to(CPU).views[name].int()).abs()
             print(
-                f"  {name} crops, {len(crops)}: {(gap == 0).float().mean():.2%} of the values are equal, "
+                f"  {name} crops, {len(crops)}: {(gap == 0).double().mean():.4%} of the values are equal, "
                 f"{(gap <= 1).float().mean():.4%} within 1 of 255; mean {gap.float().mean():.4f}, largest {gap.max()}"
             )

@@ -1,8 +1,9 @@
 """Crops of a whole batch on the device: what `crops.cut` does to one image after another in a worker.
 
 Workers decode, and decide by the same draws how every crop is made (`crops.decide`); the rest, resizing, flip, colour,
-blur and solarisation, is done here for all images at once, in plain torch, in float32. Values are rounded to whole grey
-levels where `cut` rounds them, so that nearly all pixels are the same: see docs/data.md for how many.
+blur and solarisation, is done here for all images at once, in plain torch, in float32. Sums are exact and the rest is
+in the order in which `cut` does it, rounded where `cut` rounds: so a crop depends on none beside it, and the pixels are
+the same (on a CPU to the bit), but where a box is made smaller than about a quarter: see docs/data.md.
 
 Letters: B images, n crops, C channels, P pixels of all images together, h x w pixels of a crop.
 """
@@ -23,6 +24,7 @@ from .crops import gaussian
 
 CHANGES = ("", *JITTERED, "grayscale")  # by number; the first is none
 MOST_CHANGES = len(CHANGES) - 1  # of a crop
+MIDDLE = 128.0  # grey level
 ELEMENTS = 1 << 26  # float32 values of a step in between, at most: crops are made in so many parts
 
 
@@ -118,33 +120,46 @@ def _boxes(pixels: Tensor, starts: Tensor, widths: Tensor, how: How) -> Tensor:
 
 
 def _resized(boxes: Tensor, box: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize each box to `size`, antialiased, along the rows first: whole numbers, float32 (n, C, h, w)."""
+    """Resize each box to `size`, antialiased, along the rows first: whole numbers, float32 (n, C, h, w).
+
+    Sums are exact, so neither their order nor the width of other boxes of the batch can change one: of multiples of
+    2^-16 that stay below 2^8, as grey levels are counted from the middle one.
+    """
     (n, channels, most_y, most_x), (height, width) = boxes.shape, size
     along = _weights(box[:, 3], most_x, width, interpolation)  # (n, x, w)
-    down = _weights(box[:, 2], most_y, height, interpolation)  # (n, y, h)
-    rows = whole(boxes.reshape(n, channels * most_y, most_x) @ along).view(n, channels, most_y, width)
-    return whole(down.transpose(1, 2)[:, None] @ rows)
+    down = _weights(box[:, 2], most_y, height, interpolation).transpose(1, 2)  # (n, h, y)
+    rows = (boxes.reshape(n, channels * most_y, most_x) - MIDDLE) @ along
+    rows = whole(rows + MIDDLE * along.sum(1, keepdim=True)).view(n, channels, most_y, width)
+    return whole(down[:, None] @ (rows - MIDDLE) + MIDDLE * down.sum(-1)[:, None, :, None])
 
 
 def _weights(lengths: Tensor, most: int, size: int, interpolation: str) -> Tensor:
     """Return float32 (n, most, size): what of each place of a line of `lengths` (n,) is in each place of the resized
-    one, as Pillow and torch have it: the kernel is as wide as `size` is smaller, and a bicubic one has a = -0.5."""
+    one, as Pillow and torch have it: the kernel is as wide as `size` is smaller, and a bicubic one has a = -0.5.
+
+    Rounded as torch's uint8 kernels round them, to 15 bits and a sign for the largest, but to 2^-16 at most: theirs
+    are finer where a line gets shorter than about a quarter.
+    """
     reach = 2.0 if interpolation == "bicubic" else 1.0
     scale = lengths.double()[:, None] / size  # (n, 1)
     wide = scale.clamp(min=1.0)
     centre = scale * (torch.arange(size, device=lengths.device) + 0.5)  # (n, size)
     first = (centre - reach * wide + 0.5).long().clamp(min=0)
     last = torch.minimum((centre + reach * wide + 0.5).long(), lengths[:, None])
-    taps = min(most, int(2 * reach * max(1.0, most / size)) + 2)
+    taps = int(2 * reach * max(1.0, most / size)) + 2
     at = first[:, :, None] + torch.arange(taps, device=lengths.device)  # (n, size, taps)
-    away = ((at + 0.5 - centre[:, :, None]) / wide[:, :, None]).abs()
+    away = ((at + 0.5 - centre[:, :, None]) * (1 / wide)[:, :, None]).abs()
     near = 1 - away
     if interpolation == "bicubic":
         near = torch.where(away < 1, (1.5 * away - 2.5) * away**2 + 1, ((-0.5 * away + 2.5) * away - 4) * away + 2)
     near = torch.where((away < reach) & (at < last[:, :, None]), near, 0.0)
-    near = (near / near.sum(-1, keepdim=True)).float()
-    whole_lines = near.new_zeros(len(lengths), size, most)
-    return whole_lines.scatter_add_(2, at.clamp(max=most - 1), near).transpose(1, 2)
+    near = near / near.sum(-1, keepdim=True)
+    unit = torch.full_like(largest := near.amax((1, 2), keepdim=True), 2.0**-14)
+    for digits in (15, 16):
+        unit = torch.where(largest * 2.0**digits < 2**15 - 0.5, 2.0**-digits, unit)
+    near = ((near / unit).abs() + 0.5).floor() * unit * near.sign()
+    lines = torch.zeros(len(lengths), size, most + taps, device=lengths.device)  # what lies beyond `most` is 0
+    return lines.scatter_(2, at, near.float())[:, :, :most].transpose(1, 2)
 
 
 def whole(values: Tensor) -> Tensor:
@@ -176,17 +191,17 @@ def _changed(planes: Tensor, name: str, amount: Tensor) -> Tensor:
         return _turned(planes, amount)
     blended = planes * amount.float()
     if name == "contrast":
-        luma = _luma(planes).round().double().mean((1, 2, 3), keepdim=True).float()
-        blended += luma * (1 - amount).float()
+        total = _luma(planes).round().sum((1, 2, 3), keepdim=True, dtype=torch.float64)
+        blended += (total / planes[0, 0].numel()).float() * (1 - amount).float()
     elif name == "saturation":
         blended += _luma(planes) * (1 - amount).float()
-    return blended.clamp(0, 255)
+    return torch.where(amount > 1, blended.clamp(0, 255), blended)  # else it stays within the colours
 
 
 def _luma(planes: Tensor) -> Tensor:
     """Return the luma of three channels, (n, 1, h, w); the mean of any other number."""
     if planes.shape[1] != len(LUMA):
-        return planes.mean(1, keepdim=True)
+        return sum(planes.split(1, 1)) / planes.shape[1]  # type: ignore[return-value]
     red, green, blue = planes.split(1, 1)
     return red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
 
@@ -196,9 +211,10 @@ def _turned(planes: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = planes.split(1, 1)
     largest = planes.amax(1, keepdim=True)
     span = largest - planes.amin(1, keepdim=True)
-    of_green, of_blue = blue - red + 2 * span, red - green + 4 * span
+    of_green, of_blue = blue - red + 2 * span, red - green + 4 * span  # in sixths of the circle, times the span
     hue = torch.where(largest == red, green - blue, torch.where(largest == green, of_green, of_blue))
-    hue = (hue / span.clamp(min=1e-6) + (6 * turn).float()).remainder(6)
+    hue = hue / span.clamp(min=1e-6) + (6 * turn).float()
+    hue -= (hue / 6).floor() * 6
     away = (hue - hue.new_tensor([3.0, 2.0, 4.0]).view(1, 3, 1, 1)).abs()
     less = torch.cat([2 - away[:, :1], away[:, 1:] - 1], 1).clamp(0, 1)
     return largest - less * span

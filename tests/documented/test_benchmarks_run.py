@@ -64,7 +64,7 @@ ROWS = {
     ],
     "python benchmarks/loader.py --device --photographs '~/labelled/train'": [
         r"  device: decode, decide upon crops +\d+ +\d+\.\d\d",
-        r"  local crops, \d+: \d+\.\d\d% of the values are equal",
+        r"  local crops, \d+: \d+\.\d{4}% of the values are equal",
     ],
     "python benchmarks/indexing.py": [r"train\.tar +\d+\.\d\d s ", r"train +\d+\.\d\d s .*of a worker's own"],
     "python benchmarks/loader.py --cache --images 256 --photographs '~/labelled/train'": CACHES,

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.batches.colour import recolour
 from common.batches.crops import blur, crop_draws, resize
 from common.batches.cutting import Cutting, Uncutting
-from common.batches.device import CHANGES, MOST_CHANGES, blurred, recoloured
+from common.batches.device import CHANGES, MOST_CHANGES, Uncut, blurred, recoloured
 from common.batches.sampler import StepSampler, generator
 from common.batches.samples import Faster, Samples, loader
 from common.batches.strong import GREY
@@ -34,6 +34,17 @@ def pictures(channels: int, smooth: bool = False) -> list[Tensor]:
         pixels = photo(height, width, k) if smooth else rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         made.append(torch.from_numpy(pixels).permute(2, 0, 1)[:channels])
     return made
+
+
+def decided(images: list[Tensor], views: Mapping[str, View], seed: int) -> Uncut:
+    """What is to be done to all images."""
+    uncutting = Uncutting(views)
+    for index, image in enumerate(images):
+        rows = {name: crop_draws(view, generator(seed, 0, index, name)) for name, view in views.items()}
+        uncutting.add((0, index), image, (int(image.shape[1]), int(image.shape[2])), rows)
+    uncut = uncutting.done()[1]
+    assert uncut is not None
+    return uncut
 
 
 def both(images: list[Tensor], views: Mapping[str, View], seed: int = 0) -> tuple[dict, dict]:
@@ -58,14 +69,21 @@ def far(one: Tensor, other: Tensor) -> tuple[float, int]:
 
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "noise"])
-def test_crops_are_those_of_the_workers_but_for_a_few_levels(channels: int, smooth: bool) -> None:
+def test_crops_are_those_of_the_workers(channels: int, smooth: bool) -> None:
+    """To the bit, but for those that are made smaller than a third: there a few values are some levels off."""
+    exact = 0
     for seed in range(4):
         host, device = both(pictures(channels, smooth), DINO, seed)
         assert host.keys() == device.keys() == {"global", "local"}
         for name, count in (("global", 2), ("local", 3)):
             assert len(host[name]) == count * len(SIZES)
+            boxes = decided(pictures(channels, smooth), DINO, seed).how[name].box[:, 2:]
+            mild = (boxes <= 3 * DINO[name].size).all(1)
+            assert host[name][mild].equal(device[name][mild]), (name, seed)
             mean, most = far(host[name], device[name])
-            assert mean < 0.02 and most <= 5, (name, seed, mean, most)
+            assert mean < 0.01 and most <= 5, (name, seed, mean, most)
+            exact += int(mild.sum())
+    assert exact > 4 * 5 * len(SIZES) * 0.8
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -77,7 +95,28 @@ def test_resizing_and_flipping_alone(interpolation: str, size: tuple[int, int]) 
     for seed in range(3):
         host, device = both(pictures(3), {"global": plain}, seed)
         mean, most = far(host["global"], device["global"])
-        assert mean < 0.02 and most <= 2
+        assert (mean, most) == (0, 0) if size == (64, 40) else mean < 0.02 and most <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"jitter": 1.0, "contrast": 0.9, "brightness": 0.9, "solarise": 0.5}])
+def test_of_much_larger_images_few_values_differ(options: dict) -> None:
+    """There torch's weights have more binary places than float32 could add up exactly."""
+    rng = np.random.default_rng(4)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8)) for size in ((500, 640), (371, 900))]
+    kind = {"jitter": 0.0, "grayscale": 0.0} | options
+    host, device = both(images, {"global": View(size=24, count=12, scale=[0.3, 1.0], **kind)})
+    mean, most = far(host["global"], device["global"])
+    assert 0 < mean < 0.02 and most <= (5 if options else 1)
+
+
+def test_a_crop_is_the_same_whatever_is_beside_it() -> None:
+    """Other images, and so other widths of what is multiplied, change no bit; large ones neither."""
+    images = [*pictures(3), torch.from_numpy(photo(700, 500, 1)).permute(2, 0, 1)]
+    crops = decided(images, DINO, 9).crops(CPU)
+    for k in range(len(images)):
+        black = [image if i == k else torch.zeros(3, 1, 1, dtype=torch.uint8) for i, image in enumerate(images)]
+        for name, made in decided(black, DINO, 9).crops(CPU).items():
+            assert made[k :: len(images)].equal(crops[name][k :: len(images)])  # crop-major
 
 
 def test_a_box_of_the_views_size_is_copied() -> None:
@@ -101,8 +140,7 @@ def test_each_change_of_colour_alone(name: str) -> None:
     made = recoloured(images.float(), changes, table)
     for k, amount in enumerate(amounts.tolist()):
         expected = images[k] if k == 3 else recolour(images[k], [(name, amount)])
-        gap = (made[k].int() - expected.int()).abs()
-        assert gap.max() <= 1 and (gap > 0).float().mean() < 0.02
+        assert made[k].equal(expected.float())
     assert not made[4].equal(images[4].float())
 
 
@@ -117,7 +155,7 @@ def test_each_crop_has_its_own_order_of_changes() -> None:
     made = recoloured(image.float().expand(len(orders), -1, -1, -1), changes, amounts)
     for row, order in enumerate(orders):
         expected = recolour(image, [(name, float(amounts[row, place])) for place, name in enumerate(order)])
-        assert (made[row].int() - expected.int()).abs().max() <= 1
+        assert made[row].equal(expected.float())
     assert not made[0].equal(made[1]) and not made[2].equal(made[3])
 
 
@@ -149,7 +187,7 @@ def test_batches_are_the_same_with_any_workers_and_in_parts(folder: Path) -> Non
         assert all(one.views[name].equal(other.views[name]) for name in DINO) and one.uncut is None
     host = [batch.to(CPU) for batch in loader(Samples(images, DINO, 3, 3), StepSampler(16, 8, 3, 3), 0, pin=False)]
     for one, other in zip(made[0], host, strict=True):
-        assert one.index.equal(other.index) and all(far(one.views[name], other.views[name])[1] <= 5 for name in DINO)
+        assert one.index.equal(other.index) and all(one.views[name].equal(other.views[name]) for name in DINO)
     halves = [
         batch.to(CPU)
         for rank in range(2)
@@ -165,9 +203,7 @@ def test_parts_of_a_large_batch_are_made_one_after_the_other(monkeypatch: pytest
     _, whole = both(pictures(3), DINO)
     monkeypatch.setattr("common.batches.device.ELEMENTS", 1)
     _, parts = both(pictures(3), DINO)
-    for name in DINO:  # products of other sizes may add in another order
-        mean, most = far(whole[name], parts[name])
-        assert mean < 0.001 and most <= 1
+    assert all(whole[name].equal(parts[name]) for name in DINO)
 
 
 def test_dense_labels_hear_of_the_same_boxes(folder: Path) -> None:
