@@ -128,8 +128,8 @@ def assemble(
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
         known = len(train), backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
-        gpu = process.device.type != "cpu"
-        settled = automatic.resolve(config, Facts(*known, gpu, lower_batch="batch" not in typed))
+        facts = Facts(*known, process.device.type, lower_batch="batch" not in typed)
+        settled = automatic.resolve(config, facts)
         config = settled.options
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")

@@ -65,7 +65,7 @@ class Facts:
     processes: int = 1
     cores: int = 1  # that this machine's processes may use
     threads: tuple[int, str] = (1, "given")  # of torch in each process, and where the number came from
-    gpu: bool = False  # what is trained on
+    device: str = "cpu"  # that is trained on: its type
     lower_batch: bool = False  # whether a batch that is larger than the images becomes as large: nobody typed it
 
 
@@ -199,9 +199,11 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     values["export"] = _export(config, chosen, facts, has_teacher, reasons)
     if config.augment == "auto":
         why = host_alone(config.views)
-        values["augment"] = "device" if facts.gpu and not why else "host"
-        if facts.gpu:
+        values["augment"] = "device" if facts.device == "cuda" and not why else "host"
+        if facts.device == "cuda":
             reasons["augment"] = why or "a GPU makes the crops of a batch together"
+    elif config.augment == "device" and facts.device == "mps":
+        raise Refusal("augment=device computes weights in float64, which mps has not; use augment=host (or auto)")
     if config.loader.workers is None:
         cores = facts.cores // facts.processes
         values["loader.workers"] = max(1, min(8, cores - 1))

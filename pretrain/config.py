@@ -179,7 +179,7 @@ class PretrainConfig:
     """Write TensorBoard's event files."""
     augment: Literal["auto", "host", "device"] = "auto"
     """Where crops are resized, flipped, coloured and blurred: host, in the loader's processes; device, a batch at a
-    time, to the same pixels but for rounding (docs/data.md); auto: device on a GPU, unless a view has a policy
+    time, to the same pixels but for rounding (docs/data.md); auto: device on a CUDA GPU, unless a view has a policy
     or erasing."""
     export: Literal["auto", "teacher", "student", "both", "average"] = "auto"
     """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), average,
@@ -304,7 +304,7 @@ def resumed(run: Path, words: list[str]) -> PretrainConfig:
 def stored_in(run: Path) -> DictConfig:
     """The options in a run's config.yaml."""
     path = run / CONFIG
-    structure = OmegaConf.structured(PretrainConfig)
+    structure = OmegaConf.structured(PretrainConfig(augment="host"))  # of a run from before it could be chosen
     return configuration.merge(structure, configuration.read_yaml(path, PretrainConfig), str(path), PretrainConfig)
 
 
