@@ -66,16 +66,16 @@ class Uncutting:
         """Return (no views, what the views are made of)."""
         pixels = [image.permute(1, 2, 0).reshape(-1, image.shape[0]) for image in self.images]
         starts = np.cumsum([0, *map(len, pixels[:-1])], dtype=np.int64)
-        widths = torch.tensor([image.shape[2] for image in self.images])
+        lines = torch.tensor([[start, image.shape[2]] for start, image in zip(starts, self.images, strict=True)])
         sizes: dict[str, tuple[int, int, str]] = {
             name: (*height_width(view.size), view.interpolation) for name, view in self.views.items()
         }
-        how = {name: _packed(cuts) for name, cuts in self.cuts.items()}
-        return {}, Uncut(torch.cat(pixels), torch.from_numpy(starts), widths, how, sizes)
+        how = {name: _how(cuts).packed() for name, cuts in self.cuts.items()}
+        return {}, Uncut(torch.cat(pixels), lines, how, sizes)
 
 
-def _packed(cuts: Sequence[Sequence[Cut]]) -> How:
-    """Pack the cuts of a view: a list for each of its crops, with one for each image."""
+def _how(cuts: Sequence[Sequence[Cut]]) -> How:
+    """Return the cuts of a view: a list for each of its crops, with one for each image."""
     flat = [cut for of_crop in cuts for cut in of_crop]
     changes = torch.zeros(len(flat), MOST_CHANGES, dtype=torch.int64)
     amounts = torch.zeros(len(flat), MOST_CHANGES, dtype=torch.float64)

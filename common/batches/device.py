@@ -43,22 +43,35 @@ class How(NamedTuple):
         """Return that of some of the crops."""
         return How(*(each[rows] for each in self))
 
+    def packed(self) -> Tensor:
+        """Return all of it in one tensor, float64 (n, columns), which holds whole numbers exactly: each tensor of a
+        batch on its way from a loader's process takes a file descriptor and a page."""
+        return torch.cat([each.double().reshape(len(each), -1) for each in self], 1)
+
+    @classmethod
+    def of(cls, packed: Tensor) -> How:
+        """Return what was `packed`."""
+        image, box, flipped, changes, amounts, sigma, solarised = packed.split(
+            (1, 4, 1, MOST_CHANGES, MOST_CHANGES, 1, 1), 1
+        )
+        return cls(
+            image[:, 0].long(), box.long(), flipped[:, 0] > 0, changes.long(), amounts, sigma[:, 0], solarised[:, 0] > 0
+        )
+
 
 @dataclass
 class Uncut:
     """Images of a batch from which its crops are still to be made.
 
     pixels   (P, C) uint8: the pixels of all images, row after row, one image after the other
-    starts   (B,) int64: where each begins
-    widths   (B,) int64
-    how      name of a view -> its crops, crop-major; on the CPU until they are made
+    lines    (B, 2) int64: where each image begins, and its width
+    how      name of a view -> its crops, crop-major, as `How` packs them; on the CPU until they are made
     views    name of a view -> its size and interpolation
     """
 
     pixels: Tensor
-    starts: Tensor
-    widths: Tensor
-    how: dict[str, How]
+    lines: Tensor
+    how: dict[str, Tensor]
     views: dict[str, tuple[int, int, str]]
 
     def pin_memory(self) -> Uncut:
@@ -68,10 +81,11 @@ class Uncut:
     def crops(self, device: torch.device) -> dict[str, Tensor]:
         """Make the crops of all views on `device`: {name: uint8 (n, C, h, w)}."""
         pixels = self.pixels.to(device, non_blocking=True)
-        starts, widths = (each.to(device, non_blocking=True) for each in (self.starts, self.widths))
+        starts, widths = self.lines.to(device, non_blocking=True).unbind(1)
         made = {}
         with torch.no_grad(), torch.autocast(device.type, enabled=False), _exact_products():
-            for name, how in self.how.items():
+            for name, packed in self.how.items():
+                how = How.of(packed)
                 height, width, interpolation = self.views[name]
                 values = pixels.shape[1] * int(how.box[:, 2:].amax(0).prod())
                 step = max(1, ELEMENTS // max(values, pixels.shape[1] * height * width))

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.batches.colour import recolour
 from common.batches.crops import blur, crop_draws, resize
 from common.batches.cutting import Cutting, Uncutting
-from common.batches.device import CHANGES, MOST_CHANGES, Uncut, blurred, recoloured
+from common.batches.device import CHANGES, MOST_CHANGES, How, Uncut, blurred, recoloured
 from common.batches.sampler import StepSampler, generator
 from common.batches.samples import Faster, Samples, loader
 from common.batches.strong import GREY
@@ -77,7 +77,8 @@ def test_crops_are_those_of_the_workers(channels: int, smooth: bool) -> None:
         assert host.keys() == device.keys() == {"global", "local"}
         for name, count in (("global", 2), ("local", 3)):
             assert len(host[name]) == count * len(SIZES)
-            boxes = decided(pictures(channels, smooth), DINO, seed).how[name].box[:, 2:]
+            uncut = decided(pictures(channels, smooth), DINO, seed)
+            boxes = How.of(uncut.how[name]).box[:, 2:]
             mild = (boxes <= 3 * DINO[name].size).all(1)
             assert host[name][mild].equal(device[name][mild]), (name, seed)
             mean, most = far(host[name], device[name])
@@ -220,3 +221,13 @@ def test_dense_labels_hear_of_the_same_boxes(folder: Path) -> None:
     )
     assert host.draws.keys() == device.draws.keys() == {"x/number", "x/box", "x/flip", "x/size"}
     assert all(host.draws[name].equal(device.draws[name]) for name in host.draws)
+
+
+def test_what_is_done_to_crops_travels_in_one_tensor_of_each_view() -> None:
+    """Unchanged by it: places in large images, and amounts to their last bit."""
+    uncut = decided(pictures(3), DINO, 5)
+    assert [tensor.ndim for tensor in (uncut.pixels, uncut.lines, *uncut.how.values())] == [2] * (2 + len(DINO))
+    how = How.of(uncut.how["local"])
+    how = how._replace(image=how.image + 2**40, amounts=how.amounts + 1 / 3)
+    for before, after in zip(how, How.of(how.packed()), strict=True):
+        assert before.equal(after) and before.dtype == after.dtype

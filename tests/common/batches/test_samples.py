@@ -172,6 +172,7 @@ def test_a_batch_holds_no_labels():
         "unreadable",
         "hopeless",
         "mixtures",
+        "uncut",
     }
     labelled = Images(Numbers(4), "numbers", labels=[0, 1, 2, 3], classes="abcd")
     batch = Samples(labelled, {"global": PLAIN}, 0, 1).__getitems__([(0, 0)])
