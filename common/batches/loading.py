@@ -22,6 +22,7 @@ from ..processes.stopping import fetch, ignore_signals, lost_worker, watch
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 SHARED = Path("/dev/shm")
+LOOKED_AT = 8  # images from which the bytes of a batch are guessed: whole ones differ in size
 SHARE = 0.5  # of the free shared memory that one loader may fill: others use it too, and images differ in size
 PAGE = 4096  # bytes: each tensor in shared memory begins a page of its own
 _printed: set[str] = set()  # notes that this process has printed
@@ -107,13 +108,15 @@ class Loader:
         return workers, prefetch
 
     def _bytes(self) -> int:
-        """Return the bytes of shared memory of one batch, by that of one image."""
+        """Return the bytes of shared memory of one batch, by those of some of its images."""
         if self.sampler is None:
             return tensor_bytes(fetch(lambda: self.dataset[0]))
         keys = list(next(iter(self.sampler)))
         several = getattr(self.dataset, "__getitems__", None)
-        one = fetch(lambda: several(keys[:1]) if several is not None else self.dataset[keys[0]])
-        return tensor_bytes(one) * len(keys)
+        if several is None:
+            return tensor_bytes(fetch(lambda: self.dataset[keys[0]])) * len(keys)
+        some = keys[:: -(-len(keys) // LOOKED_AT)]
+        return tensor_bytes(fetch(lambda: several(some))) * len(keys) // len(some)
 
 
 def fitting(size: int, free: int, workers: int, prefetch: int, held: int) -> tuple[int, int]:

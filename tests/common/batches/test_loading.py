@@ -216,3 +216,20 @@ def test_fewer_batches_are_prepared_where_shared_memory_is_small(monkeypatch):
     assert {int(item[0]) for batch in Loader(data, batches, 3, say=notes.append) for item in batch} == {os.getpid()}
     assert "3 with 1 are used" in notes[0] and "--shm-size" in notes[0]
     assert "decoded in the training process" in notes[1]
+
+
+class Growing(torch.utils.data.Dataset):
+    """Batches of one tensor, to which item i gives i pages."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitems__(self, keys: list[int]) -> torch.Tensor:
+        return torch.zeros(4096 * sum(keys), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("keys", [[1], [1, 99, 1, 99, 1, 99], list(range(1, 33)), list(range(1, 100))])
+def test_the_bytes_of_a_batch_are_guessed_from_several_of_its_items(keys: list[int]) -> None:
+    """Its first would say a fiftieth."""
+    guessed = Loader(Growing(), [keys], 1)._bytes()
+    assert guessed == pytest.approx(4096 * sum(keys), rel=0.15)
