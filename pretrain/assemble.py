@@ -32,9 +32,13 @@ from pretrain import automatic, objectives
 from pretrain.automatic import Facts, Labels, Settled
 from pretrain.config import PretrainConfig
 from pretrain.leaks.verdict import Verdict, cached_audit
+from pretrain.streaming.reading import HEAD, LEAST, Stream, images_of
+from pretrain.streaming.sampling import StreamSampler, StreamSamples
+from pretrain.streaming.source import open_source
 from pretrain.task import Pretraining, build, resolve
 
 T = TypeVar("T")
+HALF = 0.5  # of what is kept of a stream for its monitors is held out, and the other half is their bank
 PATIENCE = 3.0  # seconds after which what is being done is told
 UNWRITTEN = "stopped before the run began; nothing was written"
 
@@ -60,11 +64,12 @@ class Parts:
     validation: Images | None = None  # what a classifier is judged on while it trains
     pace: float | None = None  # seconds for a forward and backward pass of one image, if it was measured
     cache: str = ""  # what is read in place of the images, if anything
+    stream: Stream | None = None  # what is trained on, if not `train`: then all images are of its beginning
 
     @property
     def limit(self) -> Limit:
-        """Limit on unreadable images."""
-        return Limit(self.config.max_bad)
+        """Limit on unreadable images; of a stream, of as many as are read of it."""
+        return Limit(self.config.max_bad, None if self.stream is None else self.steps * self.config.batch)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -76,9 +81,11 @@ class Parts:
         """Sizes and times of change of the files, in short; nothing of what is no folder."""
         return self.images.ages()
 
-    def sampler(self, start: int) -> StepSampler:
+    def sampler(self, start: int) -> StepSampler | StreamSampler:
         """The sampler of this process from step `start` on."""
         config, process = self.config, self.process
+        if self.stream is not None:
+            return StreamSampler(self.stream, config.batch, self.steps, start, config.accumulate)
         return StepSampler(
             len(self.train), config.batch, config.seed, self.steps, start,
             process.process_index, process.num_processes, config.accumulate, config.repeats,
@@ -118,16 +125,18 @@ def assemble(
     """
     threads = set_threads(config.threads)
     precision.refuse_impossible(config.precision, process.device)
-    images = _open(config)
-    kept, out = held_out(len(images), config.monitor.held_out, config.monitor.most)
+    stream, images = _open(config, process)
+    share = HALF if stream is not None and config.monitor.held_out else config.monitor.held_out
+    kept, out = held_out(len(images), share, config.monitor.most)
     train, aside = images.subset(kept), images.subset(out)
+    count = len(train) if stream is None else (config.steps or 0) * config.batch  # of a stream: as if each came once
     processes = process.num_processes
     labels = _labels_for(resolve(config.objectives), images)
     torch.manual_seed(config.seed)
     say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
-        known = len(train), backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
+        known = count, backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
         facts = Facts(*known, process.device.type, lower_batch="batch" not in typed)
         settled = automatic.resolve(config, facts)
         config = settled.options
@@ -155,22 +164,27 @@ def assemble(
         verdict,
         samples,
         config.steps,
-        len(train) // config.batch,
+        count // config.batch,
         settled.reasons,
         settled.notes,
         look,
         init,
         _validation(config, images, aside, task),
         pace,
+        stream=stream,
     )
 
 
-def _open(config: PretrainConfig) -> Images:
-    """Open the images. Raises Refusal for what cannot be done with them."""
+def _open(config: PretrainConfig, process: PartialState) -> tuple[Stream | None, Images]:
+    """Open the images, or a stream and the first of its samples. Raises Refusal for what cannot be done with them."""
+    if config.data_stream:
+        where, rank, processes = location_of(vars(config)), process.process_index, process.num_processes
+        stream = Stream(open_source(where), config.seed, rank, processes, config.data_block)
+        return stream, images_of(stream.head(max(LEAST, 2 * min(config.monitor.most, HEAD // 2))), where.spec)
     images = open_data(location_of(vars(config)))
     if config.loader.decode == "scaled" and not images.are_encoded:
         raise Refusal(f"loader.decode=scaled goes with files of pictures, and {images.where} holds decoded ones")
-    return images
+    return None, images
 
 
 def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: Images) -> Samples:
@@ -180,7 +194,8 @@ def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: I
     beside = {name: source for name, source in opened.items() if source is not None}
     drawn = task.draws, task.collates, task.labelled, (config.model.mean, config.model.std), beside
     faster = Faster(scaled=config.loader.decode == "scaled", on_device=config.augment == "device")
-    return Samples(train, views, config.seed, task.backbone.channels, *drawn, faster)
+    kind = StreamSamples if config.data_stream else Samples
+    return kind(train, views, config.seed, task.backbone.channels, *drawn, faster)
 
 
 def _begin_classifier(config: PretrainConfig, task: Pretraining, images: Images) -> str:

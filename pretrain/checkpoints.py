@@ -27,6 +27,7 @@ from common.errors import Refusal
 from common.training.checkpoints import Checkpoints
 from pretrain.assemble import Parts
 from pretrain.config import MAY_GROW, SAME_PIXELS, PretrainConfig, may_change, store, stored_in
+from pretrain.streaming.reading import Stream
 from pretrain.task import Pretraining
 
 FLIGHT = "flight"
@@ -81,12 +82,19 @@ class PretrainCheckpoints(Checkpoints):
             "steps": self.parts.steps,
         }
 
+    def own(self, step: int) -> dict[str, Any]:
+        """Return the position of this process in a stream behind `step`, where one is trained on."""
+        stream = self.parts.stream
+        return {} if stream is None else {"position": stream.positions.get(step, stream.begin_at).stored()}
+
     def accept(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over what a state says of its run. Raises Refusal if that is another, or has other images."""
         print_, config = self.accelerator.print, self.config
         self.name = refuse_other(folder, state, self.folder, config)
         if not self.parts.images.has_fingerprint(str(state.get("fingerprint"))):
             raise Refusal(self._other_images(str(state.get("fingerprint"))))
+        if self.parts.stream is not None:
+            self._go_on(self.parts.stream, state)
         moved = stored_in(self.folder).data != config.data
         if not moved and (line := touched(str(state.get("ages", "")), self.parts.ages)):
             print_(f"warning: files at data={config.data} {line}")
@@ -99,6 +107,16 @@ class PretrainCheckpoints(Checkpoints):
             print_(f"warning: {now}; for what it would have become, resume a copy with the version that wrote it")
         if isinstance(state.get("task"), dict):  # of runs from before it was counted
             state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
+
+    def _go_on(self, stream: Stream, state: dict[str, Any]) -> None:
+        """Let a stream begin where this process was. Raises Refusal for another number of processes."""
+        own = state["own"]
+        if len(own) != stream.processes:
+            raise Refusal(
+                f"--resume {self.folder}: its stream was shared by {len(own)} processes, each with a position of its "
+                f"own, and here are {stream.processes}: expected as many as before"
+            )
+        stream.go_on(state["step"], own[stream.rank]["position"])
 
     def resume(self, task: torch.nn.Module, optimizer: Any, steps: int) -> int:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none. What was changed at this resume

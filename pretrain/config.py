@@ -142,6 +142,11 @@ class PretrainConfig:
     """Column of the images in hf:, or ending of the images in shards; null: the only one there is."""
     data_label: str | None = None
     """Column of their labels in hf:, or field of the .json in shards; null: the only one, by its type and name."""
+    data_stream: bool = False
+    """Read the data from beginning to end, shuffled a block at a time, without a list of them: shards behind a URL
+    ('http://HOST/NAME-{000..099}.tar') or here, and hf:. Needs steps; the first 512 samples are for the monitors."""
+    data_block: Count = 1000
+    """Samples of a stream that are shuffled among each other, and kept in memory, in each process."""
     data_range: str | None = None
     """Values of black and white in pictures of more than 8 bits a channel, LOW:HIGH, or HIGH alone: 4095, -1:1. null:
     what a file declares, else all of 16 bits, 0 to 1 or 0 to 255; where that is open, a picture is unreadable."""
@@ -240,12 +245,29 @@ def check(config: PretrainConfig) -> None:
     for name, view in config.views.items():
         if view.auto_augment is not None:  # tried once, before any time is spent
             auto_augment(view.auto_augment, height_width(view.size), config.model.mean, f"views.{name}.auto_augment=")
+    if config.data_stream:
+        _refuse_in_stream(config)
     if config.steps is None and config.epochs is None:
         raise Refusal("how long to train? set steps=N or epochs=N")
     if "global" not in config.views:
         raise Refusal(
             f"views: expected one named global, which sets the backbone's input size; found {', '.join(config.views)}"
         )
+
+
+def _refuse_in_stream(config: PretrainConfig) -> None:
+    """Raises Refusal for what needs a list of the images."""
+    instead = {
+        "steps": ("null", config.steps is None, "steps=N, as nobody knows how long an epoch is"),
+        "loader.cache": (config.loader.cache, config.loader.cache is not None, "loader.cache=null"),
+        "loader.decode": (config.loader.decode, config.loader.decode != "full", "loader.decode=full"),
+        "repeats": (config.repeats, config.repeats != 1, "repeats=1"),
+        "monitor.validation": (config.monitor.validation, config.monitor.validation != "held_out", "held_out"),
+        "data_range": (config.data_range, config.data_range is not None, "data_range=null"),
+    }
+    for name, (value, is_wrong, expected) in instead.items():
+        if is_wrong:
+            raise Refusal(f"data_stream=true and {name}={value}: a stream has no list of its images; set {expected}")
 
 
 def host_alone(views: Mapping[str, View]) -> str:

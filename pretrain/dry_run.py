@@ -19,7 +19,7 @@ from common.training.tracking import clock, patient
 from pretrain.assemble import Parts, optimization_for
 from pretrain.command import written
 from pretrain.monitoring.pace import advice, step_seconds, verdict_on_data
-from pretrain.summary import decoders
+from pretrain.summary import decoders, trained_on
 
 CALIBRATION, FEWEST = 20, 3  # steps, of which the first quarter warms up; at least so many
 BUDGET = 30.0  # seconds that they take, about
@@ -33,7 +33,7 @@ def dry_run(parts: Parts, heed: Callable[[], None] = lambda: None) -> int:
     config, process, images = parts.config, parts.process, parts.images
     accelerator = group.accelerator(config.precision)
     accelerator.print(written(config, parts.reasons))
-    accelerator.print(f"# {decoders()}, {len(parts.train):,} images, {parts.per_epoch} steps an epoch")
+    accelerator.print(f"# {decoders()}, {trained_on(parts)}, {parts.per_epoch} steps an epoch")
     said = [f"{what}: {words}" for what, words in (("splits", images.note), ("not read", images.left_out)) if words]
     for note in said + parts.notes:
         accelerator.print(f"# {note}")

@@ -21,6 +21,16 @@ from pretrain.config import OptimizerConfig
 from pretrain.monitoring.pace import expected
 
 
+def trained_on(parts: Parts) -> str:
+    """What is trained on, in words."""
+    if parts.stream is None:
+        return f"{len(parts.train):,} images to train on"
+    return (
+        f"a stream of {parts.stream.source.num_shards:,} shards to train on, {parts.stream.block:,} samples shuffled "
+        f"at a time, without its first {len(parts.images):,}"
+    )
+
+
 def begun(parts: Parts, run: Path, start: int) -> str:
     """A few lines: data, model, objectives, device, and every automatic value with its reason."""
     config, backbone, process = parts.config, parts.task.backbone, parts.process
@@ -35,8 +45,7 @@ def begun(parts: Parts, run: Path, start: int) -> str:
     )
     lines = [
         f"run        {run}" + (f"  (resumed after step {start})" if start else ""),
-        f"data       {parts.images.where}: {len(parts.train):,} images to train on, "
-        f"{len(parts.held_out):,} held out ({classes})",
+        f"data       {parts.images.where}: {trained_on(parts)}, {len(parts.held_out):,} held out ({classes})",
         *([f"splits     {parts.images.note}"] if parts.images.note else []),
         *([f"not read   {parts.images.left_out}"] if parts.images.left_out else []),
         *([f"cache      {parts.cache}"] if parts.cache else []),
@@ -53,7 +62,8 @@ def begun(parts: Parts, run: Path, start: int) -> str:
             if len(parts.held_out)
             else ["monitors   none: nothing is held out (monitor.held_out), so no controls either"]
         ),
-        f"length     {parts.steps:,} steps of {config.batch} images, {parts.per_epoch:,} steps an epoch",
+        f"length     {parts.steps:,} steps of {config.batch} images"
+        + (f", {parts.per_epoch:,} steps an epoch" if parts.stream is None else ""),
         f"device     {process.num_processes} x {device}; {config.precision}, {config.model.attention} attention, "
         f"{config.loader.workers} loader workers each",
         f"versions   torch {torch.__version__}, timm {timm.__version__}, {decoders()}",

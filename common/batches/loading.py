@@ -111,7 +111,7 @@ class Loader:
         """Return the bytes of shared memory of one batch, by those of some of its images."""
         if self.sampler is None:
             return tensor_bytes(fetch(lambda: self.dataset[0]))
-        keys = list(next(iter(self.sampler)))
+        keys = next(iter(self.sampler))
         several = getattr(self.dataset, "__getitems__", None)
         if several is None:
             return tensor_bytes(fetch(lambda: self.dataset[keys[0]])) * len(keys)

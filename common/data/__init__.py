@@ -67,6 +67,11 @@ def open_data(where: Location | str, split: str = "train", download: bool = True
 
 def open_split(where: Location, split: str, download: bool = True) -> Images | None:
     """Open a split as `open_data` does, but return None when only the test split is missing."""
+    if where.is_remote:
+        raise Refusal(
+            f"data={where.spec} is behind a URL, and can be read from beginning to end alone: pretraining does, with "
+            "data_stream=true; evaluations need images on this machine (--data PATH)"
+        )
     is_archive = archives.are_archives(where)
     where.refuse_unused(where.is_named, is_archive)
     images = archives.open_archives(where, split) if is_archive else _opened(where, split, download)

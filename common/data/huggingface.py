@@ -29,6 +29,7 @@ LABEL_NAMES = ("label", "labels", "target", "targets", "class", "classes", "cate
                "coarse_label")  # fmt: skip
 CANONICAL = {("coarse_label", "fine_label"): "fine_label"}  # CIFAR-100's own choice
 
+STREAMED = 64  # shards into which a table on this disk is divided where it is a stream
 IDENTITY_SAMPLES = 256  # images whose bytes enter the fingerprint
 
 
@@ -135,8 +136,8 @@ def open_table(splits: dict[str, Any], name: str, where: Location) -> Images:
     return images
 
 
-def load_splits(where: Location) -> dict[str, Any]:
-    """Load {name of a split: datasets.Dataset}."""
+def load_splits(where: Location, streaming: bool = False) -> dict[str, Any]:
+    """Load {name of a split: datasets.Dataset, or IterableDataset if `streaming`}."""
     name, path = where.spec.removeprefix("hf:"), where.path
     try:
         import datasets
@@ -150,17 +151,22 @@ def load_splits(where: Location) -> dict[str, Any]:
             kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix.lower())
             if kind is None:
                 raise Refusal(f"data=hf:{name}: expected a .parquet or .arrow file, a folder, or a name on the hub")
-            loaded = datasets.load_dataset(kind, data_files=str(path))
+            loaded = datasets.load_dataset(kind, data_files=str(path), streaming=streaming)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+            if streaming:
+                parts = loaded.values() if isinstance(loaded, dict) else [loaded]
+                shards = min(STREAMED, *map(len, parts)) or 1
+                parts = [part.to_iterable_dataset(num_shards=shards) for part in parts]
+                loaded = dict(zip(loaded, parts, strict=True)) if isinstance(loaded, dict) else parts[0]
         elif path.is_dir():
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path), streaming=streaming)
             files = files_of_splits(path)
             if len(loaded) < len(files):  # `datasets` knows fewer names than `splits`, and none with a capital
-                loaded = datasets.load_dataset(str(path), data_files=files)
+                loaded = datasets.load_dataset(str(path), data_files=files, streaming=streaming)
         else:
             with quiet_hub():
-                loaded = datasets.load_dataset(name)
+                loaded = datasets.load_dataset(name, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         expected = "a folder or file that `datasets` reads"

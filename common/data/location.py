@@ -55,6 +55,11 @@ class Location:
         return Path(expanded(self.spec.removeprefix(HUB)))
 
     @property
+    def is_remote(self) -> bool:
+        """Whether it is the URL of a tar archive, or of several in braces."""
+        return "://" in self.spec and self.spec.lower().endswith(ARCHIVE)
+
+    @property
     def is_archive(self) -> bool:
         """Whether it is the path of a tar archive, or of several in braces."""
         return not self.is_named and not self.is_hub and self.spec.lower().endswith(ARCHIVE)

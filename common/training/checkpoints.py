@@ -42,6 +42,10 @@ class Checkpoints:
         """Return what a state holds beside weights, moments and random states: numbers, texts, containers of them."""
         raise NotImplementedError
 
+    def own(self, step: int) -> dict[str, Any]:
+        """Return what this process alone knows of what follows `step`: numbers, texts, containers of them."""
+        return {}
+
     def accept(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over the facts of a `state` in `folder`. Raises Refusal if it is of another training."""
         raise NotImplementedError
@@ -73,7 +77,7 @@ class Checkpoints:
     def save(self, step: int, task: nn.Module, optimizer: Any, sync: Callable[[], None]) -> None:
         """Store everything that step + 1 depends on, after `sync` has written the log. Every process calls it."""
         accelerator = self.accelerator
-        mine = {"random": random_state(), "averages": self.averages.state()}
+        mine = {"random": random_state(), "averages": self.averages.state(), "own": self.own(step)}
         everybody = self._gathered(mine)
         if accelerator.is_main_process:
             sync()
@@ -85,8 +89,8 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def state(self, step: int, task: nn.Module, optimizer: Any, processes: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return all that step + 1 depends on, and its line of the log. `task` is unwrapped; `processes`: "random" and
-        "averages" of each."""
+        """Return all that step + 1 depends on, and its line of the log. `task` is unwrapped; `processes`: "random",
+        "averages" and "own" of each."""
         scaler = self.accelerator.scaler
         return {
             "step": step,
@@ -97,6 +101,7 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": [process["random"] for process in processes],
             "averages": [process["averages"] for process in processes],
+            "own": [process["own"] for process in processes],
         }
 
     def resume(self, task: nn.Module, optimizer: Any, steps: int) -> int:
@@ -123,6 +128,7 @@ class Checkpoints:
         """Say why `step` was not taken and, where a kind of training does, keep what it began with, of which `random`
         is the random state. An overflow of fp16 is no accident: the scale of the loss is halved until there is none."""
         mine = {"terms": outcome.terms, "seen": self.seen(), "random": random, "averages": self.averages.state()}
+        mine["own"] = self.own(step - 1)
         everybody = self._gathered(mine)
         terms, scaler = [process["terms"] for process in everybody], self.accelerator.scaler
         if scaler is not None and scaler.get_scale() >= 1 and not non_finite_terms(terms):
