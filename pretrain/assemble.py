@@ -63,8 +63,8 @@ class Parts:
     init: str = ""  # what the backbone begins from, if not from scratch
     validation: Images | None = None  # what a classifier is judged on while it trains
     pace: float | None = None  # seconds for a forward and backward pass of one image, if it was measured
-    cache: str = ""  # what is read in place of the images, if anything
     stream: Stream | None = None  # what is trained on, if not `train`: then all images are of its beginning
+    cache: str = ""  # what is read in place of the images, if anything
 
     @property
     def limit(self) -> Limit:
@@ -127,16 +127,14 @@ def assemble(
     precision.refuse_impossible(config.precision, process.device)
     stream, images = _open(config, process)
     share = HALF if stream is not None and config.monitor.held_out else config.monitor.held_out
-    kept, out = held_out(len(images), share, config.monitor.most)
-    train, aside = images.subset(kept), images.subset(out)
+    train, aside = (images.subset(part) for part in held_out(len(images), share, config.monitor.most))
     count = len(train) if stream is None else (config.steps or 0) * config.batch  # of a stream: as if each came once
-    processes = process.num_processes
     labels = _labels_for(resolve(config.objectives), images)
     torch.manual_seed(config.seed)
     say = functools.partial(print, flush=True) if process.is_main_process else (lambda line: None)
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
-        known = count, backbone.grid, backbone.has_class_token, labels, processes, usable_cores(), threads
+        known = count, backbone.grid, backbone.has_class_token, labels, process.num_processes, usable_cores(), threads
         facts = Facts(*known, process.device.type, lower_batch="batch" not in typed)
         settled = automatic.resolve(config, facts)
         config = settled.options
@@ -171,7 +169,7 @@ def assemble(
         init,
         _validation(config, images, aside, task),
         pace,
-        stream=stream,
+        stream,
     )
 
 

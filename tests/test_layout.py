@@ -43,7 +43,8 @@ DESCRIBED = {
 }  # fmt: skip
 READABLE = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".json"}
 PUBLIC = ("http://arxiv.org", "https://arxiv.org", "https://github.com", "https://huggingface.co", "file://$$wheel",
-          "http://ns.adobe.com/xap", "https://git-lfs")  # fmt: skip  # the last two: an XMP segment, a pointer
+          "http://ns.adobe.com/xap", "https://git-lfs",  # an XMP segment, a pointer
+          "http://HOST/")  # fmt: skip
 
 
 def files() -> list[Path]:

@@ -100,7 +100,7 @@ def open_source(where: Location) -> Source:
     if where.is_remote or where.is_archive:
         return _shards(where)
     raise Refusal(
-        f"data_stream=true goes with shards, 'NAME-{{000..099}}.tar' here or behind http://, and with hf:NAME_OR_PATH; "
+        f"data_stream=true goes with shards, 'NAME-{{000..099}}.tar' here or behind a URL, and with hf:NAME_OR_PATH; "
         f"data={printable(where.spec)} is none of them: leave data_stream out"
     )
 

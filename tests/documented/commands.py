@@ -43,6 +43,10 @@ NOT_RUN = {
     "pip install '.[segmentation]'": "changes the environment, from a network; the tests' own has this extra",
     "pip install '.[simplejpeg]'": "changes the environment, from a network",
     "pip install '.[torchcodec]'": "changes the environment, from a network",
+    "pip install '.[remote]'": "changes the environment, from a network; the tests' own has this extra",
+    "accelerate launch pretrain/run.py vit_small 'data=http://HOST/{000..099}.tar' data_stream=true steps=100000": (
+        "wants a server; tests/pretrain/streaming has one"
+    ),
     "accelerate launch --multi_gpu pretrain/run.py vit_small 'data=~/photos'": "wants several GPUs",
 }  # command: why no test runs it
 NARROW = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}  # in place of a recipe's ViT-S or -B

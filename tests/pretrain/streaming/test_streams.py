@@ -221,6 +221,6 @@ def test_what_a_stream_cannot_do_is_refused(
 
 def test_a_url_is_read_by_pretraining_alone() -> None:
     with pytest.raises(
-        Refusal, match="behind a URL, .* with data_stream=true; evaluations need images on this machine"
+        Refusal, match=r"behind a URL, .* with data_stream=true; evaluations need images on this machine"
     ):
         open_data("http" + "://127.0.0.1/shards-{000..003}.tar")
