@@ -135,8 +135,7 @@ def assemble(
     with patient(f"building   {config.model.name}", say, first=PATIENCE):
         backbone = create(config.model, config.views["global"].size)
         known = count, backbone.grid, backbone.has_class_token, labels, process.num_processes, usable_cores(), threads
-        facts = Facts(*known, process.device.type, lower_batch="batch" not in typed)
-        settled = automatic.resolve(config, facts)
+        settled = automatic.resolve(config, Facts(*known, process.device.type, "batch" not in typed))
         config = settled.options
         init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
