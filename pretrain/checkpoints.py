@@ -83,9 +83,11 @@ class PretrainCheckpoints(Checkpoints):
         }
 
     def own(self, step: int) -> dict[str, Any]:
-        """Return the position of this process in a stream behind `step`, where one is trained on."""
+        """Return the position of this process in a stream behind `step`, where one is trained on, and its shards."""
         stream = self.parts.stream
-        return {} if stream is None else {"position": stream.positions.get(step, stream.begin_at).stored()}
+        if stream is None:
+            return {}
+        return {"position": stream.positions.get(step, stream.begin_at).stored(), "shards": stream.source.num_shards}
 
     def accept(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over what a state says of its run. Raises Refusal if that is another, or has other images."""
@@ -109,14 +111,20 @@ class PretrainCheckpoints(Checkpoints):
             state["task"].setdefault("skipped", torch.zeros((), dtype=torch.int64))
 
     def _go_on(self, stream: Stream, state: dict[str, Any]) -> None:
-        """Let a stream begin where this process was. Raises Refusal for another number of processes."""
+        """Let a stream begin where this process was. Raises Refusal for another number of processes or shards."""
         own = state["own"]
         if len(own) != stream.processes:
             raise Refusal(
                 f"--resume {self.folder}: its stream was shared by {len(own)} processes, each with a position of its "
                 f"own, and here are {stream.processes}: expected as many as before"
             )
-        stream.go_on(state["step"], own[stream.rank]["position"])
+        mine, shards = own[stream.rank], stream.source.num_shards
+        if mine.get("shards", shards) != shards:
+            raise Refusal(
+                f"--resume {self.folder}: its stream has {mine['shards']:,} shards, ordered by their number, "
+                f"and data={self.config.data} has {shards:,}: expected the same"
+            )
+        stream.go_on(state["step"], mine["position"])
 
     def resume(self, task: torch.nn.Module, optimizer: Any, steps: int) -> int:
         """Go on from the newest whole checkpoint; returns its step, 0 if there is none. What was changed at this resume

@@ -88,12 +88,8 @@ class Stream:
         while True:
             items, shard, state = self._block(at)
             if not items:
-                if at.block == 0:
-                    raise Refusal(
-                        f"the stream {self.source.where} has nothing to train on for process {self.rank} of "
-                        f"{self.processes}: its first {len(self.left_out)} samples are kept for monitors; use more "
-                        "data, or fewer processes"
-                    )
+                if at.block == 0:  # in another epoch this process may have other shards
+                    self._refuse_if_nothing_is_left()
                 at = Position(at.epoch + 1)
                 continue
             order = generator(self.seed, at.epoch, at.block, "stream/block").permutation(len(items))
@@ -102,6 +98,16 @@ class Stream:
                 at = replace(at, number=at.number + 1, done=at.done + 1)
                 yield key, items[place], at
             at = Position(at.epoch, at.number, at.block + 1, shard, state)
+
+    def _refuse_if_nothing_is_left(self) -> None:
+        """Raises Refusal if this process could train on no sample of any shard."""
+        for number in range(self.source.num_shards):
+            if next(self._mine(self.source.shard(number)), None) is not None:
+                return
+        raise Refusal(
+            f"the stream {self.source.where} has nothing to train on for process {self.rank} of {self.processes}: its "
+            f"first {len(self.left_out)} samples are kept for monitors; use more data, or fewer processes"
+        )
 
     def _block(self, at: Position) -> tuple[list[Item], int, Any]:
         """Read the block that begins at a position: (its samples, shard and state where the next one begins)."""
@@ -115,7 +121,7 @@ class Stream:
         place, state, items = at.shard, at.state, list[Item]()
         while place < len(shards):
             shard = self.source.shard(shards[place], state)
-            for item in self._mine(shard, at.epoch):
+            for item in self._mine(shard):
                 items.append(item)
                 if len(items) == self.block:
                     return items, place, shard.state
@@ -130,7 +136,7 @@ class Stream:
     def _by_shards(self) -> bool:
         return self.source.num_shards >= self.processes
 
-    def _mine(self, shard: Iterator[Item], epoch: int) -> Iterator[Item]:
+    def _mine(self, shard: Iterator[Item]) -> Iterator[Item]:
         """Yield the samples that this process trains on. Of a shard that all read, a sample's content says whose it is:
         a number would have to be counted from its beginning."""
         for item in shard:

@@ -132,6 +132,20 @@ def test_the_head_is_not_trained_on(specs: dict[str, str]) -> None:
         next(small.samples())
 
 
+def test_an_epoch_whose_shards_are_all_left_out_is_passed_over(shards: Path) -> None:
+    """Of three shards one process has one: in some epochs the very one that monitors look at."""
+    spec = f"{shards}/shards-{{000..002}}.tar"
+    epochs, parts = 12, list[set[tuple[int, int]]]()
+    for rank in (0, 1):
+        stream = stream_of(spec, rank, 2)
+        stream.head(EACH)
+        found = ((key[0], number) for key, number, _ in taken(stream, 2 * EACH * epochs))
+        parts.append({sample for sample in found if sample[0] < epochs})
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {(epoch, n) for epoch in range(epochs) for n in range(EACH, 3 * EACH)}
+    assert any({epoch for epoch, _ in part} != set(range(epochs)) for part in parts)
+
+
 def test_seeds_and_blocks_decide_the_order(specs: dict[str, str]) -> None:
     one, same, other, whole = (
         [number for _, number, _ in taken(stream_of(specs["shards"], seed=seed, block=block), COUNT)]
@@ -195,6 +209,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
     assert parts.losses == whole.losses and len(parts.losses) == 9
     with pytest.raises(Refusal, match="data_block"):
         inside("--resume", parts.path, "data_block=20")
+    with pytest.raises(Refusal, match=r"its stream has 4 shards, ordered by their number, .* has 3: expected the same"):
+        inside("--resume", parts.path, f"data={shards}/shards-{{000..002}}.tar", "steps=12")
 
 
 @pytest.mark.parametrize(
