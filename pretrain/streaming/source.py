@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from common.data.huggingface import division_of, image_column, load_splits, quiet_hub
 from common.data.location import Location, braced
+from common.data.tar_index import BLOCK, COMPRESSED
 from common.errors import Refusal
 from common.paths import expanded
 from common.printable import printable
@@ -117,6 +119,9 @@ def _shards(where: Location) -> Source:
             f"data={where.spec}: {len(absent):,} of {len(paths):,} shards are not there: {printable(absent[0])}"
             f"{', …' if len(absent) > 1 else ''}; expected paths of tar archives"
         )
+    if not where.is_remote:
+        for path in paths:
+            _refuse_cut_short(path)
     if where.is_remote and importlib.util.find_spec("aiohttp") is None:
         raise Refusal(f"data={where.spec} is read through the package aiohttp, which is not there: pip install aiohttp")
     try:
@@ -130,6 +135,15 @@ def _shards(where: Location) -> Source:
             f"cannot open data={where.spec} as a stream: {reason}; expected shards as WebDataset has them (KEY.jpg, "
             "KEY.cls, …), the same members in each sample"
         ) from error
+
+
+def _refuse_cut_short(path: str) -> None:
+    """Raises Refusal for an archive without an end mark: read as a stream, what is missing would not be noticed."""
+    with open(path, "rb") as file:
+        begins, size = file.read(BLOCK), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - BLOCK))
+        if any(file.read()) and not begins.startswith(tuple(COMPRESSED)):
+            raise Refusal(f"{printable(path)} is cut short: it has no end mark; fetch or write it again")
 
 
 def with_features(dataset: Any) -> Any:

@@ -191,6 +191,21 @@ def test_in_place_of_what_cannot_be_read_stands_the_next_of_its_part(tmp_path: P
     ]
 
 
+def test_a_shard_that_is_cut_short_is_refused_and_a_missing_member_is_an_unreadable_sample(tmp_path: Path) -> None:
+    members = [(f"{n:04d}.{end}", data) for n in range(12) for end, data in (("png", picture(n)), ("cls", b"1"))]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    for cut in (len(whole) // 2, whole.index(b"0007.png"), len(whole.rstrip(b"\0"))):  # within and between members
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(Refusal, match=r"cut\.tar is cut short: it has no end mark; fetch or write it again$"):
+            open_source(Location(str(tmp_path / "cut.tar")))
+    late = write_tar(tmp_path / "late.tar", [member for member in members if member[0] != "0009.png"])
+    items = list(open_source(Location(str(late))).shard(0))
+    assert [item.data is None for item in items] == [number == 9 for number in range(12)]
+    early = write_tar(tmp_path / "early.tar", [member for member in members if member[0] != "0002.png"])
+    with pytest.raises(Refusal, match="the same members in each sample"):
+        open_source(Location(str(early)))
+
+
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
