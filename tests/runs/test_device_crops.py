@@ -1,4 +1,4 @@
-"""`augment=device` from end to end: who chooses it, and that it trains as the host's crops do, goes on to the bit, and shares a batch."""
+"""Crops made on the device: chosen on a GPU, trained on as the host's are, gone on with to the bit, and shared."""
 
 import re
 from collections.abc import Callable

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from runs.children import Run, Train
-from ranks.plans import plans
 from ranks.job import ranks
+from ranks.plans import plans
+from runs.children import Run, Train
 
 ROOT = Path(__file__).resolve().parents[2]
 
