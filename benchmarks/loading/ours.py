@@ -1,18 +1,22 @@
 """Our loader's work on the same files as its peers': decode, crop, and a batch of uint8 or of normalised floats."""
 
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from benchmarks.loading.measuring import Method
 from benchmarks.loading.peers import MEAN, MULTI, ONE, STD
 from common.batches.samples import Batch, Faster, Samples
+from common.batches.unreadable import Limit
 from common.batches.views import PRESETS, View
-from common.data import Images
+from common.caching.building import Builders, build
+from common.caching.pixels import Cache
+from common.data import Images, open_data
 
-OURS = ("ours, uint8 batch", "ours + normalise")
+PLAIN = "ours"
 VIEWS = {
     ONE: {"global": View(size=224, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)},
     MULTI: {name: View(**values) for name, values in PRESETS["dino"].items()},
@@ -43,7 +47,20 @@ def by_samples(images: Images, work: str, batch: int, finish: Callable, scaled: 
     return run
 
 
-def ours(images: Images, work: str, batch: int) -> dict[str, Method]:
-    """Our ways by name: what a worker hands over (uint8), and the same normalised on this core."""
-    method = partial(by_samples, images, work, batch)
-    return {OURS[0]: method(unchanged), OURS[1]: method(normalised)}
+def cached(folder: Path, option: object, root: Path) -> Images:
+    """The images of `folder`, read from a cache as loader.cache=`option` makes it."""
+    images = open_data(str(folder))
+    cache = Cache.of(images, option, 3, str(root))
+    images.read_from(build(cache, Builders(PartialState(), 0, lambda line: None), Limit("auto"), "loader.cache="))
+    return images
+
+
+def ours(folder: Path, work: str, batch: int, root: Path) -> dict[str, Method]:
+    """Our ways by name: what a worker hands over (uint8), and the same normalised on this core; `root`: of caches."""
+    ways = {PLAIN: open_data(str(folder))} | {
+        f"ours, cache={option}": cached(folder, option, root) for option in (256, "full")
+    }
+    methods = {name: by_samples(images, work, batch, unchanged) for name, images in ways.items()}
+    return methods | {
+        f"{name}, normalised": by_samples(images, work, batch, normalised) for name, images in ways.items()
+    }
