@@ -81,13 +81,14 @@ def write_photographs(folder: Path, count: int, shapes: list[tuple[int, int]] = 
 
 def compare_loaders(folder: Path, place: Path, count: int, rounds: int) -> None:
     """Print the tables of both kinds of work, and whether the targets are met. Caches are made in `place`."""
-    whole = min(count, len(open_data(str(folder))))
+    images = open_data(str(folder))
+    whole = min(count, len(images))
     count = whole // BATCH * BATCH or whole
     verdicts = []
     for work, targets in TARGETS.items():
         batch = min(BATCH, count)
         others = peers(folder, work, batch, place / "datasets")
-        own = ours(folder, work, batch, place / "decoded")
+        own = ours(images, work, batch, place / "decoded")
         seconds = measure(work, count, rounds, others | own, turn=batch)
         best = min(others, key=lambda name: statistics.median(seconds[name]))
         verdicts.append(f"\n{work:<46} to {best}")

@@ -1,32 +1,19 @@
 """What `loader.cache` gains, in the system's page cache, and by how much its crops differ."""
 
-import copy
 import dataclasses
 from pathlib import Path
 
 import torch
 
 from benchmarks.loading.measuring import measure
-from benchmarks.loading.ours import VIEWS, by_samples, unchanged
+from benchmarks.loading.ours import VIEWS, by_samples, cached, unchanged
 from benchmarks.loading.peers import MULTI, ONE
 from common.batches.samples import Samples
-from common.batches.unreadable import Limit
 from common.batches.views import View
-from common.caching.building import Builders, read_cached
-from common.caching.pixels import Cache
 from common.data import Images, open_data
-from common.processes import group
 
 SIDE, BATCH = 256, 8
 PLAIN, FULL, SCALED = "no cache", "cache=full", f"cache={SIDE}"
-
-
-def cached(images: Images, option: object, root: Path) -> Images:
-    """The images, read from a cache that is made; its size is printed."""
-    same = copy.copy(images)
-    builders = Builders(group.join(cpu=True), 0, lambda line: None)
-    print(read_cached([same], Cache.of(images, option, 3, str(root)), builders, Limit(), "--cache "))
-    return same
 
 
 def differences(images: Images, other: Images, views: dict[str, View], instead: dict[str, View], count: int) -> str:

@@ -1,10 +1,10 @@
 """Our loader's work on the same files as its peers': decode, crop, and a batch of uint8 or of normalised floats."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from benchmarks.loading.measuring import Method
@@ -12,9 +12,10 @@ from benchmarks.loading.peers import MEAN, MULTI, ONE, STD
 from common.batches.samples import Batch, Faster, Samples
 from common.batches.unreadable import Limit
 from common.batches.views import PRESETS, View
-from common.caching.building import Builders, build
+from common.caching.building import Builders, read_cached
 from common.caching.pixels import Cache
-from common.data import Images, open_data
+from common.data import Images
+from common.processes import group
 
 PLAIN = "ours"
 VIEWS = {
@@ -47,20 +48,16 @@ def by_samples(images: Images, work: str, batch: int, finish: Callable, scaled: 
     return run
 
 
-def cached(folder: Path, option: object, root: Path) -> Images:
-    """The images of `folder`, read from a cache as loader.cache=`option` makes it."""
-    images = open_data(str(folder))
-    cache = Cache.of(images, option, 3, str(root))
-    images.read_from(build(cache, Builders(PartialState(), 0, lambda line: None), Limit("auto"), "loader.cache="))
-    return images
+def cached(images: Images, option: object, root: Path) -> Images:
+    """The images, read from a cache that is made; its size is printed."""
+    same = copy.copy(images)
+    builders = Builders(group.join(cpu=True), 0, lambda line: None)
+    print(read_cached([same], Cache.of(images, option, 3, str(root)), builders, Limit(), "--cache "))
+    return same
 
 
-def ours(folder: Path, work: str, batch: int, root: Path) -> dict[str, Method]:
+def ours(images: Images, work: str, batch: int, root: Path) -> dict[str, Method]:
     """Our ways by name: what a worker hands over (uint8), and the same normalised on this core; `root`: of caches."""
-    ways = {PLAIN: open_data(str(folder))} | {
-        f"ours, cache={option}": cached(folder, option, root) for option in (256, "full")
-    }
-    methods = {name: by_samples(images, work, batch, unchanged) for name, images in ways.items()}
-    return methods | {
-        f"{name}, normalised": by_samples(images, work, batch, normalised) for name, images in ways.items()
-    }
+    ways = {PLAIN: images} | {f"{PLAIN}, cache={option}": cached(images, option, root) for option in (256, "full")}
+    methods = {name: by_samples(each, work, batch, unchanged) for name, each in ways.items()}
+    return methods | {f"{name}, normalised": by_samples(each, work, batch, normalised) for name, each in ways.items()}

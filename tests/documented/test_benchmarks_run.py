@@ -28,7 +28,8 @@ FEW = {
 LOADERS = [
     r"one crop of 224 +images/s",
     r"  timm's create_loader +\d+ +\d+\.\d\d",
-    r"  DINO's crops, 2 of 224 and 8 of 96 +ours, uint8 batch .* (?:holds|MISSED)",
+    r"DINO's crops, 2 of 224 and 8 of 96 +to ImageFolder",
+    r"  ours, cache=256, normalised +\d+\.\d\dx, target 5\.0x: (?:holds|MISSED)",
     r"28x28 arrays",
 ]
 CACHES = [
