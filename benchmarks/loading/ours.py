@@ -17,7 +17,7 @@ from common.caching.pixels import Cache
 from common.data import Images
 from common.processes import group
 
-PLAIN = "ours"
+PLAIN, DEVICE = "ours", "crops left to the device"
 VIEWS = {
     ONE: {"global": View(size=224, scale=[0.08, 1.0], flip=0.5, jitter=0.0, grayscale=0.0)},
     MULTI: {name: View(**values) for name, values in PRESETS["dino"].items()},
@@ -38,8 +38,8 @@ def normalised(batch: Batch) -> list[Tensor]:
     return [normalise(view) for view in batch.views.values()]
 
 
-def by_samples(images: Images, work: str, batch: int, finish: Callable, scaled: bool = False) -> Method:
-    samples = Samples(images, VIEWS[work], 0, 3, faster=Faster(scaled=scaled))
+def by_samples(images: Images, work: str, batch: int, finish: Callable, **faster: bool) -> Method:
+    samples = Samples(images, VIEWS[work], 0, 3, faster=Faster(**faster))
 
     def run(numbers: range) -> None:
         for start in range(0, len(numbers), batch):
@@ -57,7 +57,11 @@ def cached(images: Images, option: object, root: Path) -> Images:
 
 
 def ours(images: Images, work: str, batch: int, root: Path) -> dict[str, Method]:
-    """Our ways by name: what a worker hands over (uint8), and the same normalised on this core; `root`: of caches."""
+    """Our ways by name: what a worker hands over (uint8), the same normalised on this core, and what it hands over if
+    the device makes the crops; `root`: of caches."""
     ways = {PLAIN: images} | {f"{PLAIN}, cache={option}": cached(images, option, root) for option in (256, "full")}
     methods = {name: by_samples(each, work, batch, unchanged) for name, each in ways.items()}
-    return methods | {f"{name}, normalised": by_samples(each, work, batch, normalised) for name, each in ways.items()}
+    methods |= {f"{name}, normalised": by_samples(each, work, batch, normalised) for name, each in ways.items()}
+    return methods | {
+        f"{name}, {DEVICE}": by_samples(each, work, batch, unchanged, on_device=True) for name, each in ways.items()
+    }
