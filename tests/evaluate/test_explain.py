@@ -90,6 +90,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 def test_three_models_side_by_side(three, script, report_of, tmp_path, capsys):
     runs, out = three("spvit_s"), tmp_path / "sheets"
     words = ["--images", "3", "--judged", "4", "--out", str(out), *CALM]

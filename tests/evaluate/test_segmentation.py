@@ -69,6 +69,7 @@ def agree(content, outcomes, kind):
         assert low <= kinds[kind]["accuracy"] <= high
 
 
+@pytest.mark.slow
 def test_linear(run):
     folder, content, outcomes, printed = run(position="none")
     assert list(content["values"]) == ["subject", "random", "pixels", "majority"]

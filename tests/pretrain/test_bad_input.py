@@ -173,6 +173,7 @@ def test_words(refused, tiny, words, parts):
         assert part in message, message
 
 
+@pytest.mark.slow
 def test_epochs_and_seeds_that_are_fine(inside, tiny):
     assert inside(*tiny, "run=run", "steps=null", "epochs=0.01", "seed=4294967295", "optimizer.clip=0") == 0
     assert Run(Path("run")).steps == [1]
@@ -370,6 +371,7 @@ def test_64_workers(train, images, tmp_path):
 # ---------------------------------------------------------------------------- labels stay outside
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_labels(inside, monkeypatch):
     """The same images with right labels, random ones and none: the same losses; only monitors of labels notice."""
     rng = np.random.default_rng(0)

@@ -164,6 +164,7 @@ def test_training_learns_position(inside: Main, tiny: list[str], tmp_path: Path)
     assert last["val/relative/gain"] > 0.1
 
 
+@pytest.mark.slow
 def test_as_the_user_types_it(tiny: list[str], tmp_path: Path) -> None:
     """`accelerate launch` of both stages from another directory."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -118,6 +118,7 @@ def test_unlabelled_images_are_not_sent_to_where_labels_are_needed(inside, image
     assert f"explain.py --ckpt '{tmp_path / 'a run'}'\n" in told and "tensorboard" not in told
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer_for_good(inside, copied, small, at_step):
     at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert inside("--resume", copied.path, "steps=12") == 0
@@ -158,6 +159,7 @@ def test_a_moved_run_and_other_intervals(inside, tiny, small, at_step, tmp_path)
     assert moved.checkpoints == [4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_goes_on_from_an_archive_of_it(inside, tiny, small, at_step, images, tmp_path):
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     run = Run(tmp_path / "run")

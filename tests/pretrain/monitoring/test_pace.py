@@ -135,6 +135,7 @@ def test_measurements_take_a_tenth_of_the_time_at_most(training: float, every: i
     assert f"{cost / training:.1%} of the training's time" in parts.reasons["monitor.every"]
 
 
+@pytest.mark.slow
 def test_what_is_given_is_kept_and_what_is_settled_is_stored(
     inside: Callable[..., int], tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
