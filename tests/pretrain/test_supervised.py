@@ -231,6 +231,7 @@ SLOW = (
     "nest_tiny",
     "nest_tiny_absolute",
     "nest_tiny_relative",
+    "swin_tiny_absolute",
     "swin_tiny_relative",
     "vit_base_absolute",
 )  # as a twin, or no smaller
