@@ -28,7 +28,7 @@ FEW = {
 LOADERS = [
     r"one crop of 224 +images/s",
     r"  timm's create_loader +\d+ +\d+\.\d\d",
-    r"DINO's crops, 2 of 224 and 8 of 96 +to ImageFolder",
+    r"DINO's crops, 2 of 224 and 8 of 96 +to (?:ImageFolder|datasets|timm)",
     r"  ours, cache=256, normalised +\d+\.\d\dx, target 5\.0x: (?:holds|MISSED)",
     r"28x28 arrays",
 ]
