@@ -36,7 +36,8 @@ from evaluate.job.evaluation import Evaluation, begin, first_process, join_proce
 from evaluate.job.frozen import Split, splits
 from evaluate.job.report import CHOSEN, Outcomes, accuracies, interval, kind_name, ordered, percent, table, tell, write
 from evaluate.probing.probe import EPOCHS, HELD_OUT, MOST_STEPS, Labelled, Probe, better, hold_out, probes, steps_of
-from evaluate.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, sets
+from evaluate.probing.protocols import PROTOCOLS, Protocol, altered, chosen, described, of_quarters, sets
+from evaluate.probing.quarters import NAME
 from evaluate.probing.regression import solved
 from evaluate.probing.views import batches, view
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     """Arguments -> features -> heads -> report. Returns the exit status."""
     arguments = options().parse_args(argv)
     protocol = check(arguments)
-    job = begin("linear", arguments, raw=True)
+    job = begin("linear_quarters" if arguments.readout == "quarters" else "linear", arguments, raw=True)
     if len(job.train) == len(job.classes):
         raise Refusal(
             f"data={job.spec} has one training image per class: expected two, to choose a learning rate on one"
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     if protocol.training and not arguments.augment and protocol.name != "sweep":
         notes.append("trained on features of the evaluation transform; --augment trains on random crops, as published")
     facts = settings(job, protocol, modified, notes, fit)
-    by = "" if facts["id"] == "linear/sweep" else f" by {facts['id']}"
+    by = "" if facts["id"].startswith("linear/sweep") else f" by {facts['id']}"
     notes += [f"not as published: {', '.join(modified)}"] if modified and protocol.name != "sweep" else []
     judged = len(outcomes.index)
     values = {row: entries(kinds, judged) for row, kinds in probes_of.items()}
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    options = parser(__doc__ or "", crop=True, raw=True)
+    options = parser(__doc__ or "", crop=True, raw=True, readout=True)
     add = options.add_argument
     add("--protocol", default="sweep", metavar="NAME", help=f"{', '.join(PROTOCOLS)} (default: sweep)")
     add("--augment", action="store_true", help="train on random crops, each seen by the backbone once: slow")
@@ -105,6 +106,10 @@ def options() -> argparse.ArgumentParser:
 def check(arguments: argparse.Namespace) -> Protocol:
     """The protocol. Raises Refusal for what it cannot do, and for a number outside its range."""
     protocol = chosen(arguments.protocol)
+    if arguments.readout == "quarters":
+        protocol = of_quarters(protocol)
+        if arguments.augment:
+            raise Refusal("--augment: the quarters of random crops are not made; leave it out, or --readout quarters")
     for name in ("epochs", "batch"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
@@ -182,8 +187,9 @@ def settings(
     job: Evaluation, protocol: Protocol, modified: Sequence[str], notes: Sequence[str], fit: int
 ) -> dict[str, Any]:
     """What the report says of the protocol; `fit` images train the heads."""
+    name = protocol.name + "-quarters" * (protocol.features == NAME) + "+augment" * job.arguments.augment
     words: dict[str, Any] = {
-        "id": "linear/" + protocol.name + "+augment" * job.arguments.augment + "-modified" * bool(modified),
+        "id": f"linear/{name}{'-modified' * bool(modified)}",
         **described(protocol),
         "modified": list(modified),
         "notes": list(notes),

@@ -166,13 +166,15 @@ def network(
     blocks: int = 1,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    readout: Callable[[Backbone, TokenPlan | None, Tensor], dict[str, Tensor]] | None = None,
 ) -> FeaturesOf:
     """Features by a backbone: {"mean": mean patch token (b, D), "class": class token (b, D)}: final norm, float32, CPU.
 
     Without prefix tokens (Swin, NesT, mean-pooled ViTs) there is no "class". `blocks=4` adds "mean4" and "class4",
     (b, 4 D): those of the last four blocks side by side (of a hierarchical model: stages; of fewer where there are
     fewer), shallowest first, the final norm applied to each as `Backbone.layers` does; no "class4" where one of the
-    blocks has no class token. `backbone` is on `device`; it is run in eval mode and left in the mode it was in.
+    blocks has no class token. `readout`: what is read off the backbone in place of that. `backbone` is on `device`; it
+    is run in eval mode and left in the mode it was in.
     """
     dtype, kind = DTYPES[precision], torch.device(device).type
 
@@ -182,7 +184,8 @@ def network(
         backbone.eval()
         try:
             with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-                features = pooled_blocks(backbone, plan, batch.to(device), blocks)
+                pixels = batch.to(device)
+                features = readout(backbone, plan, pixels) if readout else pooled_blocks(backbone, plan, pixels, blocks)
         finally:
             backbone.train(was_training)
         return {name: tensor.cpu() for name, tensor in features.items()}

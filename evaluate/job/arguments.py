@@ -15,14 +15,21 @@ from common.training.precision import DTYPES
 LABELS = {"subject": "trained", "random": "random init", "pixels": "raw pixels", "patches": "patches"}  # a table's rows
 BASELINES = ("random", "pixels")  # that stand beside what is judged unless asked otherwise; patches take their time
 
+READOUTS = ("field", "quarters")
+
 
 def parser(
-    script: str, precision: str | None = "fp32", crop: bool = False, raw: bool = False, several: bool = False
+    script: str,
+    precision: str | None = "fp32",
+    crop: bool = False,
+    raw: bool = False,
+    several: bool = False,
+    readout: bool = False,
 ) -> Parser:
     """Parser with the options that every evaluation takes.
 
     script: docstring of the entry script. crop: adds --crop. raw: adds --baselines, and --ckpt may be pixels
-    or patches. several: --ckpt takes checkpoints, and may be left out.
+    or patches. several: --ckpt takes checkpoints, and may be left out. readout: adds --readout.
     """
     parser = Parser(description=script, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -47,6 +54,10 @@ def parser(
     if crop:
         add("--crop", type=float, metavar="SHARE", help="of the short side that is shown: 0.875, 224 of 256 pixels, is "
             "DINO's, DINOv2's and MAE's (default: as the checkpoint says; timm says 0.9 of many)")  # fmt: skip
+    if readout:
+        add("--readout", choices=READOUTS, default=READOUTS[0], help="field: one vector of the last block; quarters: "
+            "the mean patch of every quarter of the image, of the block that held-out training images choose, over 4 "
+            "grids half a patch apart: for backbones that learned from patches (default: field)")  # fmt: skip
     add("--max-bad", metavar="N|SHARE", help="unreadable images, of both splits together, that are borne: a share "
         "below 1 (0.01 or 1%%), a number from 1, 0 for none, or auto: a hundredth or, of less than 600, 5 but no more "
         "than a tenth (default: as the run, else auto)")  # fmt: skip

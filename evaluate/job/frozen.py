@@ -32,6 +32,7 @@ from evaluate.job.arguments import LABELS
 from evaluate.job.evaluation import Evaluation, first_process
 from evaluate.job.feature_cache import cached
 from evaluate.job.patches import patch_key, patches
+from evaluate.probing.quarters import VERSION, quarters
 
 BLOCKS = 4  # the most that a protocol asks for
 IN_MEMORY = 1 << 30  # bytes of raw pixels, at most; more of them are kept in the cache and mapped
@@ -40,7 +41,8 @@ Features = list[dict[str, Tensor]]  # of the training and of the test images, wi
 
 @dataclass
 class Split:
-    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images.
+    """Features of one row of the table: {kind: (K, D)} and labels (K,), for training and test images. Kinds are class,
+    mean and both, mean4 and class4 of four blocks, or quarters1 ... of each block; or one of RAW.
 
     On a CPU they are maps of the cache's files (but for "both"), of which only what is used is read.
     """
@@ -58,9 +60,10 @@ class Split:
 def splits(job: Evaluation, blocks: int = 1) -> Iterator[Split]:
     """Frozen features of every row: the subject's, and those of the baselines asked for, of each seed that they have.
 
-    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `network` says. After `join_processes`,
-    all processes have to call this to the end, and only the first one is given anything. What was extracted with
-    `blocks=4` answers for one block too.
+    `blocks=4`: those of the last four blocks too, "class4" and "mean4", as `network` says. With --readout quarters a
+    network's are the quarters of all blocks, whatever `blocks` says. After `join_processes`, all processes have to call
+    this to the end, and only the first one is given anything. What was extracted with `blocks=4` answers for one block
+    too.
     """
     rows: list[tuple[str, int | None]] = [("subject", None)] if job.subject.state is not None else []
     for row in job.baselines:
@@ -99,13 +102,19 @@ def _of_network(job: Evaluation, row: str, seed: int | None, blocks: int) -> Fea
     backbone = subject.backbone(seed or 0).to(job.device)
     name = subject.name if row == "subject" else f"{LABELS[row]} (seed {seed})"
     eye = eye_of(job, backbone)
-    by_network = network(backbone, subject.plan, blocks=blocks, device=job.device, precision=job.precision)
+    by_quarters = getattr(job.arguments, "readout", None) == "quarters"
+    by_network = network(
+        backbone, subject.plan, blocks=blocks, device=job.device, precision=job.precision,
+        readout=quarters if by_quarters else None,
+    )  # fmt: skip
     features = []
     for images in (job.train, job.test):
         key = cache_key(backbone, subject.plan, images, job.precision, job.device, blocks)
         larger = [key | {"blocks": BLOCKS}] if blocks == 1 else []
+        if by_quarters:
+            key, larger = key | {"blocks": "all", "quarters": VERSION}, []
         kinds = from_cache(job, key, images, eye, by_network, f"images from {name}", larger)
-        kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or not kind[-1].isdigit()}
+        kinds = {kind: kinds[kind] for kind in kinds if blocks > 1 or by_quarters or not kind[-1].isdigit()}
         job.refuse_not_finite(kinds, images, name, (backbone, subject.plan), cached=True)
         features.append(kinds)
     _refuse_lost(job, features)

@@ -16,6 +16,7 @@ from common.batches.sampler import generator, order
 from common.batches.unreadable import NO_LIMIT
 from common.data import Images
 from common.features.extraction import PIXELS, Eye, FeaturesOf, shown, shown_key
+from evaluate.probing.quarters import halved
 
 FILTERS, SIDE = 400, 6  # patches that are filters, and their pixels a side
 THRESHOLD = 0.25  # of the soft threshold
@@ -52,11 +53,6 @@ class Filters:
             quarters = [grid[:, i, j].mean((1, 2)) for i in halved(rows) for j in halved(columns)]
             halves.append(torch.cat(quarters, 1))
         return torch.cat(halves, 1)
-
-
-def halved(length: int) -> tuple[slice, slice]:
-    """Halves of so many positions; of an odd number, both have the one in the middle."""
-    return slice(0, -(-length // 2)), slice(length // 2, length)
 
 
 def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:

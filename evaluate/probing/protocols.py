@@ -14,6 +14,7 @@ from common.batches.views import Interpolation
 from common.errors import Refusal, nearest
 from common.features.extraction import RAW
 from evaluate.probing.probe import MOMENTUM, HeadTraining
+from evaluate.probing.quarters import NAME
 
 BLOCKS = 4
 BASE = 768  # width from which DINO and iBOT see the last class token and the mean patch, and not four class tokens
@@ -70,10 +71,18 @@ PROTOCOLS = {
 
 
 def chosen(name: str) -> Protocol:
-    """The protocol of that name. Raises Refusal, with the nearest ones, if there is none."""
+    """Return the protocol of that name. Raises Refusal, with the nearest ones, if there is none."""
     if name not in PROTOCOLS:
         raise Refusal(f"--protocol {name}: expected one of {', '.join(PROTOCOLS)}{nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
+
+
+def of_quarters(protocol: Protocol) -> Protocol:
+    """Return the protocol on the quarters of all blocks, of which held-out images choose. Raises Refusal where the
+    protocol's features are part of it."""
+    if not protocol.apart or protocol.training is None or protocol.name == "mae":
+        raise Refusal(f"--readout quarters goes with --protocol sweep, which fixes no features; {protocol.name} does")
+    return replace(protocol, features=NAME)
 
 
 def altered(protocol: Protocol, changes: Mapping[str, Any], depth: int) -> tuple[Protocol, list[str]]:
@@ -125,6 +134,8 @@ def sets(protocol: Protocol, parts: Collection[str], width: int) -> tuple[dict[s
     for kind in RAW:
         if kind in parts:
             return {kind: (kind,)}, ""
+    if protocol.features == NAME:
+        return {kind: (kind,) for kind in parts}, ""
     if protocol.apart:
         kinds = {"class": ("class",), "mean": ("mean",), "both": ("class", "mean")}
         by_name = {name: each for name, each in kinds.items() if set(each) <= set(parts)}
@@ -164,6 +175,7 @@ def described(protocol: Protocol) -> dict[str, Any]:
     optimizers = {"sgd": f"SGD, momentum {MOMENTUM}", "lars": f"LARS, momentum {MOMENTUM}", "adamw": "AdamW"}
     falls = "epoch" if training.by_epoch else "step"
     warm = f"after {training.warmup:g} epochs of warm-up, " if training.warmup else ""
+    seen = "quarters of the block chosen" if protocol.features == NAME else "final norm"
     scaling = {"standard": ", standardised by the training images' mean and variance", "none": ""}
     return {
         "optimizer": (
@@ -171,5 +183,5 @@ def described(protocol: Protocol) -> dict[str, Any]:
         ),
         "rates": list(training.rates),
         "batch": training.batch,
-        "features": "final norm" + scaling.get(training.normalise, ", BatchNorm without affine, eps 1e-6"),
+        "features": seen + scaling.get(training.normalise, ", BatchNorm without affine, eps 1e-6"),
     }

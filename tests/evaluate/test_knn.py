@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from common.checkpoints import storage
 from common.data import open_data
 from common.errors import Refusal
-from common.features.extraction import Eye, extract, raw_pixels, whole
+from common.features.extraction import Eye, extract, network, raw_pixels, whole
+from common.features.neighbors import treated
 from evaluate.job.subjects import subject_of
+from evaluate.probing.quarters import quarters
 
 
 def test_report_and_table_as_a_user_runs_it(make_run, run_script, report_of, data):
@@ -55,6 +57,28 @@ def test_both_treatments_of_every_row_are_those_of_its_features(make_run, script
             votes = F.one_hot(torch.from_numpy(train.labels)[near], 3) * (similarity / 0.07).exp()[..., None]
             share = (votes.sum(1).argmax(1) == torch.from_numpy(test.labels)).double().mean().item()
             assert entry["k"]["3"]["accuracy"] == entry["accuracy"] == pytest.approx(share), (row, kind)
+
+
+def test_quarters_of_the_block_that_held_out_images_choose(make_run, script, report_of, data, capsys):
+    run = make_run()
+    arguments = ["--ckpt", str(run), "--k", "3", "--threads", "1", "--device", "cpu", "--readout", "quarters"]
+    assert script("knn").main(arguments) == 0
+    report, subject = report_of(run, "knn_quarters"), subject_of(str(run))
+    assert not (run / "evaluate" / "knn.json").exists() and report["protocol"]["id"] == "knn/quarters"
+    entry = report["values"]["subject"]["chosen"]
+    (block,) = entry["blocks"]
+    train, test = (open_data(str(data), split) for split in ("train", "test"))
+    eye = Eye.of(subject.backbone())
+    read = network(subject.backbone(), subject.plan, readout=quarters)
+    bank, queries = (whole(images, eye, read)[f"quarters{block}"] for images in (train, test))
+    bank, queries = treated(bank, queries, "whitened")
+    near = (queries @ bank.T).topk(3)
+    votes = F.one_hot(torch.from_numpy(train.labels)[near.indices], 3) * (near.values / 0.07).exp()[..., None]
+    share = (votes.sum(1).argmax(1) == torch.from_numpy(test.labels)).double().mean().item()
+    assert entry["accuracy"] == pytest.approx(share)
+    said = capsys.readouterr().out
+    assert f"quarters of block {block}" in said and "half whitened" in said and "k=3, centred*" in said
+    assert {"random", "pixels"} < report["values"].keys()
 
 
 def test_cache_is_used_and_two_seeds_are_two_baselines(make_run, script, report_of, capsys):

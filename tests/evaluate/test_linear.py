@@ -186,3 +186,20 @@ def test_published_numbers():
     assert sets(PROTOCOLS["dino"], deep, 768)[0] == {"last + mean": ("class", "mean")}
     found, note = sets(PROTOCOLS["dinov2"], {"class", "mean", "mean4"}, 384)  # SP-ViT before its class token joins
     assert found["last 4"] == ("mean4",) and found["last"] == ("class",) and "not four class tokens" in note
+
+
+def test_quarters_of_all_blocks_compete(make_run, script, report_of, capsys):
+    run = make_run()
+    arguments = ["--ckpt", str(run), "--threads", "1", "--device", "cpu", "--readout", "quarters"]
+    assert script("linear").main(arguments) == 0
+    report = report_of(run, "linear_quarters")
+    assert report["protocol"]["id"] == "linear/sweep-quarters"
+    by_block = report["values"]["subject"]["chosen"]["by_features"]
+    assert by_block and all(name.startswith("quarters") for name in by_block)
+    assert "quarters" in capsys.readouterr().out
+    for words, reason in (
+        (["--protocol", "dino"], "--readout quarters goes with --protocol sweep"),
+        (["--augment"], "--augment: the quarters of random crops are not made"),
+    ):
+        with pytest.raises(Refusal, match=reason):
+            script("linear").main([*arguments, *words])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.features.metrics import accuracy, wilson
-from common.features.neighbors import CENTRED, FIELD, knn, knn_many
+from common.features.neighbors import CENTRED, FIELD, FLOOR, WHITENED, knn, knn_many, treated
 
 
 def brute_force(bank, labels, queries, k, temperature, num_classes, centre=0.0):
@@ -88,3 +88,22 @@ def test_metrics():
         0.5962,
     )  # statsmodels' proportion_confint(50, 100, method="wilson")
     assert wilson(0.0, 10)[0] == 0 and 0.2 < wilson(0.0, 10)[1] < 0.35
+
+
+def test_half_whitened_by_hand():
+    """Along every principal axis the spread becomes its own square root, but for the floor."""
+    rng = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    bank = rng.normal(size=(400, 5)) * [30, 10, 3, 1, 0.2] @ axes.T + 7
+    queries = rng.normal(size=(9, 5)) * [30, 10, 3, 1, 0.2] @ axes.T + 7
+    centred = bank - bank.mean(0)
+    variances, directions = np.linalg.eigh(centred.T @ centred / len(bank))
+    scale = (variances + FLOOR * variances.mean()) ** -0.25
+    wanted = [(side - bank.mean(0)) @ directions * scale for side in (bank, queries)]
+    wanted = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in wanted]
+    mine, theirs = treated(torch.from_numpy(bank).float(), torch.from_numpy(queries).float(), WHITENED)
+    np.testing.assert_allclose((theirs @ mine.T).numpy(), wanted[1] @ wanted[0].T, atol=2e-5)
+    plain = treated(torch.from_numpy(bank).float(), torch.from_numpy(queries).float())
+    assert (plain[1] @ plain[0].T - theirs @ mine.T).abs().max() > 0.1
+    flat = torch.ones(6, 3)
+    assert torch.isfinite(treated(flat, flat, WHITENED)[0]).all()
