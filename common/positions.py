@@ -128,6 +128,32 @@ def constant_loss(grid: tuple[int, int], same: float | None = None) -> float:
     return float(offset_prior(grid, same) @ losses)
 
 
+def folded(grid: tuple[int, int], labels: Tensor) -> Tensor:
+    """Class of the unsigned offset of every class of `relative`: that of the same distances down and to the right."""
+    most = torch.tensor([grid[0] - 1, grid[1] - 1], device=labels.device)
+    columns = 2 * grid[1] - 1
+    down, right = ((torch.stack([labels // columns, labels % columns], -1) - most).abs() + most).unbind(-1)
+    return down * columns + right
+
+
+def distance_prior(grid: tuple[int, int], same: float | None = None) -> Tensor:
+    """Probability of each class of `relative` where offsets have no sign, ((2h-1)(2w-1),): those of one distance are
+    added to the one below and to the right. `same` as in `offset_prior`."""
+    prior = offset_prior(grid, same)
+    return torch.zeros_like(prior).index_add(0, folded(grid, torch.arange(len(prior))), prior)
+
+
+def constant_distance_loss(grid: tuple[int, int], same: float | None = None) -> float:
+    """Mean over row and column of the absolute error of the best constant answer to the unsigned offset in sides of
+    the grid: the median's, which is one of the offsets."""
+    prior = distance_prior(grid, same).view(2 * grid[0] - 1, 2 * grid[1] - 1)
+    losses = []
+    for side, shares in zip(grid, (prior.sum(1), prior.sum(0)), strict=True):
+        away = torch.arange(side).double() / side
+        losses.append(((away[:, None] - away).abs() @ shares[side - 1 :]).min())
+    return float(sum(losses)) / 2
+
+
 def smoothing(grid: tuple[int, int], sigma: float) -> Tensor:
     """Smoothed labels of `absolute`, (N, N): row i is exp(-d(i, j)^2 / sigma^2) over places j, divided by its sum
     (DropPos, arXiv 2309.03576, whose released code divides by the column's). `sigma` in patches; 0: the identity."""

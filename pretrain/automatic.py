@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from common import positions
 from common.batches.sampler import StepSampler
 from common.errors import Refusal, nearest
 from common.limits import Range, expected
@@ -247,8 +246,7 @@ def suited(
         if getattr(options, "pairs", None) == AUTO and math.prod(grid) > 1:  # of one patch nothing can be built
             with objectives.named(name):
                 kept, _, _ = PlanSpec(options.keep).counts(math.prod(grid))
-            pairs, every = positions.default_pairs(kept, options.diagonal), positions.num_pairs(kept, options.diagonal)
-            changes["pairs"] = pairs, f"4 for each of {kept} patches" if pairs < every else f"all of {kept} patches"
+            changes["pairs"] = options.automatic_pairs(kept)
         if getattr(options, "pool", None) == AUTO:
             changes["pool"] = (
                 ("class", "the model has a class token") if class_token else ("mean", "the model has no class token")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import positions
 from common.batches.sampler import HELD_OUT_EPOCH, StepPart
 from common.batches.samples import Batch, Samples
 from common.batches.unreadable import NO_LIMIT
@@ -151,7 +150,8 @@ def validation(
     task.begin_step(task.progress, measured=False)  # what objectives counted here is forgotten
     for name, tally in tallies.items():
         asker = task.positional[name]
-        blind = blind_offsets(asker.grid, asker.same) if asker.of_pairs else blind_places(asker.grid, asker.chance)
+        pairs = asker.of_pairs
+        blind = blind_offsets(asker.grid, asker.prior(asker.same)) if pairs else blind_places(asker.grid, asker.chance)
         tracker.picture(f"{name}_places", step, maps(tally, asker.chance))
         tracker.picture(f"{name}_distances", step, histogram(tally, blind))
     return {f"val/{name}": value for name, value in totals.items() if name.split("/")[-1] not in OF_TRAINING}
@@ -206,7 +206,7 @@ def control(
                 rates[f"control/{name}/{kind}{word}"] = float(answers.without(objective.same_label).accuracy())
     for name, objective in task.positional.items():
         on_noise = float(rates[f"control/{name}/noise"])  # type: ignore[arg-type]
-        apart = positions.offset_prior(objective.grid, 0.0).max() if objective.of_pairs else objective.chance
+        apart = objective.prior(0.0).max() if objective.of_pairs else objective.chance
         chance = rates[f"control/{name}/chance"] = float(apart)
         if on_noise > controls.limit(chance):
             say(

@@ -76,12 +76,13 @@ def blind_places(grid: tuple[int, int], chance: float | None = None) -> Tensor:
     return shares
 
 
-def blind_offsets(grid: tuple[int, int], same: float | None = None) -> Tensor:
+def blind_offsets(grid: tuple[int, int], prior: Tensor) -> Tensor:
     """Share of answers at each whole distance when the answer is always the likeliest offset, (L,), float64, sums to 1.
 
-    That is 0 where pairs of a patch with itself are asked, else one step. `same` as in `positions.offset_prior`.
+    That is 0 where pairs of a patch with itself are asked, else one step. `prior`: probability of each offset, (C,), as
+    in `positions.offset_prior`.
     """
-    offsets, prior = positions.offsets(grid).double(), positions.offset_prior(grid, same)
+    offsets = positions.offsets(grid).double()
     distances = (offsets - offsets[prior.argmax()]).norm(dim=-1)
     return torch.bincount(_whole(distances), weights=prior, minlength=_num_distances(grid, relative=True))
 

@@ -159,6 +159,11 @@ class Positional(Objective):
     same: float = 0.0  # of pairs: share of those of a patch with itself
     same_label: int = -1  # of pairs: the label of those, which content gives away without any leak
 
+    def prior(self, same: float) -> Tensor:
+        """Probability of each class of pairs, (C,), float64, where the share `same` of them is of a patch with itself:
+        what whoever ignores the image can know."""
+        raise NotImplementedError
+
     def answers(
         self, features: Mapping[str, Features], draws: Mapping[str, Tensor], origin: Tensor | None = None
     ) -> Answers:

@@ -1,4 +1,5 @@
-"""`relative`: pairs of patches say where one is as seen from the other (Positional Label's RPL, arXiv 2206.04981).
+"""`relative`: pairs of patches say where one is as seen from the other (Positional Label's RPL, arXiv 2206.04981), or
+how far from it (dense relative localisation, arXiv 2106.03746).
 
 Letters: B images, N patches, K of them kept, Q pairs an image, C = (2h-1)(2w-1) offsets.
 """
@@ -28,6 +29,7 @@ from pretrain.objectives import Answers, Pass, Positional
 # Bytes of the pairs that are worked on at a time. On a CPU few enough for its caches, and for memory that is used again
 # rather than fetched anew from the system, which costs more than the arithmetic; on a GPU enough to fill it.
 PIECE = {"cpu": 8 << 20, "cuda": 512 << 20}
+FEW_PAIRS = 64  # that head=distance asks for, after arXiv 2106.03746
 
 Piece = tuple[slice, slice]  # some of the images, some of the pairs of each
 
@@ -38,12 +40,13 @@ class RelativeOptions:
 
     weight: NotNegative = 1.0
     """Share of this objective in the summed loss; 0 leaves it out."""
-    head: Literal["half", "separable", "regression"] = "half"
+    head: Literal["half", "separable", "regression", "distance"] = "half"
     """half: the paper's, one class per offset. separable: row and column apart, losses summed. regression: the offset
-    in patches, smooth L1 (after PART). Each on half of the channels of either patch."""
+    in patches, smooth L1 (after PART). distance: the offset without its sign in sides of the grid, L1 (dense relative
+    localisation). Each on half of the channels of either patch."""
     pairs: Any = "auto"
     """Ordered pairs per image, drawn without replacement from those of the kept patches: a number, auto (4 per kept
-    patch, or all if they are fewer), or all."""
+    patch, with head=distance 64; or all if they are fewer), or all."""
     diagonal: bool = True
     """Whether a patch is also asked where it is as seen from itself, as in the paper: nearly free answers."""
     keep: PatchShare = 1.0
@@ -56,14 +59,29 @@ class RelativeOptions:
     view: str = "global"
     """The view whose patches are asked."""
 
+    def automatic_pairs(self, kept: int) -> tuple[int, str]:
+        """What `pairs: auto` means for so many kept patches, and the rule in words."""
+        every = positions.num_pairs(kept, self.diagonal)
+        few, rule = positions.default_pairs(kept, self.diagonal), f"4 for each of {kept} patches"
+        if self.head == "distance":
+            few, rule = min(FEW_PAIRS, every), "the authors' number for head=distance"
+        return (few, rule) if few < every else (every, f"all of {kept} patches")
+
 
 class Joint:
     """One class per offset: cross-entropy over C of them."""
 
+    prior = staticmethod(positions.offset_prior)  # of the classes that are right answers
+
     def __init__(self, grid: tuple[int, int], same: float) -> None:
+        self.grid = grid
         self.outputs = positions.num_offsets(grid)
         self.columns = 2 * grid[1] - 1
         self.blind = positions.prior_entropy(grid, same)
+
+    def right(self, labels: Tensor) -> Tensor:
+        """The class that is the right answer for pairs whose offset has the class `labels`, in their shape."""
+        return labels
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Summed over pairs: outputs (Q, C), labels (Q,)."""
@@ -124,10 +142,47 @@ class Regression(Joint):
         return torch.stack([outputs[..., 0] + self.most[0], outputs[..., 1] + self.most[1]], -1)
 
 
+class Distance(Joint):
+    """The offset without its sign, two numbers in sides of the grid, |rows|/h and |columns|/w: L1, mean over row and
+    column (dense relative localisation, arXiv 2106.03746).
+
+    Its classes are those of the offsets down and to the right, hw of them: an answer is right where both its numbers,
+    in patches, round to those of the pair. By guessing that is likelier than with signs: `prior` adds up what they tell
+    apart.
+    """
+
+    prior = staticmethod(positions.distance_prior)
+
+    def __init__(self, grid: tuple[int, int], same: float) -> None:
+        super().__init__(grid, same)
+        self.outputs = 2
+        self.most = (grid[0] - 1, grid[1] - 1)  # an offset down or to the right
+        self.blind = positions.constant_distance_loss(grid, same)
+
+    def right(self, labels: Tensor) -> Tensor:
+        """The class of the same distances down and to the right."""
+        return positions.folded(self.grid, labels)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Summed over pairs: outputs (Q, 2), labels (Q,)."""
+        sides = outputs.new_tensor(self.grid)
+        away = (self.split(labels) - outputs.new_tensor(self.most)) / sides
+        return F.l1_loss(outputs, away, reduction="sum") / 2
+
+    def guess(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest class (Q,), and the offset as it was answered, in patches counted from the first class's, (Q, 2)."""
+        answered = outputs * outputs.new_tensor(self.grid)
+        row, column = (part.round().long() for part in answered.unbind(-1))
+        down, right = row.clamp(0, self.most[0]), column.clamp(0, self.most[1])
+        classes = (down + self.most[0]) * self.columns + right + self.most[1]
+        return classes, answered + outputs.new_tensor(self.most)
+
+
 READINGS: dict[str, Callable[[tuple[int, int], float], Joint]] = {
     "half": Joint,
     "separable": Separable,
     "regression": Regression,
+    "distance": Distance,
 }
 
 
@@ -174,7 +229,11 @@ class Relative(Positional):
         self.same = 1 / self.num_kept if diagonal else 0.0  # share of the pairs of a patch with itself
         self.same_label = positions.num_offsets(self.grid) // 2
         self.reading = READINGS[self.options.head](self.grid, self.same)
-        self.chance = float(positions.offset_prior(self.grid, self.same).max())
+        self.chance = float(self.prior(self.same).max())
+
+    def prior(self, same: float) -> Tensor:
+        """Probability of each class where this share of the pairs is of a patch with itself, (C,), float64."""
+        return self.reading.prior(self.grid, same)
 
     def apart(self) -> "Relative":
         """A copy that asks about different patches only: that two are the same one is seen without any leak."""
@@ -184,7 +243,7 @@ class Relative(Positional):
         return other
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """loss (mean over pairs; nats, or smooth L1 of patches), accuracy, distance (mean, in patches), gain (by how
+        """loss (mean over pairs; nats, smooth L1 of patches, or L1 of sides), accuracy, distance (mean, in patches), gain (by how
         much the loss is below that of the best answer that ignores the image), chance (accuracy of such an answer)."""
         parts = self.head.parts(features["tokens"].tokens)
         codes_BK = self._codes(features["tokens"])
@@ -242,7 +301,7 @@ class Relative(Positional):
             pairs = torch.arange(asked.start, asked.stop, device=codes.device).expand(len(codes), -1)
         queries, keys = positions.pair_ends(pairs, self.num_kept, self.diagonal)
         labels = codes.gather(1, queries) - codes.gather(1, keys) + positions.num_offsets(self.grid) // 2
-        return wide(pair_outputs(parts, queries, keys)).flatten(0, 1), labels.flatten()
+        return wide(pair_outputs(parts, queries, keys)).flatten(0, 1), self.reading.right(labels.flatten())
 
     def _judge(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Guessed classes and how far they are off, in patches, (Q,) each."""

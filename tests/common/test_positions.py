@@ -96,6 +96,16 @@ def test_prior_of_kept_patches_counted_over_all_choices(grid: tuple[int, int], k
     apart = [[abs(d) for d in offset] for offset in positions.offsets(grid).tolist()]
     smooth = [sum(d - 0.5 if d else 0 for d in offset) / 2 for offset in apart]  # d is whole
     assert positions.constant_loss(grid, same) == pytest.approx(float(counted @ np.array(smooth)))
+    unsigned = np.zeros_like(counted)
+    for (down, right), share in zip(apart, counted, strict=True):
+        unsigned[(down + grid[0] - 1) * (2 * grid[1] - 1) + right + grid[1] - 1] += share
+    np.testing.assert_allclose(positions.distance_prior(grid, same).numpy(), unsigned, atol=1e-12)
+    blind = [  # of any constant in steps of a twelfth of a patch
+        min(sum(share * abs(a[axis] - k / 12) for a, share in zip(apart, counted, strict=True)) for k in range(12 * side))
+        for axis, side in enumerate(grid)
+    ]
+    expected = sum(loss / side for loss, side in zip(blind, grid, strict=True)) / 2
+    assert positions.constant_distance_loss(grid, same) == pytest.approx(expected)
 
 
 def test_pair_numbers_by_hand() -> None:

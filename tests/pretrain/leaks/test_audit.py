@@ -76,6 +76,13 @@ LEAKS = {
         24,
         "position embedding (pos_embed)",
     ),
+    "pairs, unsigned": (
+        {"relative": {"position": "full", "head": "distance"}},
+        "vit_tiny_patch16_224",
+        VIT,
+        24,
+        "position embedding (pos_embed)",
+    ),
     "those who know are asked": (
         {"absolute": {**DROPPOS, "loss_on": "all"}},
         "vit_tiny_patch16_224",

@@ -162,7 +162,7 @@ def test_blind_guessing_equals_brute_force(grid: tuple[int, int]) -> None:
     places = list(itertools.product(range(grid[0]), range(grid[1])))
     distances = [math.dist(a, b) for a in places for b in places]
     # the answer "no offset" is as far off as the pair is apart
-    for shares in (blind_places(grid), blind_offsets(grid)):
+    for shares in (blind_places(grid), blind_offsets(grid, positions.offset_prior(grid))):
         assert shares.tolist() == pytest.approx(expected_shares(distances, len(shares)))
         assert float(shares.sum()) == pytest.approx(1) and float(shares[0]) == pytest.approx(positions.chance(grid))
 
@@ -179,13 +179,18 @@ def test_blind_guessing_of_offsets_between_some_patches() -> None:
     places = list(itertools.product(range(2), range(3)))
     kept = list(itertools.combinations(places, 4))
     pairs = [(a, b) for some in kept for a in some for b in some]
-    shares = blind_offsets(GRID, 1 / 4)
+    shares = blind_offsets(GRID, positions.offset_prior(GRID, 1 / 4))
     assert shares.tolist() == pytest.approx(expected_shares([math.dist(a, b) for a, b in pairs], 5))
     # without pairs of a patch with itself the likeliest offset is one step to the side
     offsets = [(a[0] - b[0], a[1] - b[1]) for a, b in pairs if a != b]
     assert dict(Counter(offsets).most_common(2)) == {(0, 1): 24, (0, -1): 24}
-    shares = blind_offsets(GRID, 0)
+    shares = blind_offsets(GRID, positions.offset_prior(GRID, 0))
     assert shares.tolist() == pytest.approx(expected_shares([math.dist(offset, (0, 1)) for offset in offsets], 5))
+    # nor signs: (0, 1), 48 times of 72
+    unsigned = [(abs(down), abs(right)) for down, right in offsets]
+    assert Counter(unsigned).most_common(1)[0][0] == (0, 1)
+    shares = blind_offsets(GRID, positions.distance_prior(GRID, 0))
+    assert shares.tolist() == pytest.approx(expected_shares([math.dist(offset, (0, 1)) for offset in unsigned], 5))
 
 
 @pytest.mark.parametrize(("height", "width", "grid"), [(28, 28, (7, 7)), (80, 64, (5, 4)), (32, 224, (2, 14))])

@@ -22,7 +22,7 @@ from pretrain.automatic import suited
 from pretrain.objectives import relative
 from pretrain.objectives.relative import Relative
 
-HEADS = ("half", "separable", "regression")
+HEADS = ("half", "separable", "regression", "distance")
 
 
 def objective(grid: tuple[int, int] = (2, 3), width: int = 8, **given: Any) -> Relative:
@@ -62,7 +62,13 @@ def plainly(made: Relative, tokens: Tensor, places: list[list[int]], pairs: list
             out = head.classifier(head.hidden(F.gelu(head.first(both))))
             (r0, c0), (r1, c1) = divmod(places[b][query], w), divmod(places[b][key], w)
             down, across = r0 - r1, c0 - c1
-            if out.numel() == 2:
+            if made.options.head == "distance":
+                down, across = abs(down), abs(across)
+                losses.append(((out[0] - down / h).abs() + (out[1] - across / w).abs()) / 2)
+                answered = [place * side for place, side in zip(out.tolist(), (h, w), strict=True)]
+                away.append(math.dist(answered, (down, across)))
+                guess = [max(0, min(m, round(x))) for x, m in zip(answered, (h - 1, w - 1), strict=True)]
+            elif out.numel() == 2:
                 smooth = [d.abs() - 0.5 if d.abs() >= 1 else d * d / 2 for d in (out[0] - down, out[1] - across)]
                 losses.append(sum(smooth) / 2)
                 away.append(math.dist(out.tolist(), (down, across)))
@@ -121,7 +127,7 @@ def test_pieces_change_nothing_in_single_precision(monkeypatch: Any, head: str) 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_nothing_changes_where_no_gradient_is_wanted(head: str) -> None:
-    made, tokens = enlarge(objective(head=head)), torch.randn(2, 6, 8)
+    made, tokens = enlarge(objective(head=head, pairs=24)), torch.randn(2, 6, 8)
     drawn = draws(made, 2)
     trained = made(features(tokens), drawn)
     with torch.no_grad():
@@ -163,9 +169,13 @@ def test_who_answers_the_prior_gains_nothing(head: str, keep: float, diagonal: b
         shares = {"half": prior, "separable": torch.cat([prior.view(3, 5).sum(1), prior.view(3, 5).sum(0)])}
         if head in shares:
             made.head.classifier.bias.copy_(shares[head].clamp_min(1e-300).log())
+        if head == "distance":  # the medians: half of the pairs, or more, have no row between them; and one column
+            down, across = ((positions.offsets((2, 3)).abs()[classes, axis]).double() for axis in (0, 1))
+            made.head.classifier.bias.copy_(torch.stack([down.quantile(0.5) / 2, across.quantile(0.5) / 3]))
     report = made(features(torch.randn(len(kept), K, 8, dtype=torch.double), kept=kept), {})
     assert float(report["gain"]) == pytest.approx(0, abs=1e-12)
-    assert float(report["chance"]) == pytest.approx(float(prior.max()))
+    unsigned = torch.zeros(15).double().index_add(0, positions.folded((2, 3), torch.arange(15)), prior)
+    assert float(report["chance"]) == pytest.approx(float((unsigned if head == "distance" else prior).max()))
     if head == "half":
         assert float(report["accuracy"]) == pytest.approx(float(prior.max()))
     if head == "regression":  # no other constant is better
@@ -211,6 +221,8 @@ def test_answers_agree_with_the_statistics(monkeypatch: Any, head: str, kept: li
     given = features(torch.randn(2, places.shape[1], 8), kept=torch.tensor(kept) if kept else None)
     answers, report = made.answers(given, {}), made(given, {})
     table = positions.relative((2, 3))
+    if head == "distance":
+        table = positions.folded((2, 3), table)
     assert torch.equal(answers.labels, table[places[:, :, None], places[:, None, :]].flatten(1))
     assert float(answers.accuracy()) == pytest.approx(float(report["accuracy"]))
     assert float(answers.mean(answers.distances)) == pytest.approx(float(report["distance"]), rel=1e-6)
@@ -234,6 +246,31 @@ def test_a_right_answer_has_distance_zero_and_a_neighbouring_one_one() -> None:
     assert answers.distances[0].tolist() == pytest.approx([1.4, 2.4, 3.4, 0.4, 1.4, 2.4, 0.6, 0.4, 1.4])
     torch.nn.init.constant_(made.head.classifier.bias, 99.0)
     assert made.answers(features(torch.randn(1, 3, 8), (1, 3)), {}).guesses.unique().tolist() == [4]  # the grid's end
+
+
+def test_unsigned_offsets_by_hand() -> None:
+    """A row of four patches, one answer to all pairs: half of a side, which is two patches."""
+    made = objective((1, 4), head="distance", pairs="all")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+        made.head.classifier.bias.copy_(torch.tensor([0.0, 0.5]))
+    given = features(torch.randn(1, 4, 8), (1, 4))
+    answers, report = made.answers(given, {}), made(given, {})
+    assert answers.labels[0].tolist() == [3, 4, 5, 6, 4, 3, 4, 5, 5, 4, 3, 4, 6, 5, 4, 3]  # 3: no offset; 6: three
+    assert answers.guesses[0].tolist() == [5] * 16
+    # 4 pairs of no offset, 6 of one patch, 4 of two, 2 of three
+    assert float(report["loss"].detach()) == pytest.approx((4 * 0.5 + 6 * 0.25 + 4 * 0 + 2 * 0.25) / 16 / 2)
+    assert float(report["accuracy"]) == pytest.approx(4 / 16)
+    assert float(report["distance"]) == pytest.approx((4 * 2 + 6 * 1 + 2 * 1) / 16)
+    assert float(report["chance"]) == pytest.approx(6 / 16) and made.apart().chance == pytest.approx(6 / 12)
+    assert float(report["gain"]) == pytest.approx((4 * 0.25 + 4 * 0.25 + 2 * 0.5) / 16 / 2 - 4 / 32)  # the best: one
+
+
+def test_sixty_four_pairs_are_asked_for_their_distance() -> None:
+    assert draws(objective((14, 14), head="distance"), 2)["pairs"].shape == (2, 64)
+    assert objective((2, 3), head="distance").draw is None  # all 36
+    assert draws(objective((14, 14), head="distance", pairs=100), 2)["pairs"].shape == (2, 100)
 
 
 def test_co_permuted_patches_leave_the_loss() -> None:
@@ -355,7 +392,7 @@ def test_keeps_to_a_backbone_s_plan() -> None:
     ("given", "words"),
     [
         ({"head": "halff"}, "did you mean 'half'"),
-        ({"head": "linear"}, "expected one of half, separable, regression"),
+        ({"head": "linear"}, "expected one of half, separable, regression, distance"),
         ({"position": "partial"}, "which pairs would then be asked is not defined"),
         ({"position": "non"}, "did you mean 'none'"),
         ({"pairs": 37}, "from 1 to 36"),
