@@ -211,6 +211,22 @@ def build(name: str, options: Any, backbone: Backbone) -> Objective:
         return find(name)(options, backbone)  # type: ignore[call-arg]
 
 
+def crops_compared(name: str, options: Any, views: Mapping[str, View]) -> tuple[int, str | None]:
+    """(crops of its view, its view of local crops if any) of objective `name`, which compares the crops of an image.
+    Raises Refusal where there is nothing to compare."""
+    view = options.view
+    local = options.local or ("local" if "local" in views and view != "local" else None)
+    if local == view:
+        raise Refusal(f"objectives.{name}.local={local} is its view as well: local crops are a view of their own")
+    count = views[view].count if view in views else 2  # where it is not, the task says so
+    if count < 2:
+        raise Refusal(
+            f"objectives.{name} compares crops of an image, and views.{view}.count={count}: use 2 or more, "
+            f"or views.{view}.preset=dino"
+        )
+    return count, local
+
+
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
     """Put the objective's name before a Refusal that does not say whose option it is about."""

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.batches.views import View
-from common.errors import Refusal
 from common.features.metrics import rankme
 from common.models import Backbone, Features
 from common.numerics import wide
 from common.processes import collectives
 from pretrain.distillation.objective import Distillation, DistillationOptions
 from pretrain.distillation.prototypes import crops_cross_entropy, entropy, marginal_entropy
-from pretrain.objectives import Objective, Pass
+from pretrain.objectives import Objective, Pass, crops_compared
 
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 
@@ -56,16 +55,7 @@ class Dino(Distillation):
     def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """Add the local crops, and share iBOT's masked pass. Raises Refusal where there is nothing to compare."""
         view = self.options.view
-        local = self.options.local or ("local" if "local" in views and view != "local" else None)
-        if local == view:
-            raise Refusal(f"objectives.dino.local={local} is its view as well: local crops are a view of their own")
-        if view in views:
-            self.crops = views[view].count
-            if self.crops < 2:
-                raise Refusal(
-                    f"objectives.dino compares crops of an image, and views.{view}.count={self.crops}: use 2 or more, "
-                    f"or views.{view}.preset=dino"
-                )
+        self.crops, local = crops_compared("dino", self.options, views)
         # DINOv2: the class token of the masked crop is trained, and one pass serves both
         mask_of = "ibot" if "ibot" in others and others["ibot"].options.view == view else None
         self.passes = {"student": Pass(view, crops=None, mask_of=mask_of), "teacher": self.passes["teacher"]}

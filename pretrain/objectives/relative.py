@@ -243,8 +243,9 @@ class Relative(Positional):
         return other
 
     def forward(self, features: Mapping[str, Features], draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """loss (mean over pairs; nats, smooth L1 of patches, or L1 of sides), accuracy, distance (mean, in patches), gain (by how
-        much the loss is below that of the best answer that ignores the image), chance (accuracy of such an answer)."""
+        """loss (mean over pairs; nats, smooth L1 of patches, or L1 of sides), accuracy, distance (mean, in patches),
+        gain (by how much the loss is below that of the best answer that ignores the image), chance (accuracy of such an
+        answer)."""
         parts = self.head.parts(features["tokens"].tokens)
         codes_BK = self._codes(features["tokens"])
 

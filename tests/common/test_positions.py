@@ -101,7 +101,10 @@ def test_prior_of_kept_patches_counted_over_all_choices(grid: tuple[int, int], k
         unsigned[(down + grid[0] - 1) * (2 * grid[1] - 1) + right + grid[1] - 1] += share
     np.testing.assert_allclose(positions.distance_prior(grid, same).numpy(), unsigned, atol=1e-12)
     blind = [  # of any constant in steps of a twelfth of a patch
-        min(sum(share * abs(a[axis] - k / 12) for a, share in zip(apart, counted, strict=True)) for k in range(12 * side))
+        min(
+            sum(share * abs(a[axis] - k / 12) for a, share in zip(apart, counted, strict=True))
+            for k in range(12 * side)
+        )
         for axis, side in enumerate(grid)
     ]
     expected = sum(loss / side for loss, side in zip(blind, grid, strict=True)) / 2

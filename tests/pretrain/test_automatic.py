@@ -72,6 +72,8 @@ pretrain/droppos                14 class 125000    0.05  0.992274  student hidde
 pretrain/jigsaw                 14 class 375300  0.0167  0.996129  student   all
 pretrain/mp3                    14 class 125000    0.05  0.992274  student   all
 pretrain/quickstart              4 -     360324     0.1    0.9995  student   all
+pretrain/sigreg                 14 class 125100     0.1  0.996129  student
+pretrain/sigreg_absolute        14 class 125100     0.1  0.996129  student   all
 pretrain/vit_small              14 class 500400    0.05  0.999031  student   all   784
 supervised/cifar10                   4 -     1000       0.1  0.9995    student  1000   mean
 supervised/cifar10_absolute          4 -     1000       0.1  0.9995    student  1000   mean   all

@@ -188,7 +188,7 @@ def test_epochs_and_seeds_that_are_fine(inside, tiny):
         ("stesp: 10", ["unknown option 'stesp'", "did you mean 'steps'"]),
         ("steps: [", ["is not a YAML recipe"]),
         ("- steps", ["is not a recipe"]),
-        ("steps: 1", ["no objective to train", "absolute, classification, dino, ibot, koleo, relative"]),
+        ("steps: 1", ["no objective to train", "absolute, classification, dino, ibot, koleo, relative, sigreg"]),
         (
             "steps: 1\nviews: {other: {size: 24}}\nobjectives: {absolute: {view: other}}",
             ["objectives.absolute.view=other is 24x24", "views.global, 224x224"],
