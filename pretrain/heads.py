@@ -92,6 +92,7 @@ class PairHead(nn.Module):
         if width % 2:
             raise Refusal(f"the relative head needs an even width, and this backbone has {width}: choose another model")
         self.half_width = width // 2
+        self.held = 4 * self.half_width  # numbers that backward needs of a pair, beside its outputs
         self.first = _linear(width, self.half_width)
         self.hidden = _linear(self.half_width, self.half_width)
         self.classifier = _linear(self.half_width, outputs)
@@ -108,9 +109,48 @@ class PairHead(nn.Module):
             bias = self.classifier.weight @ self.hidden.bias + self.classifier.bias
         return wide(query_part), wide(key_part), matrix, bias
 
+    def outputs(self, parts: Sequence[Tensor], queries: Tensor, keys: Tensor) -> Tensor:
+        """`pair_outputs` of these `parts`."""
+        return pair_outputs(parts, queries, keys)
+
     def forward(self, tokens: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """tokens (B, K, D) and token indices (B, Q) of both ends of every pair -> (B, Q, outputs)."""
-        return pair_outputs(self.parts(tokens), queries, keys)
+        return self.outputs(self.parts(tokens), queries, keys)
+
+
+class DensePairHead(nn.Module):
+    """The head of dense relative localisation (arXiv 2106.03746): an MLP with ReLU on all channels of both patches,
+    2D -> 512 -> 512 -> outputs, drawn as PyTorch draws it. As in `PairHead` the first layer is computed per token.
+
+    Two layers between the tokens and the answer are needed, and weights that are not small: a distance is no sum of
+    something of one patch and something of the other, and `PairHead` is nearly that before it has been trained.
+    """
+
+    def __init__(self, width: int, outputs: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.held = 6 * hidden
+        self.first = nn.Linear(2 * width, hidden)
+        self.hidden = nn.Linear(hidden, hidden)
+        self.classifier = nn.Linear(hidden, outputs)
+
+    def parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """All that `outputs` needs of tokens (B, K, D): query and key part, (B, K, 512) each, float32 or wider, and
+        weights and biases of the last two layers."""
+        of_query, of_key = self.first.weight.chunk(2, 1)
+        query_part = nn.functional.linear(tokens, of_query, self.first.bias)
+        key_part = nn.functional.linear(tokens, of_key)
+        last = (self.hidden.weight, self.hidden.bias, self.classifier.weight, self.classifier.bias)
+        return wide(query_part), wide(key_part), *last
+
+    def outputs(self, parts: Sequence[Tensor], queries: Tensor, keys: Tensor) -> Tensor:
+        """Answers (B, Q, outputs) to pairs whose ends are the tokens `queries` and `keys`, (B, Q) each."""
+        query_part, key_part, matrix, bias, last_matrix, last_bias = parts
+        pairs = (_pick(query_part, queries) + _pick(key_part, keys)).relu()
+        return nn.functional.linear(nn.functional.linear(pairs, matrix, bias).relu(), last_matrix, last_bias)
+
+    def forward(self, tokens: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """tokens (B, K, D) and token indices (B, Q) of both ends of every pair -> (B, Q, outputs)."""
+        return self.outputs(self.parts(tokens), queries, keys)
 
 
 def pair_outputs(parts: Sequence[Tensor], queries: Tensor, keys: Tensor) -> Tensor:

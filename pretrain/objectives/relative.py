@@ -23,7 +23,7 @@ from common.limits import NotNegative, PatchShare, Range
 from common.models import Backbone, Features
 from common.models.plan import PlanSpec, Position
 from common.numerics import wide
-from pretrain.heads import PairHead, pair_outputs
+from pretrain.heads import DensePairHead, PairHead
 from pretrain.objectives import Answers, Pass, Positional
 
 # Bytes of the pairs that are worked on at a time. On a CPU few enough for its caches, and for memory that is used again
@@ -42,8 +42,8 @@ class RelativeOptions:
     """Share of this objective in the summed loss; 0 leaves it out."""
     head: Literal["half", "separable", "regression", "distance"] = "half"
     """half: the paper's, one class per offset. separable: row and column apart, losses summed. regression: the offset
-    in patches, smooth L1 (after PART). distance: the offset without its sign in sides of the grid, L1 (dense relative
-    localisation). Each on half of the channels of either patch."""
+    in patches, smooth L1 (after PART). Each on half of the channels of either patch. distance: the offset without its
+    sign in sides of the grid, L1, by an MLP on all channels (dense relative localisation)."""
     pairs: Any = "auto"
     """Ordered pairs per image, drawn without replacement from those of the kept patches: a number, auto (4 per kept
     patch, with head=distance 64; or all if they are fewer), or all."""
@@ -72,6 +72,7 @@ class Joint:
     """One class per offset: cross-entropy over C of them."""
 
     prior = staticmethod(positions.offset_prior)  # of the classes that are right answers
+    head: type[PairHead] | type[DensePairHead] = PairHead
 
     def __init__(self, grid: tuple[int, int], same: float) -> None:
         self.grid = grid
@@ -152,6 +153,7 @@ class Distance(Joint):
     """
 
     prior = staticmethod(positions.distance_prior)
+    head = DensePairHead
 
     def __init__(self, grid: tuple[int, int], same: float) -> None:
         super().__init__(grid, same)
@@ -212,7 +214,7 @@ class Relative(Positional):
         self.options, self.grid = options, backbone.grid
         self.num_kept = plan.counts(math.prod(self.grid))[0]
         self._ask_about(options.pairs, options.diagonal)
-        self.head = PairHead(backbone.width, self.reading.outputs)
+        self.head = self.reading.head(backbone.width, self.reading.outputs)
         self.register_buffer("codes", positions.offset_codes(self.grid), persistent=False)
 
     def _ask_about(self, pairs: Any, diagonal: bool) -> None:
@@ -302,7 +304,7 @@ class Relative(Positional):
             pairs = torch.arange(asked.start, asked.stop, device=codes.device).expand(len(codes), -1)
         queries, keys = positions.pair_ends(pairs, self.num_kept, self.diagonal)
         labels = codes.gather(1, queries) - codes.gather(1, keys) + positions.num_offsets(self.grid) // 2
-        return wide(pair_outputs(parts, queries, keys)).flatten(0, 1), self.reading.right(labels.flatten())
+        return wide(self.head.outputs(parts, queries, keys)).flatten(0, 1), self.reading.right(labels.flatten())
 
     def _judge(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Guessed classes and how far they are off, in patches, (Q,) each."""
@@ -314,8 +316,8 @@ class Relative(Positional):
 
     def _pieces(self, parts: tuple[Tensor, ...], num_asked: int) -> list[Piece]:
         """The pairs of all images cut into pieces of about PIECE bytes: several images', or a part of one's."""
-        B, _, half_width = parts[0].shape
-        each = parts[0].element_size() * (3 * self.reading.outputs + 4 * half_width)  # what backward needs of a pair
+        B = len(parts[0])
+        each = parts[0].element_size() * (3 * self.reading.outputs + self.head.held)  # what backward needs of a pair
         most = max(1, PIECE.get(parts[0].device.type, PIECE["cuda"]) // each)
         images = max(1, min(B, most // num_asked))
         pairs = math.ceil(num_asked / math.ceil(num_asked / most))  # of equal size

@@ -24,6 +24,12 @@ from common.processes import collectives
 from pretrain.objectives import Objective, Pass, Verdict, crops_compared
 
 KNOTS, END = 17, 5.0  # of the trapezoid rule, from -END to END: the authors'
+COLLAPSED = 0.1  # projection_std; a small ViT had 0.6 from the start and 0.72 later, with lam=0 0.04 after 20 steps
+BEFORE = 0.02  # share of the training before which nothing is judged
+HEALTHY = Verdict("healthy")
+COLLAPSE = Verdict(
+    "collapse", "all images have nearly one projection: raise lam, lower the learning rate, or use a larger batch"
+)
 RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 EPSILON = 1e-5  # added to a variance, as in PyTorch's BatchNorm
 
@@ -70,7 +76,6 @@ class Sigreg(Objective):
         self.projector = Projector([backbone.width, *[options.width] * (options.layers - 1), options.out])
         self.passes = {"global": Pass(options.view, crops=None)}
         self.crops = 2  # of the view, an image; `connect` says how many
-        self.images = 0  # of the last step, of all processes
 
     @classmethod
     def views_of(cls, options: SigregOptions) -> set[str]:
@@ -87,7 +92,6 @@ class Sigreg(Objective):
         channel: 1 when all is well) and rankme (dimensions that the global crops' features fill)."""
         rows = torch.cat([seen.pooled() for seen in features.values()])  # crop-major, the global ones first
         B = len(features["global"].tokens) // self.crops
-        self.images = B * collectives.processes()
         projected = wide(self.projector(rows))
         with torch.autocast(rows.device.type, enabled=False):
             projected_VBK = projected.unflatten(0, (-1, B))
@@ -103,6 +107,12 @@ class Sigreg(Objective):
             "sigreg": sigreg.detach(),
             **self._statistics(rows.detach()[: self.crops * B], projected_VBK.detach()),
         }
+
+    def verdict(self, numbers: Mapping[str, float]) -> Verdict | None:
+        spread = numbers.get("projection_std", math.nan)
+        if self.progress < BEFORE or not math.isfinite(spread):
+            return None
+        return COLLAPSE if spread < COLLAPSED else HEALTHY
 
     def directions(self, like: Tensor) -> Tensor:
         """Unit vectors (K, S), drawn evenly from all: a function of the progress, hence the same in every process and

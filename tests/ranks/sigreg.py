@@ -52,6 +52,5 @@ def shared(rank: int, ranks: int) -> dict[str, Any]:
     names = [*result, "tokens", *(name for name, _ in made.named_parameters())]
     return {
         "numbers": {name: value.flatten().tolist() for name, value in zip(names, mean, strict=True)},
-        "images": made.images,
         "directions": made.directions(x).tolist(),
     }

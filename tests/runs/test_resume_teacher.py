@@ -36,5 +36,7 @@ def test_the_next_twenty_losses_are_those_of_an_uninterrupted_run(
     again = {record["step"]: record for record in other.numbers if record["step"] > 5}
     assert max(after) == 26 and len(after) == (21 if processes == 1 else 8)
     assert {step: again[step] for step in after} == after
-    assert {"dino/loss", "ibot/loss", "koleo/loss", "sigreg/loss", "absolute/loss", "dino/prototypes_used"} <= after[26].keys()
+    assert {"dino/loss", "ibot/loss", "koleo/loss", "sigreg/loss", "absolute/loss", "dino/prototypes_used"} <= after[
+        26
+    ].keys()
     assert (peaceful / "backbone.safetensors").read_bytes() == (killed / "backbone.safetensors").read_bytes()

@@ -151,7 +151,16 @@ def test_a_view_that_nobody_looks_at_is_refused() -> None:
 
 
 def test_every_file_is_an_objective() -> None:
-    assert objectives.names() == ["absolute", "classification", "dino", "ibot", "koleo", "relative", "sigreg", "token_labeling"]
+    assert objectives.names() == [
+        "absolute",
+        "classification",
+        "dino",
+        "ibot",
+        "koleo",
+        "relative",
+        "sigreg",
+        "token_labeling",
+    ]
     for name in objectives.names():
         assert issubclass(objectives.find(name), objectives.Objective)
 
