@@ -59,6 +59,29 @@ def test_recipes_with_a_teacher(recipe: str, inside: Callable[..., int], images:
     assert subject_of(str(tmp_path / "run")).backbone().num_prefix_tokens == 1
 
 
+@pytest.mark.parametrize("recipe", ["sigreg", pytest.param("sigreg_absolute", marks=pytest.mark.slow)])
+def test_recipes_that_compare_crops_without_a_teacher(
+    recipe: str, inside: Callable[..., int], images: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, "views.local.size=16", "monitor.every=4", f"data={images}", f"run={tmp_path / 'run'}"]
+    words += ["objectives.sigreg.width=16", "objectives.sigreg.out=8"]
+    words += ["views.place.size=24"] if recipe == "sigreg_absolute" else []
+    assert inside(recipe, *words) == 0
+    last = Run(tmp_path / "run").metrics[-1]
+    trained = {name.removesuffix("/loss") for name in last if name.endswith("/loss") and not name.startswith("val/")}
+    assert trained == {"sigreg", *recipe.split("_")[1:]}
+    assert last["sigreg/loss"] == pytest.approx(0.95 * last["sigreg/prediction"] + 0.05 * last["sigreg/sigreg"])
+    assert {
+        "sigreg/verdict",
+        "sigreg/projection_std",
+        "val/sigreg/sigreg",
+        "knn/student",
+        "ridge/student",
+    } <= last.keys()
+    about = json.loads((tmp_path / "run" / "backbone.json").read_text())
+    assert about["pooling"] == "class" and about["position"] == "full" and about["training"]["exported"] == "student"
+
+
 # ----------------------------------------------------------------------------------------- the figures in comments
 
 

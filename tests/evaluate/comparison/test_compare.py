@@ -237,6 +237,9 @@ def test_costs_by_hand(make, compare):
     assert per_image(about, alone) == 3 * one  # one crop, forward and twice that backward
     taught = {"views": views, "objectives": {"dino": {}, "koleo": {"weight": 0.1}, "ibot": {"weight": 0.0}}}
     assert per_image(about, taught) == 2 * (3 + 1) * one  # two crops, a teacher; koleo shares dino's pass
+    few = {"size": 16, "count": 3}
+    crops = {"views": views | {"local": few}, "objectives": {"sigreg": {}}}  # no teacher, and the local crops too
+    assert per_image(about, crops) == 3 * (2 + 3) * one
     files = compare_costs(make, compare)
     assert f"{3 * one * 3200:.2e}".replace("e+", "e") in files["compare.md"]
     assert "3,200" in files["compare.md"] and "0.014" in files["compare.md"]  # 3200 images at 64 a second
