@@ -37,7 +37,7 @@ from common.commands import Parser, command
 from common.errors import Refusal
 from common.models import create
 from common.paths import expanded, expanded_path
-from pretrain.automatic import suited
+from pretrain.automatic import patched, suited
 from pretrain.config import load, option_names
 from pretrain.leaks import input_cues
 from pretrain.leaks.verdict import Leak, audit, positional
@@ -58,8 +58,9 @@ def main(argv: list[str]) -> int:
         print(f"no objective of this recipe asks where patches are ({', '.join(config.objectives)})")
         return 0
     used = {objective.view for objective in options.values()}
-    views = {name: view for name, view in config.views.items() if name in used}
     backbone = create(config.model, config.views["global"].size)
+    config.views = patched(config.views, backbone.grid)[0]
+    views = {name: view for name, view in config.views.items() if name in used}
     task = build(backbone, suited(options, backbone.grid, backbone.has_class_token)[0], views)
     if arguments.ckpt is not None:
         trained, _, _ = load_backbone(arguments.ckpt)

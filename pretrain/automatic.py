@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from common.batches.sampler import StepSampler
+from common.batches.views import View, height_width
 from common.errors import Refusal, nearest
 from common.limits import Range, expected
 from common.models.plan import PlanSpec
@@ -166,6 +167,8 @@ def resolve(config: PretrainConfig, facts: Facts) -> Settled:
     threads, source = facts.threads
     values: dict[str, Any] = {"threads": threads}
     reasons["threads"] = source
+    values["views"], why_patches = patched(config.views, facts.grid)
+    reasons |= why_patches
     batch = _batch(config, facts, values, reasons)
     per_epoch = StepSampler(
         facts.images, batch, config.seed, 1, processes=facts.processes, accumulate=config.accumulate
@@ -254,6 +257,32 @@ def suited(
         values[name] = dataclasses.replace(options, **{option: value for option, (value, _) in changes.items()})
         reasons |= {f"objectives.{name}.{option}": reason for option, (_, reason) in changes.items()}
     return values, reasons
+
+
+def patched(views: Mapping[str, View], grid: tuple[int, int]) -> tuple[dict[str, View], dict[str, str]]:
+    """Views whose patches are no longer automatic where something is done to them one by one, and the reasons. Raises
+    Refusal for patches that are not those of the backbone, of such a `grid` on the view `global`."""
+    height, width = height_width(views["global"].size)
+    of_backbone = height // grid[0], width // grid[1]
+    known, reasons = dict(views), dict[str, str]()
+    for name, view in views.items():
+        if view.patch is None and not view.by_patch:
+            continue
+        if height % grid[0] or width % grid[1]:
+            raise Refusal(
+                f"views.{name}: patches are to be changed one by one, and views.global.size={views['global'].size} is "
+                f"no multiple of the backbone's grid, {grid[0]}x{grid[1]}: choose a size that is"
+            )
+        side = of_backbone[0] if of_backbone[0] == of_backbone[1] else list(of_backbone)
+        if view.patch is None:
+            known[name] = dataclasses.replace(view, patch=side)
+            reasons[f"views.{name}.patch"] = f"views.global has {grid[0]}x{grid[1]} of them"
+        elif height_width(view.patch, "patch") != of_backbone:
+            raise Refusal(
+                f"views.{name}.patch={view.patch}: the backbone's patches have {of_backbone[0]}x{of_backbone[1]} "
+                f"pixels; expected patch={side}, or patch=null"
+            )
+    return known, reasons
 
 
 def _settled(where: str, options: Any, shared: str, owner: Any, rules: _Rules) -> dict[str, Any]:

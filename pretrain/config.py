@@ -184,8 +184,8 @@ class PretrainConfig:
     """Write TensorBoard's event files."""
     augment: Literal["auto", "host", "device"] = "auto"
     """Where crops are resized, flipped, coloured and blurred: host, in the loader's processes; device, a batch at a
-    time, to the same pixels but for rounding (docs/data.md); auto: device on a CUDA GPU, unless a view has a policy
-    or erasing."""
+    time, to the same pixels but for rounding (docs/data.md); auto: device on a CUDA GPU, unless a view has a policy,
+    erasing, or changes of single patches (gap, patch_jitter, patch_drop_colour)."""
     export: Literal["auto", "teacher", "student", "both", "average"] = "auto"
     """Which backbone is written for evaluation: student, teacher, both (the student's as student.safetensors), average,
     or auto: the average where there is one, else the teacher."""
@@ -277,6 +277,9 @@ def host_alone(views: Mapping[str, View]) -> str:
             return f"views.{name}.auto_augment={view.auto_augment} is a policy of Pillow's, one crop after the other"
         if view.erasing > 0:
             return f"views.{name}.erasing={view.erasing} is done in the loader's processes"
+        if view.by_patch:
+            option = next(each for each in ("gap", "patch_jitter", "patch_drop_colour") if getattr(view, each) > 0)
+            return f"views.{name}.{option}={getattr(view, option)} is done in the loader's processes, patch by patch"
     return ""
 
 

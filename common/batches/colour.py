@@ -31,31 +31,31 @@ def recolour(image: Tensor, changes: Iterable[Change]) -> Tensor:
         if name == "brightness":
             planes *= np.float32(amount)
         elif name == "contrast":
-            rows = np.rint(_luma(planes)).sum(axis=1)  # of whole numbers below 2^24: exact
+            rows = np.rint(luma(planes)).sum(axis=1)  # of whole numbers below 2^24: exact
             _blend(planes, np.float32(rows.sum(dtype=np.float64) / planes[0].size), amount)
         elif len(planes) != 3:
             continue
         elif name == "saturation":
-            _blend(planes, _luma(planes), amount)
+            _blend(planes, luma(planes), amount)
         elif name == "hue":
             _turn(planes, amount)
         else:
-            planes[:] = _luma(planes)
+            planes[:] = luma(planes)
         if name in JITTERED[:3] and amount > 1:  # else it stays within the colours
             np.clip(planes, 0, 255, out=planes)
     planes += 0.5  # astype truncates
     return torch.from_numpy(planes.astype(np.uint8))
 
 
-def _luma(planes: np.ndarray) -> np.ndarray:
-    """Return the luma of three channels, (h, w); the mean of any other number."""
+def luma(planes: np.ndarray) -> np.ndarray:
+    """Return the luma of three channels, (C, ...) -> (...); the mean of any other number."""
     if len(planes) != 3:
         return planes[0] if len(planes) == 1 else planes.sum(0) / np.float32(len(planes))
     red, green, blue = (np.float32(share) for share in LUMA)
-    luma = planes[0] * red
-    luma += planes[1] * green
-    luma += planes[2] * blue
-    return luma
+    total = planes[0] * red
+    total += planes[1] * green
+    total += planes[2] * blue
+    return total
 
 
 def _blend(planes: np.ndarray, other: np.ndarray | np.float32, share: float) -> None:

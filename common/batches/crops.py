@@ -87,7 +87,7 @@ def decide(
 def cut(
     image: Tensor, view: View, draws: list[float], crop: int = 0, whole: tuple[int, int] | None = None
 ) -> tuple[Tensor, Placed]:
-    """Cut a crop as `augment` does, by its row of draws: (the crop, where it lies).
+    """Cut a crop as `augment` does, by its row of draws: (the crop, where it lies). It has the view's `cut_size`.
 
     whole  (height, width) of the image before one of REDUCTIONS divided both; None: it was not reduced
     """
@@ -95,7 +95,7 @@ def cut(
     how = decide((height, width), channels, view, draws, crop, whole or (height, width))
     top, left, crop_height, crop_width = how.box
     part = image[:, top : top + crop_height, left : left + crop_width]
-    out = resize(part, height_width(view.size), view.interpolation)
+    out = resize(part, view.cut_size, view.interpolation)
     if how.placed.flipped:
         out = out.flip(-1)
     if how.changes:
@@ -138,7 +138,7 @@ def reduction(height: int, width: int, crops: Sequence[tuple[View, list[float]]]
     most = max(REDUCTIONS)
     for view, draws in crops:
         _, _, crop_height, crop_width = crop_box(height, width, view, draws)
-        out_height, out_width = height_width(view.size)
+        out_height, out_width = view.cut_size
         most = min(most, crop_height // out_height, crop_width // out_width)
     return max(divisor for divisor in REDUCTIONS if divisor <= max(1, most))
 

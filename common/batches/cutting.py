@@ -32,10 +32,10 @@ class Cutting:
         for name, view in self.views.items():
             for number, made in enumerate(self.crops[name]):
                 crop, placed = cut(image, view, rows[name][number], number, whole)
-                made.append(crop)
                 is_first = name == FIRST_VIEW and number == 0
                 where = "" if is_first else f" {name} {number}"
-                moves = strengthen(crop, view, (self.seed, *key), where, self.colours)
+                crop, moves = strengthen(crop, view, (self.seed, *key), where, self.colours)
+                made.append(crop)
                 first = (placed, moves) if is_first else first
         return first
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import UNLABELLED, Images, Unreadable
+from ..errors import Refusal
 from .crops import Placed, crop_draws, reduction
 from .cutting import CropDraws, Cutting, Size, Uncutting
 from .device import Uncut
@@ -83,7 +84,8 @@ class Faster:
     """Faster ways to crops that differ a little (docs/data.md).
 
     scaled     JPEGs are decoded to a half, quarter or eighth of their sides where all crops keep their pixels
-    on_device  crops are made where the batch goes to its device, see `device`; not of views with a policy or erasing
+    on_device  crops are made where the batch goes to its device, see `device`; not of views with a policy or erasing,
+               or whose patches are changed one by one
     """
 
     scaled: bool = False
@@ -125,6 +127,12 @@ class Samples(Dataset):
     ) -> None:
         self.images, self.views, self.seed, self.channels = images, dict(views), seed, channels
         self.colours, self.faster = colours, faster
+        for name, view in self.views.items():
+            if view.patch_drop_colour > 0 and channels != 3:
+                raise Refusal(
+                    f"views.{name}.patch_drop_colour={view.patch_drop_colour}: expected a model of 3 channels, and it "
+                    f"has {channels}: set it to 0"
+                )
         self.draws, self.collate, self.labelled = dict(draws or {}), dict(collate or {}), tuple(labelled)
         self.beside = dict(beside or {})
         first = self.views.get(FIRST_VIEW)

@@ -1,4 +1,4 @@
-"""Strong augmentation of training crops: RandAugment and random erasing.
+"""Strong augmentation of training crops: RandAugment, patches that are torn apart, random erasing.
 
 As everything that a sample is made of, a pure function of (seed, epoch, index): see `sampler`.
 """
@@ -22,8 +22,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ..errors import Refusal
+from .colour import luma
 from .sampler import generator
-from .views import View
+from .views import View, height_width
 
 Colours = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of the channels, in [0, 1]
 GREY: Colours = ((0.5,) * 3, (0.25,) * 3)
@@ -34,6 +35,7 @@ Moves = list[tuple[int, float]]
 ERASED_AREA = (0.02, 1 / 3)  # smallest and largest share of the image in an erased box (arXiv 1708.04896)
 ERASED_RATIO = (0.3, 1 / 0.3)  # narrowest and widest height:width
 ERASING_TRIES = 10
+DROPPED_NOISE = 100  # a dropped channel's noise has a deviation so many times smaller than the channel that is kept
 
 
 def auto_augment(
@@ -152,9 +154,57 @@ def erase(
     return image
 
 
-def strengthen(crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours) -> Moves:
-    """Change one crop of a view in place, uint8 (C, h, w): its policy, then random erasing, as the view says. Returns
-    what the policy moved it by: (kind, in MOVES; value).
+def torn(crop: Tensor, view: View, rng: np.random.Generator, mean: Sequence[float]) -> Tensor:
+    """Cut the patches of a view out of a crop of its `cut_size` and change their colours one by one, as the view says:
+    uint8 (C, H, W) -> contiguous uint8 (C, h, w). `mean`: of the channels, in [0, 1].
+
+    Each patch takes the same draws, whatever the options: they do not change each other's. Noise is drawn after them.
+    """
+    (height, width), (patch_height, patch_width) = height_width(view.size), height_width(view.patch, "patch")
+    grid = height // patch_height, width // patch_width
+    top, left, brightness, contrast, drop, kept = rng.random((*grid, 6)).transpose(2, 0, 1)  # each (gh, gw)
+    if view.patch_at == "centre":
+        top = left = np.full(grid, 0.5)
+    cell = patch_height + view.gap, patch_width + view.gap
+    y = (top * (view.gap + 1)).astype(int) + cell[0] * np.arange(grid[0])[:, None]  # where each patch begins
+    x = (left * (view.gap + 1)).astype(int) + cell[1] * np.arange(grid[1])
+    rows, columns = y[..., None, None] + np.arange(patch_height)[:, None], x[..., None, None] + np.arange(patch_width)
+    patches = crop.numpy()[:, rows, columns]  # (C, gh, gw, ph, pw)
+    if view.patch_jitter:
+        factors = [1 + view.patch_jitter * (2 * draws[..., None, None] - 1) for draws in (brightness, contrast)]
+        patches = _lit(patches, *factors)
+    for i, j in np.argwhere(drop < view.patch_drop_colour):
+        _drop_colour(patches[:, i, j], int(kept[i, j] * len(patches)), rng, mean)
+    rows_of_pixels = np.ascontiguousarray(patches.transpose(0, 1, 3, 2, 4))
+    return torch.from_numpy(rows_of_pixels.reshape(-1, height, width))
+
+
+def _lit(patches: np.ndarray, brightness: np.ndarray, contrast: np.ndarray) -> np.ndarray:
+    """Multiply brightness, then contrast, of patches, uint8 (C, ..., ph, pw), as `recolour` does to a crop; factors
+    (..., 1, 1)."""
+    planes = np.clip(patches.astype(np.float32) * brightness.astype(np.float32), 0, 255)
+    sums = np.rint(luma(planes)).sum((-2, -1), dtype=np.float64, keepdims=True)  # of whole numbers: exact
+    grey = (sums / math.prod(planes.shape[-2:])).astype(np.float32)
+    planes *= contrast.astype(np.float32)
+    planes += grey * (1 - contrast).astype(np.float32)
+    return (np.clip(planes, 0, 255) + np.float32(0.5)).astype(np.uint8)
+
+
+def _drop_colour(patch: np.ndarray, kept: int, rng: np.random.Generator, mean: Sequence[float]) -> None:
+    """Replace the channels of a patch, uint8 (3, ph, pw), but the one that is `kept`, by noise, in place."""
+    values = patch[kept].astype(np.int64)  # whole numbers: their sums are exact
+    deviation = math.sqrt(values.size * int((values**2).sum()) - int(values.sum()) ** 2) / values.size / DROPPED_NOISE
+    for channel in (other for other in range(len(patch)) if other != kept):
+        noise = 255 * mean[channel] + deviation * rng.standard_normal(patch.shape[1:])
+        patch[channel] = np.clip(np.rint(noise), 0, 255)
+
+
+def strengthen(
+    crop: Tensor, view: View, key: tuple[int, int, int], where: str, colours: Colours
+) -> tuple[Tensor, Moves]:
+    """Change one crop of a view, uint8 (C, H, W) of its `cut_size`, which may be overwritten: its policy, its patches,
+    then random erasing, as the view says. Returns the crop (C, h, w), and what the policy moved it by: (kind, in
+    MOVES; value).
 
     `key`: (seed, epoch, index) of the sample; `where`: "" for the first crop of the first view, else which it is.
     """
@@ -166,9 +216,11 @@ def strengthen(crop: Tensor, view: View, key: tuple[int, int, int], where: str, 
         with seeded(generator(*key, f"rand_augment{where}")):
             crop.copy_(pil_to_tensor(operation(to_pil_image(crop))))
         moves = list(operation.moves)
+    if view.by_patch:
+        crop = torn(crop, view, generator(*key, f"patches{where}"), mean)
     if view.erasing > 0:
         erase(crop, generator(*key, f"erasing{where}"), view.erasing, mean, std)
-    return moves
+    return crop, moves
 
 
 _made = functools.lru_cache(maxsize=4)(auto_augment)  # once in every worker: it cannot be pickled on every platform

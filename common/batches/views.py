@@ -63,6 +63,22 @@ class View:
     auto_augment: str | None = None
     """A policy in timm's notation, after all of the above: rand-m9-mstd0.5-inc1 (RandAugment; DeiT, Swin), original or
     v0 (AutoAugment), augmix-m3-w3, 3a (3-Augment; DeiT III); null is none."""
+
+    patch: Any = None
+    """Pixels of a patch's side, one number or [height, width], for the four options below; null: the backbone's."""
+    gap: Annotated[int, Range(at_least=0, at_most=256)] = 0
+    """Pixels left out between neighbouring patches: after all of the above the crop has cells of patch + gap pixels,
+    and of each one patch is kept. What continues across a border tells who is whose neighbour, without any content
+    (arXiv 1505.05192, 1603.09246). Evaluations have no gap."""
+    patch_at: Literal["random", "centre"] = "random"
+    """Where in its cell a patch lies: anywhere, drawn for each, so that 0 to twice the gap is left out; or centre."""
+    patch_jitter: Probability = 0.0
+    """Brightness, then contrast, of each patch are multiplied by factors of its own, 1 ± this: neighbours do not have
+    their light in common."""
+    patch_drop_colour: Probability = 0.0
+    """Probability, for each patch, that two of its three channels become noise about the recipe's mean, of a hundredth
+    of the third's deviation (colour dropping, arXiv 1505.05192): chromatic aberration tells a patch's place."""
+
     erasing: Probability = 0.0
     """Probability that a box of the crop becomes noise, last of all (random erasing; DeiT: 0.25)."""
     mixup: NotNegative = 0.0
@@ -81,6 +97,20 @@ class View:
     embedding and in place of mixup and CutMix (LV-ViT: 1.0); 0 is off. Of plain ViTs, LV-ViT and SP-ViT."""
 
     @property
+    def by_patch(self) -> bool:
+        """Whether anything is done to its patches one by one."""
+        return max(self.gap, self.patch_jitter, self.patch_drop_colour) > 0
+
+    @property
+    def cut_size(self) -> tuple[int, int]:
+        """Height and width of its crops before patches are cut out of them: the size, and the gaps."""
+        height, width = height_width(self.size)
+        if not self.gap:
+            return height, width
+        patch_height, patch_width = height_width(self.patch, "patch")
+        return height + height // patch_height * self.gap, width + width // patch_width * self.gap
+
+    @property
     def is_mixed(self) -> bool:
         """Whether its images are mixed with each other."""
         return max(self.mixup, self.cutmix, self.mix_token) > 0 and self.mix > 0
@@ -88,7 +118,14 @@ class View:
     def __post_init__(self) -> None:
         """Raises Refusal that names the field when a value is impossible."""
         check(self, "view: ")
-        height_width(self.size)
+        size = height_width(self.size)
+        if self.patch is not None:
+            patch = height_width(self.patch, "patch", " (or null)")
+            if size[0] % patch[0] or size[1] % patch[1]:
+                raise Refusal(
+                    f"view: size={self.size} is no multiple of patch={self.patch}: expected whole patches; "
+                    "choose another size, or patch=null"
+                )
         by = f"mixup={self.mixup} and cutmix={self.cutmix}"
         if self.mix_token > 0 and (self.mixup > 0 or self.cutmix > 0 or self.mix_by != "batch"):
             raise Refusal(
@@ -105,11 +142,11 @@ class View:
                 )
 
 
-def height_width(size: Any) -> tuple[int, int]:
+def height_width(size: Any, name: str = "size", otherwise: str = "") -> tuple[int, int]:
     """Return (height, width) from one number or a pair of them. Raises Refusal unless both are whole and positive."""
     pair = (size, size) if isinstance(size, int) else tuple(size) if hasattr(size, "__iter__") else ()
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise Refusal(f"view: size={size}: expected a positive whole number of pixels, or [height, width]")
+        raise Refusal(f"view: {name}={size}: expected a positive whole number of pixels, or [height, width]{otherwise}")
     return pair[0], pair[1]
 
 

@@ -37,7 +37,8 @@ def open_images(config: PretrainConfig, data: str | None) -> Images:
 def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[str, Any]:
     """Train linear probes to find the places of patches of real images, cropped as the recipe says.
 
-    Returns {"chance": ..., "images": ..., cue: [accuracy, half-width of its 99.9 % interval], ...}."""
+    Returns {"chance": ..., "images": ..., cue: [accuracy, half-width of its 99.9 % interval], ...}, and where patches
+    have others beside them "borders": [accuracy, half-width, chance] of `neighbours`."""
     count = min(IMAGES, len(images)) // 2
     view = next(objective.passes["tokens"].view for objective in task.positional.values())
     colours = config.model.mean, config.model.std
@@ -49,6 +50,8 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
     accuracies: dict[str, Any] = {"chance": 1 / math.prod(grid), "images": count}
     for name, cue in cues(pixels).items():
         accuracies[name] = probe(patches(cue, grid))
+    if grid[1] > 1 and math.prod(grid) > 2:
+        accuracies["borders"] = [*neighbours(pixels, grid), 1 / (math.prod(grid) - 1)]
     return accuracies
 
 
@@ -66,6 +69,18 @@ def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     h, w = grid
     size = h * min(SIDE, images.shape[2] // h), w * min(SIDE, images.shape[3] // w)
     return cells(F.adaptive_avg_pool2d(images, size), grid).flatten(2)
+
+
+def neighbours(images: Tensor, grid: tuple[int, int]) -> list[float]:
+    """Look for the right neighbour of each patch of images (B, C, H, W): the one whose leftmost pixels are nearest to
+    the patch's rightmost. Nothing is learned. Returns [share that is found, half-width of its interval]."""
+    of_patches = cells(images, grid)  # (B, N, C, H/h, W/w)
+    right, left = of_patches[..., -1].flatten(2), of_patches[..., 0].flatten(2)
+    away = torch.cdist(right, left, compute_mode="donot_use_mm_for_euclid_dist")  # (B, N, N)
+    nearest = away.diagonal_scatter(torch.full(away.shape[:2], math.inf), dim1=1, dim2=2).argmin(2)
+    N = math.prod(grid)
+    has_one = torch.arange(N) % grid[1] < grid[1] - 1
+    return _with_interval((nearest == torch.arange(N) + 1)[:, has_one].double().mean(1))
 
 
 def probe(rows: Tensor) -> list[float]:
@@ -87,7 +102,12 @@ def probe(rows: Tensor) -> list[float]:
             optimizer.step()
         with torch.no_grad():
             right = (head(test).argmax(-1) == torch.arange(N)).double().mean(1)
-    return [float(right.mean()), DEVIATIONS * float(right.std()) / math.sqrt(len(right))]
+    return _with_interval(right)
+
+
+def _with_interval(of_images: Tensor) -> list[float]:
+    """Return the mean of a share of each image (B,), and the half-width of its interval."""
+    return [float(of_images.mean()), DEVIATIONS * float(of_images.std()) / math.sqrt(len(of_images))]
 
 
 def in_words(accuracies: dict[str, Any]) -> str:
@@ -96,6 +116,12 @@ def in_words(accuracies: dict[str, Any]) -> str:
         f"input: a linear probe on {name} of real patches finds {accuracies[name][0]:.2%} of the places "
         f"(+-{accuracies[name][1]:.2%}), chance is {accuracies['chance']:.2%}"
         for name in accuracies
-        if name not in ("chance", "images")
+        if name not in ("chance", "images", "borders")
     ]
+    if "borders" in accuracies:
+        found, error, chance = accuracies["borders"]
+        lines.append(
+            f"input: by the pixels along borders {found:.2%} of the patches find their right neighbour (+-{error:.2%}),"
+            f" chance is {chance:.2%}"
+        )
     return "\n".join([*lines, "input: this informs about the images and never decides"])
