@@ -19,7 +19,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from common.batches.views import height_width
 from common.caching.building import Builders, read_cached
 from common.caching.pixels import Cache
 from common.checkpoints.run_folder import WAIT, RunLock, create, refuse_existing
@@ -76,7 +75,7 @@ def cached(parts: Parts, stop: StopSignal, dry_run: bool) -> str:
     """Let images be read from a cache, see `read_cached`; what it is, in a line."""
     config = parts.config.loader
     cache = Cache.of(parts.images, config.cache, parts.task.backbone.channels, config.cache_root)
-    largest = max(min(height_width(view.size)) for view in parts.samples.views.values())
+    largest = max(min(view.cut_size) for view in parts.samples.views.values())
     if cache.side is not None and cache.side < largest:
         parts.notes.append(
             f"loader.cache={cache.side} is smaller than views of {largest} pixels: all crops are enlarged"

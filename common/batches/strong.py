@@ -1,4 +1,4 @@
-"""Strong augmentation of training crops: RandAugment, patches that are torn apart, random erasing.
+"""Strong augmentation of training crops: RandAugment, patches cut apart, random erasing.
 
 As everything that a sample is made of, a pure function of (seed, epoch, index): see `sampler`.
 """
@@ -154,7 +154,7 @@ def erase(
     return image
 
 
-def torn(crop: Tensor, view: View, rng: np.random.Generator, mean: Sequence[float]) -> Tensor:
+def patchwork(crop: Tensor, view: View, rng: np.random.Generator, mean: Sequence[float]) -> Tensor:
     """Cut the patches of a view out of a crop of its `cut_size` and change their colours one by one, as the view says:
     uint8 (C, H, W) -> contiguous uint8 (C, h, w). `mean`: of the channels, in [0, 1].
 
@@ -217,7 +217,7 @@ def strengthen(
             crop.copy_(pil_to_tensor(operation(to_pil_image(crop))))
         moves = list(operation.moves)
     if view.by_patch:
-        crop = torn(crop, view, generator(*key, f"patches{where}"), mean)
+        crop = patchwork(crop, view, generator(*key, f"patches{where}"), mean)
     if view.erasing > 0:
         erase(crop, generator(*key, f"erasing{where}"), view.erasing, mean, std)
     return crop, moves

@@ -45,37 +45,44 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
     samples = Samples(images, {view: config.views[view]}, config.seed, task.backbone.channels, colours=colours)
     chosen = torch.linspace(0, len(images) - 1, 2 * count).long()[torch.randperm(2 * count)].tolist()
     crops = samples.__getitems__([(HELD_OUT_EPOCH, index) for index in chosen]).views[view]
-    pixels = crops[: 2 * count].float() / 255  # the first crop of each image
     grid = task.backbone.grid
+    patches = patches_of(crops[: 2 * count].float() / 255, grid)  # of the first crop of each image
     accuracies: dict[str, Any] = {"chance": 1 / math.prod(grid), "images": count}
-    for name, cue in cues(pixels).items():
-        accuracies[name] = probe(patches(cue, grid))
+    for name, cue in cues(patches).items():
+        accuracies[name] = probe(rows(cue))
     if grid[1] > 1 and math.prod(grid) > 2:
-        accuracies["borders"] = [*neighbours(pixels, grid), 1 / (math.prod(grid) - 1)]
+        accuracies["borders"] = [*neighbours(patches, grid), 1 / (math.prod(grid) - 1)]
     return accuracies
 
 
-def cues(pixels: Tensor) -> dict[str, Tensor]:
-    """Cues in images (B, C, H, W), by name: the pixels, and two images of the same size made of them."""
-    smooth = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    by_name = {"pixels": pixels, "high-pass residue": (pixels - smooth).abs()}
-    if pixels.shape[1] == 3:
-        by_name["colour differences"] = pixels[:, :2] - pixels[:, 1:]
+def patches_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the patches of images (B, C, H, W): (B, N, C, y, x). Where the grid does not divide the images, they are
+    averaged to a size that it divides."""
+    whole = tuple(side // count * count for side, count in zip(images.shape[2:], grid, strict=True))
+    return cells(F.adaptive_avg_pool2d(images, whole), grid)
+
+
+def cues(patches: Tensor) -> dict[str, Tensor]:
+    """Cues in patches (B, N, C, y, x), by name: the pixels, and two things made of them. None has anything of the
+    patches beside it: whether there is a seam would tell which patches lie at the edge of the picture."""
+    alone = patches.flatten(0, 1)
+    smooth = F.avg_pool2d(F.pad(alone, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    by_name = {"pixels": patches, "high-pass residue": (alone - smooth).abs().view_as(patches)}
+    if patches.shape[2] == 3:
+        by_name["colour differences"] = patches[:, :, :2] - patches[:, :, 1:]
     return by_name
 
 
-def patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Every patch as a row, (B, N, E), of at most 16x16 pixels."""
-    h, w = grid
-    size = h * min(SIDE, images.shape[2] // h), w * min(SIDE, images.shape[3] // w)
-    return cells(F.adaptive_avg_pool2d(images, size), grid).flatten(2)
+def rows(patches: Tensor) -> Tensor:
+    """Every patch of (B, N, C, y, x) as a row, (B, N, E), of at most 16x16 pixels."""
+    size = min(SIDE, patches.shape[3]), min(SIDE, patches.shape[4])
+    return F.adaptive_avg_pool2d(patches.flatten(0, 1), size).unflatten(0, patches.shape[:2]).flatten(2)
 
 
-def neighbours(images: Tensor, grid: tuple[int, int]) -> list[float]:
-    """Look for the right neighbour of each patch of images (B, C, H, W): the one whose leftmost pixels are nearest to
-    the patch's rightmost. Nothing is learned. Returns [share that is found, half-width of its interval]."""
-    of_patches = cells(images, grid)  # (B, N, C, H/h, W/w)
-    right, left = of_patches[..., -1].flatten(2), of_patches[..., 0].flatten(2)
+def neighbours(patches: Tensor, grid: tuple[int, int]) -> list[float]:
+    """Look for the right neighbour of each patch of (B, N, C, y, x): the one whose leftmost pixels are nearest to the
+    patch's rightmost. Nothing is learned. Returns [share that is found, half-width of its interval]."""
+    right, left = patches[..., -1].flatten(2), patches[..., 0].flatten(2)
     away = torch.cdist(right, left, compute_mode="donot_use_mm_for_euclid_dist")  # (B, N, N)
     nearest = away.diagonal_scatter(torch.full(away.shape[:2], math.inf), dim1=1, dim2=2).argmin(2)
     N = math.prod(grid)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from common.batches.views import height_width
 from common.caching.pixels import FULL, Cache, size_of
 from common.processes import collectives
 from common.processes.launch import usable_cores
@@ -98,7 +97,7 @@ def cache_advice(parts: Parts) -> str:
     config = parts.config.loader
     if config.cache is not None or config.decode == "scaled" or parts.images.in_memory:
         return ""
-    side = max(min(height_width(view.size)) for view in parts.samples.views.values())
+    side = max(min(view.cut_size) for view in parts.samples.views.values())
     channels = parts.task.backbone.channels
     caches = {
         option: Cache.of(parts.images, option, channels, config.cache_root) for option in (round(MARGIN * side), FULL)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from common.batches.mixing import mix_targets, partners
 from common.batches.samples import Beside
 from common.batches.unreadable import Limit
-from common.batches.views import View, height_width
+from common.batches.views import View
 from common.data import Images
 from common.errors import Refusal
 from common.features.classes import ClassHead, class_logits
@@ -102,7 +102,7 @@ class TokenLabeling(Objective):
     def connect(self, others: Mapping[str, Objective], views: Mapping[str, View]) -> None:
         """Raises Refusal where pixels are mixed, which would say something else than the labels of their patches."""
         view = views[self.options.view]
-        self.crop = height_width(view.size)
+        self.crop = view.cut_size  # a policy moves it before patches are cut out; each stays in its own cell
         if view.is_mixed and not view.mix_token > 0:
             raise Refusal(
                 f"views.{self.options.view}: mixup={view.mixup} and cutmix={view.cutmix} mix pixels, and patches have "

@@ -16,7 +16,6 @@ from common.errors import Refusal
 from common.models import ModelConfig, create
 from pretrain import audit as auditing
 from pretrain.config import PretrainConfig
-from pretrain.leaks import input_cues
 from pretrain.leaks import noise as noise_probe
 from pretrain.leaks import verdict as verdicts
 from pretrain.leaks.noise import Noise
@@ -333,15 +332,3 @@ def test_an_objective_that_weighs_nothing_is_not_asked(capsys: pytest.CaptureFix
 def test_what_is_not_understood_is_refused(words: list[str]) -> None:
     with pytest.raises(Refusal):
         auditing.main(words)
-
-
-def test_raw_pixels_tell_where_a_gradient_is_and_nothing_of_noise() -> None:
-    """Brightness that rises to the lower right: its patches are found. In noise they are not."""
-    torch.manual_seed(0)
-    slope = torch.linspace(0, 1, 16)
-    bright = (slope[:, None] * 2 + slope).expand(64, 1, 16, 16) + 0.01 * torch.rand(64, 1, 16, 16)
-    for pixels, found in ((bright, True), (torch.rand(64, 1, 16, 16), False)):
-        rows = input_cues.patches(pixels, (2, 2))
-        assert rows.shape == (64, 4, 64) and torch.equal(rows[0, 1], pixels[0, 0, :8, 8:].flatten())
-        accuracy, error = input_cues.probe(rows)
-        assert (accuracy - error > 0.5) == found
