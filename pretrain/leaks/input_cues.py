@@ -58,7 +58,8 @@ def measure(config: PretrainConfig, task: Pretraining, images: Images) -> dict[s
 def patches_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the patches of images (B, C, H, W): (B, N, C, y, x). Where the grid does not divide the images, they are
     averaged to a size that it divides."""
-    whole = tuple(side // count * count for side, count in zip(images.shape[2:], grid, strict=True))
+    h, w = grid
+    whole = images.shape[2] // h * h, images.shape[3] // w * w
     return cells(F.adaptive_avg_pool2d(images, whole), grid)
 
 

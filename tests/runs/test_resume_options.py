@@ -58,6 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("model.kwargs.depth=3", ["model.kwargs.depth (2 -> 3)"]),
         ("model.kwargs.num_classes=5", ["model.kwargs.num_classes (None -> 5)"]),
         ("views.global.flip=0.5", ["views.global.flip (0.0 -> 0.5)"]),
+        ("views.global.gap=2", ["views.global.gap (0 -> 2)"]),
         ("objectives.absolute.head=half", ["objectives.absolute.head"]),
         ("objectives.relative.weight=0.5", ["objectives.relative.weight (1.0 -> 0.5)"]),
         ("monitor.held_out=0.2", ["monitor.held_out (0.1 -> 0.2)"]),
