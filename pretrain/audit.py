@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 0
     used = {objective.view for objective in options.values()}
     backbone = create(config.model, config.views["global"].size)
-    config.views = patched(config.views, backbone.grid)[0]
+    config = dataclasses.replace(config, views=patched(config.views, backbone.grid)[0])
     views = {name: view for name, view in config.views.items() if name in used}
     task = build(backbone, suited(options, backbone.grid, backbone.has_class_token)[0], views)
     if arguments.ckpt is not None:

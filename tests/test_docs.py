@@ -13,7 +13,7 @@ from documented.commands import FENCE, PAGES, README, ROOT, SCRIPTED, SHELL, cal
 from common.errors import Refusal
 
 # how a command begins that makes figures
-MADE = ("accelerate launch evaluate/", "accelerate launch pretrain/", "python benchmarks/")
+MADE = ("accelerate launch evaluate/", "accelerate launch pretrain/", "python pretrain/audit.py ", "python benchmarks/")
 
 
 class Understood(Exception):
