@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from common.batches.crops import crop_draws, cut
-from common.batches.strong import MOVES, auto_augment, seeded
+from common.batches.strong import MOVES, auto_augment, patchwork, seeded
 from common.batches.views import View
 from pretrain.token_labels import maps
 
@@ -210,6 +210,24 @@ def test_the_labels_of_a_quadrant_follow_it_through_crop_flip_and_rotation() -> 
         seen.add((placed.flipped, step[1]))
     assert len(seen) == 6 and compared > 1000
     assert disagreeing <= compared / 200  # where an edge of the map, half a cell wide, meets a token
+
+
+def test_the_labels_of_a_quadrant_are_those_of_patches_that_are_cut_apart() -> None:
+    """Each patch is cut out of the cell that its label is of."""
+    picture, scores, ids = quadrant()
+    apart = View(size=[20, 40], scale=[0.3, 0.9], flip=0.5, jitter=0.0, grayscale=0.0, patch=4, gap=3)
+    compared = disagreeing = 0
+    for seed in range(40):
+        crop, placed = cut(picture, apart, crop_draws(apart, np.random.default_rng(seed))[0])
+        assert crop.shape[1:] == (35, 70)
+        pixels = patchwork(crop, apart, np.random.default_rng(seed), (0.5,) * 3)
+        boxes, flips = torch.tensor([placed.box]), torch.tensor([placed.flipped])
+        label = maps.targets(scores, ids, 2, boxes, flips, (5, 10)).tokens[0, :, 1].view(5, 10)
+        each = pixels[1].float().view(5, 4, 10, 4)
+        green, grey = each.amin((1, 3)) > GREEN - 20, each.amax((1, 3)) < GREY + 20
+        compared += int((green | grey).sum())
+        disagreeing += int((green & (label < 0.5)).sum() + (grey & (label > 0.5)).sum())
+    assert compared > 1700 and disagreeing <= compared / 200
 
 
 @pytest.mark.parametrize("spec", ["rand-m9-n3-mstd0.5-inc1", "original-mstd0.5"])
