@@ -119,7 +119,7 @@ class Sigreg(Objective):
         every part of a step, and in a resumed run."""
         rng = np.random.default_rng(int(np.float64(self.progress).view(np.uint64)))
         drawn = torch.from_numpy(rng.standard_normal((self.options.out, self.options.slices)))
-        return F.normalize(drawn, dim=0).to(like)
+        return F.normalize(drawn, dim=0).to(like.dtype).to(like.device)  # not every device has float64
 
     @torch.no_grad()
     def _statistics(self, rows: Tensor, projected_VBK: Tensor) -> dict[str, Tensor]:
