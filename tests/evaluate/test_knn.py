@@ -77,7 +77,7 @@ def test_quarters_of_the_block_that_held_out_images_choose(make_run, script, rep
     share = (votes.sum(1).argmax(1) == torch.from_numpy(test.labels)).double().mean().item()
     assert entry["accuracy"] == pytest.approx(share)
     said = capsys.readouterr().out
-    assert f"quarters of block {block}" in said and "half whitened" in said and "k=3, centred*" in said
+    assert f"quarters of block {block}" in said and "partly whitened" in said and "k=3, centred*" in said
     assert {"random", "pixels"} < report["values"].keys()
 
 

@@ -90,15 +90,15 @@ def test_metrics():
     assert wilson(0.0, 10)[0] == 0 and 0.2 < wilson(0.0, 10)[1] < 0.35
 
 
-def test_half_whitened_by_hand():
-    """Along every principal axis the spread becomes its own square root, but for the floor."""
+def test_partly_whitened_by_hand():
+    """Along every principal axis the spread becomes its own fourth root, but for the floor."""
     rng = np.random.default_rng(0)
     axes, _ = np.linalg.qr(rng.normal(size=(5, 5)))
     bank = rng.normal(size=(400, 5)) * [30, 10, 3, 1, 0.2] @ axes.T + 7
     queries = rng.normal(size=(9, 5)) * [30, 10, 3, 1, 0.2] @ axes.T + 7
     centred = bank - bank.mean(0)
     variances, directions = np.linalg.eigh(centred.T @ centred / len(bank))
-    scale = (variances + FLOOR * variances.mean()) ** -0.25
+    scale = (variances + FLOOR * variances.mean()) ** (-3 / 8)
     wanted = [(side - bank.mean(0)) @ directions * scale for side in (bank, queries)]
     wanted = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in wanted]
     mine, theirs = treated(torch.from_numpy(bank).float(), torch.from_numpy(queries).float(), WHITENED)
