@@ -69,6 +69,8 @@ pretrain/dino_relative          14 class 125100     0.1  0.996129  teacher 65536
 pretrain/dinov2                 14 class 125100     0.1     0.992  teacher 65536  0.01 65536  0.01
 pretrain/dinov2_absolute        14 class 125100     0.1     0.992  teacher 65536  0.01 65536  0.01   all
 pretrain/droppos                14 class 125000    0.05  0.992274  student hidden
+pretrain/imagenet100            14 -     250200  0.05  0.996129  student   all   784
+pretrain/imagenette             14 -     1000800 0.05  0.999031  student   all   784
 pretrain/jigsaw                 14 class 375300  0.0167  0.996129  student   all
 pretrain/mp3                    14 class 125000    0.05  0.992274  student   all
 pretrain/quickstart              4 -     360324     0.1    0.9995  student   all

@@ -153,8 +153,17 @@ def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
 
 
 def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
-    """DINO, DINOv2, iBOT, DropPos: all of two dimensions and more decays. In their code tokens have three, or two."""
-    names = ("dino", "dino_absolute", "dino_relative", "dinov2", "dinov2_absolute", "droppos")
+    """DINO, DINOv2, iBOT, DropPos, LeJEPA: all of two dimensions and more decays. In their code tokens have three, or two."""
+    names = (
+        "dino",
+        "dino_absolute",
+        "dino_relative",
+        "dinov2",
+        "dinov2_absolute",
+        "droppos",
+        "sigreg",
+        "sigreg_absolute",
+    )
     for recipe in RECIPES:
         config = loaded(RECIPES[recipe]).optimizer
         assert config.decay_tokens == (recipe in names), recipe
