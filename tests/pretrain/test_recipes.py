@@ -153,7 +153,7 @@ def test_what_comments_say_of_the_data_and_of_parts_is_computed() -> None:
 
 
 def test_what_decays_and_how_fast_it_learns_is_as_in_the_sources() -> None:
-    """DINO, DINOv2, iBOT, DropPos, LeJEPA: all of two dimensions and more decays. In their code tokens have three, or two."""
+    """DINO, DINOv2, iBOT, DropPos, LeJEPA: all of two dimensions and more decays; in their code tokens have three."""
     names = (
         "dino",
         "dino_absolute",
