@@ -20,7 +20,8 @@ from common.data import Images, open_data, with_classes_of
 from common.data.location import location_of
 from common.errors import Refusal
 from common.features.finite import refuse_spoiled
-from common.models import create
+from common.features.whitened import fill, filters_for, stem_of
+from common.models import Backbone, create
 from common.processes import collectives
 from common.processes.launch import set_threads, usable_cores
 from common.processes.stopping import Stopped, StopSignal, at_once
@@ -137,7 +138,7 @@ def assemble(
         known = count, backbone.grid, backbone.has_class_token, labels, process.num_processes, usable_cores(), threads
         settled = automatic.resolve(config, Facts(*known, process.device.type, "batch" not in typed))
         config = settled.options
-        init = pretrained.begin_from(backbone, config.model.init, config.model.weights) if fresh else ""
+        init = _begin(config, backbone, train, process) if fresh else ""
         refuse_spoiled(backbone.model.state_dict() if init else None, f"model.init={config.model.init}")
         task = build(backbone, resolve(config.objectives), config.views)
         if init:
@@ -193,6 +194,16 @@ def _samples(config: PretrainConfig, train: Images, task: Pretraining, images: I
     faster = Faster(scaled=config.loader.decode == "scaled", on_device=config.augment == "device")
     kind = StreamSamples if config.data_stream else Samples
     return kind(train, views, config.seed, task.backbone.channels, *drawn, faster)
+
+
+def _begin(config: PretrainConfig, backbone: Backbone, train: Images, process: PartialState) -> str:
+    """Let the backbone begin from model.init, in a line what that was; without, its stem of filters, if it has one,
+    from patches of the training images, the first process's for all. Raises Refusal, or Stopped as `first_finds`."""
+    if config.model.init is None and stem_of(backbone) is not None:
+        workers = config.loader.workers or 0
+        find = functools.partial(filters_for, backbone, train, config.seed, workers)
+        fill(backbone, first_finds(process, "stem       whitened patches of training images", PATIENCE, find))
+    return pretrained.begin_from(backbone, config.model.init, config.model.weights)
 
 
 def _begin_classifier(config: PretrainConfig, task: Pretraining, images: Images) -> str:

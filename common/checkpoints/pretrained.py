@@ -144,9 +144,8 @@ def begin_from(backbone: Backbone, init: str | None, weights: str | None = None)
     if "pos_embed" not in kept and resized(state, model_state, source.grid, backbone.grid):
         (h, w), (new_h, new_w) = source.grid, backbone.grid
         notes.append(f"position embedding resized from {h}x{w} to {new_h}x{new_w}")
-    irpe = f", model.irpe={dict(config.irpe)}" if config.irpe is not None else ""
     size = f"{backbone.size[0]}x{backbone.size[1]}"
-    this = f"model.name={config.name} with model.kwargs={dict(config.kwargs)}{irpe} at {size}"
+    this = f"model.name={config.name} with model.kwargs={dict(config.kwargs)}{_added(vars(config))} at {size}"
     try:
         load_exactly(backbone.model, state, f"model.init={init}")
     except Refusal as refusal:
@@ -186,8 +185,8 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
             trained, _, facts = public.load_backbone(init)
         except Refusal as refusal:
             raise Refusal(f"{asked}: {refusal}") from None
-        irpe = f", model.irpe={facts['irpe']}" if facts.get("irpe") is not None else ""
-        name = f"{facts['name']} with model.kwargs={facts['kwargs']}{irpe} at {trained.size[0]}x{trained.size[1]}"
+        size = f"{trained.size[0]}x{trained.size[1]}"
+        name = f"{facts['name']} with model.kwargs={facts['kwargs']}{_added(facts)} at {size}"
         state, heads = trained.model.state_dict(), _heads(trained.model)
         mean, std = list(facts["mean"]), list(facts["std"])
         return _Source(name, state, trained.grid, facts["position"], heads, mean, std, [])
@@ -205,6 +204,12 @@ def _source(backbone: Backbone, init: str, weights: str | None) -> _Source:
     stem = getattr(model, "patch_embed", None)
     grid = tuple(getattr(stem, "grid_size", None) or backbone.grid)
     return _Source(name, state, grid, "full", _heads(model), mean, std, notes + left_out)  # type: ignore[arg-type]
+
+
+def _added(options: Mapping[str, Any]) -> str:
+    """What was added to timm's own network, in words of options."""
+    given = {name: options.get(name) for name in ("irpe", "stem")}
+    return "".join(f", model.{name}={dict(value)}" for name, value in given.items() if value is not None)
 
 
 def _heads(model: nn.Module) -> list[int]:

@@ -55,6 +55,7 @@ def describe(backbone: Backbone, position: str, pooling: str, training: dict[str
         "attention": config.attention,
         "position_embedding": config.position_embedding,
         "irpe": config.irpe,
+        "stem": config.stem,
         "position": position,
         "pooling": pooling,
         "width": backbone.width,
@@ -157,6 +158,7 @@ def _malformed(description: Mapping[str, Any]) -> str | None:
         "position, expected full or none": description["position"] in ("full", "none"),
         "crop, expected a share": numbers([description.get("crop", 1.0)], 1e-9, 1),
         "irpe, expected a mapping": isinstance(description.get("irpe"), (dict, type(None))),
+        "stem, expected a mapping": isinstance(description.get("stem"), (dict, type(None))),
         "pooling, expected mean, class or both": description.get("pooling", "mean") in POOLINGS,
         "loaded, expected a list of sentences": _all(description.get("loaded", []), list, str),
         "training, expected a mapping": isinstance(description.get("training", {}), dict),
@@ -244,6 +246,7 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
         attention=description.get("attention", "auto"),
         position_embedding=description.get("position_embedding", "learned"),
         irpe=description.get("irpe"),
+        stem=description.get("stem"),
     )
 
 

@@ -53,6 +53,9 @@ class ModelConfig:
     irpe: dict[str, Any] | None = None
     """Give a plain ViT or DeiT the relative position encoding iRPE: {on: k|qk|qkv, method: product|euclidean|
     quantization|cross, mode: ctx|bias, shared_head: true, ratio: 1.9}; {} is on qkv by product."""
+    stem: dict[str, Any] | None = None
+    """Give a plain ViT or DeiT filters inside a patch as patch embedding: {filters: 200, side: 6}; {} is that. They
+    begin as whitened patches of the training images, and are trained. null: one linear map of a patch."""
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     """Channel means in [0, 1] that are subtracted from the images; one per input channel."""
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
@@ -192,8 +195,7 @@ class Backbone(nn.Module):
         Raises ValueError if there are fewer blocks."""
         plan = plan or TokenPlan("none" if self.without_position else "full")
         if images.dtype == torch.uint8:
-            # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
-            images = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
+            images = self.normalised(images)
         blocks = self._wanted(last) if isinstance(self.model, VisionTransformer) else []
         if not self.plain and (masked is not None or not plan.whole):
             raise ValueError(f"{self.config.name} runs whole grids only, and takes no mask token")
@@ -223,6 +225,11 @@ class Backbone(nn.Module):
             images, indices=last, norm=norm, output_fmt="NCHW", intermediates_only=True, **options
         )
         return [_from_map(plan, *output) if isinstance(output, tuple) else _from_map(plan, output) for output in maps]
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Normalise uint8 images."""
+        # one buffer: on a CPU each further pass over the images costs as much as decoding a tenth of them
+        return images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
 
     def _wanted(self, last: int | Sequence[int]) -> list[int]:
         """Numbers, from 0, of the blocks of a plain ViT that `last` asks for."""

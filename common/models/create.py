@@ -18,6 +18,7 @@ from . import token_plans
 from .backbone import Backbone, ModelConfig
 from .embeddings import resize_without_antialiasing
 from .irpe import add_irpe
+from .stem import add_stem
 from .swin import alter
 
 CHANNELS = (1, 3)  # of an image: grey, RGB
@@ -71,13 +72,15 @@ def _network(config: ModelConfig, kwargs: dict[str, Any]) -> nn.Module:
         warnings.simplefilter("ignore")  # timm's notes on pretrained tags, which are not used here
         model = timm.create_model(config.name, **kwargs)
     alter(model, **{key.removeprefix("swin_"): config.kwargs[key] for key in SWIN if key in config.kwargs})
+    if config.stem is not None:
+        add_stem(model, config.std, **config.stem)
     if config.irpe is not None:
         add_irpe(model, **config.irpe)
     return model
 
 
 def _refuse_impossible(config: ModelConfig) -> None:
-    """Raise Refusal for a name, channels, means or options of iRPE that no backbone can have."""
+    """Raise Refusal for a name, channels, means or options of iRPE or the stem that no backbone can have."""
     if reason := no_architecture(config.name):
         raise Refusal(f"model.name={config.name!r}: {reason}; timm.list_models('vit_*') lists names")
     in_chans = config.kwargs.get("in_chans", len(config.mean))
@@ -94,11 +97,15 @@ def _refuse_impossible(config: ModelConfig) -> None:
             f"model.mean={list(config.mean)} and model.std={list(config.std)}: expected as many finite numbers each, "
             "and every std above 0"
         )
-    known = list(inspect.signature(add_irpe).parameters)[1:]
-    if unknown := sorted(set(config.irpe or {}) - set(known)):
-        raise Refusal(
-            f"model.irpe.{unknown[0]} is no option of iRPE: expected {', '.join(known)}{nearest(unknown[0], known)}"
-        )
+    for option, given, what, add, first in (
+        ("irpe", config.irpe, "iRPE", add_irpe, 1), ("stem", config.stem, "the stem", add_stem, 2)
+    ):  # fmt: skip
+        known = list(inspect.signature(add).parameters)[first:]
+        if unknown := sorted(set(given or {}) - set(known)):
+            raise Refusal(
+                f"model.{option}.{unknown[0]} is no option of {what}: expected {', '.join(known)}"
+                f"{nearest(unknown[0], known)}"
+            )
 
 
 def no_architecture(name: Any) -> str | None:

@@ -15,7 +15,7 @@ from ..errors import Refusal
 
 STAND_INS = {"mask_token", "hidden_position"}  # for an embedding that is not shown; `pretrain.objectives` have them
 TOKENS = {"pos_embed", "cls_token", "dist_token", "reg_token", *STAND_INS}
-NO_DECAY = {"relative_position_bias_table"}
+NO_DECAY = {"relative_position_bias_table", "filters"}  # of Swin; of a stem, whose answers a threshold meets
 EMBEDDINGS = ("pos_embed", "_token", "rel_pos_bias")
 STEM = ("patch_embed", "norm_pre", "rel_pos_bias", "stem")  # what a model does before its first block
 TOP = ("norm.", "fc_norm.", "head", "aux_head", "attn_pool.")  # and after its last one

@@ -22,7 +22,8 @@ SEED_ONLY = ("seed", "run", "threads", "log_every", "checkpoint_every", "checkpo
              "milestone_every", "tensorboard", "allow_leak", "data_root")  # fmt: skip
 # A group -> options in it, likewise.
 SEED_ONLY_OF = {"monitor": ("every", "control_every"), "loader": ("workers", "cache_root")}
-OF_RANDOM = ("name", "kwargs", "size", "crop", "mean", "std", "position", "position_embedding", "irpe", "pooling")
+OF_RANDOM = ("name", "kwargs", "size", "crop", "mean", "std", "position", "position_embedding", "irpe", "stem",
+             "pooling")  # fmt: skip
 OF_RAW = ("size", "crop")
 
 

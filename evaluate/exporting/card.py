@@ -34,12 +34,13 @@ def rows_of(source: Source) -> dict[str, str]:
     without = description["position"] == "none"
     parameters = sum(tensor.numel() for tensor in (subject.state or {}).values())
     irpe = f", iRPE {code(description['irpe'])}" if description.get("irpe") is not None else ""
+    stem = f", stem {code(description['stem'])}" if description.get("stem") is not None else ""
     objectives = [
         f"{name} (position {options['position']})" if "position" in options else name
         for name, options in (training.get("objectives") or {}).items()
     ]
     rows = {
-        "Architecture": f"`{description['name']}` {code(description['kwargs'])}{irpe}",
+        "Architecture": f"`{description['name']}` {code(description['kwargs'])}{irpe}{stem}",
         "Input": f"{len(description['mean'])} channels, {h}x{w} pixels, the inner {description.get('crop', 0.875):.1%}",
         "Normalisation": f"values in [0, 1], minus {code(description['mean'])}, divided by {code(description['std'])}",
         "Output": f"{description['grid'][0]}x{description['grid'][1]} patch tokens of width {description['width']}, "

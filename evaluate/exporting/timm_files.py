@@ -60,6 +60,11 @@ def recipe(description: Mapping[str, Any]) -> Recipe:
             f"--to timm: iRPE was added to {description['name']} after timm had built it, which no timm.create_model "
             f"repeats (the published {next(iter(PUBLISHED))} and others can be exported); {elsewhere}"
         )
+    if description.get("stem") is not None:
+        raise Refusal(
+            f"--to timm: a stem of filters (model.stem) was put into {description['name']} after timm had built it, "
+            f"which no timm.create_model repeats; {elsewhere}"
+        )
     altered = {name: description["kwargs"].get(name, usual) for name, usual in SWIN_AS_IN_TIMM.items()}
     if altered != SWIN_AS_IN_TIMM:
         raise Refusal(f"--to timm: its Swin was altered ({altered}), which no timm.create_model repeats; {elsewhere}")

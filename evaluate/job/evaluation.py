@@ -221,6 +221,7 @@ def begin(
     precision = _precision(arguments.precision, training.get("precision"), device)
     location = changed_location(training, data_options(arguments))
     train, test, note = splits(location)
+    subject = dataclasses.replace(subject, images=train, workers=arguments.workers)
     if train.labels is not None:
         refuse_gaps(train, test, location.spec)
     usual = training.get("max_bad") if arguments.data is None else None

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batches.sampler import generator, order
-from common.batches.unreadable import NO_LIMIT
 from common.data import Images
-from common.features.extraction import PIXELS, Eye, FeaturesOf, shown, shown_key
+from common.features.extraction import PIXELS, Eye, FeaturesOf, shown_key
+from common.features.whitened import DRAWN, IMAGES, WHITENING, learn
+from common.models.stem import CONTRAST
 from evaluate.probing.quarters import halved
 
 FILTERS, SIDE = 400, 6  # patches that are filters, and their pixels a side
 THRESHOLD = 0.25  # of the soft threshold
-CONTRAST, WHITENING = 10.0, 0.1  # added to a patch's variance (of pixels to 255), and to that along every direction
-IMAGES, DRAWN = 10_000, 100_000  # training images that are read, at most, and patches that are drawn from them
 AT_ONCE = 32  # images whose answers are in memory: 2.3 MB each
 
 
@@ -61,31 +59,12 @@ def smaller(images: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if pixels.shape[-2:] == size else F.adaptive_avg_pool2d(pixels, size)
 
 
-@torch.no_grad()
 def learned(images: Images, eye: Eye, seed: int) -> Filters:
     """Learn filters from training `images` as they are shown to `eye`; `seed` decides what is drawn."""
     small = (min(eye.size[0], PIXELS), min(eye.size[1], PIXELS))  # as of raw pixels
-    side, other = min(SIDE, small[0]), min(SIDE, small[1])
-    chosen_images = images.subset(sorted(order(seed, 0, len(images))[:IMAGES]))
-    per_image = -(-DRAWN // len(chosen_images))
-    drawn: list[Tensor] = []
-    for batch, index in shown(chosen_images, replace(eye, limit=NO_LIMIT), warn=lambda line: None):
-        for pixels, i in zip(smaller(batch, small), index.tolist(), strict=True):
-            rng = generator(seed, 0, i, "patches")
-            tops = rng.integers(0, small[0] - side + 1, per_image)
-            lefts = rng.integers(0, small[1] - other + 1, per_image)
-            windows = pixels.unfold(1, side, 1).unfold(2, other, 1)  # a view: (C, rows, columns, side, other)
-            drawn.append(windows[:, tops, lefts].transpose(0, 1).flatten(1))
-    patches = torch.cat(drawn).double()  # (M, D)
-    patches -= patches.mean(1, keepdim=True)
-    patches *= (patches.square().sum(1, keepdim=True) / (patches.shape[1] - 1) + CONTRAST).rsqrt()
-    mean = patches.mean(0)
-    patches -= mean
-    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    whiten = directions * (variances.clamp_min(0) + WHITENING).rsqrt() @ directions.T  # ZCA
-    chosen = generator(seed, 0, 0, "filters").permutation(len(patches))[:FILTERS]
-    filters = F.normalize(patches[torch.from_numpy(chosen)] @ whiten, dim=1) @ whiten
-    return Filters(filters.float().view(-1, eye.channels, side, other), (filters @ mean).float(), small)
+    side = min(SIDE, small[0]), min(SIDE, small[1])
+    shrink = functools.partial(smaller, size=small)
+    return Filters(*learn(images, eye, seed, shrink, side, FILTERS, CONTRAST), small)
 
 
 def patches(train: Images, eye: Eye, seed: int, device: torch.device | str = "cpu") -> FeaturesOf:

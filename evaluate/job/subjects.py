@@ -16,9 +16,11 @@ from common.batches.views import PRESETS, View, height_width
 from common.checkpoints import public, storage
 from common.checkpoints.pretrained import POSITION_TENSORS, TIMM, resized, timm_model, without_pooling
 from common.checkpoints.public import build, describe, load_exactly
+from common.data import Images
 from common.data.location import location_of
 from common.errors import Refusal
 from common.features.extraction import RAW
+from common.features.whitened import fill, filters_for, stem_of
 from common.models import Backbone, ModelConfig, create, sp_vit, swin
 from common.models.create import no_architecture
 from common.models.plan import TokenPlan
@@ -38,6 +40,8 @@ class Subject:
     state: dict[str, Tensor] | None  # weights by name; None: untrained
     folder: Path  # where its reports go
     file: Path | None = None  # of the weights, beside which a classifier may lie
+    images: Images | None = None  # training images: an untrained stem begins as patches of theirs
+    workers: int = 0  # that read them
 
     @property
     def plan(self) -> TokenPlan:
@@ -64,11 +68,18 @@ class Subject:
         backbone = build(self.description)
         if self.state is not None:
             load_exactly(backbone.model, self.state, self.name)
+        else:
+            self._begin(backbone, seed)
         return backbone.eval()
+
+    def _begin(self, backbone: Backbone, seed: int) -> None:
+        """Let an untrained stem begin as one that is trained does, but from the evaluation's training images."""
+        if self.images is not None and stem_of(backbone) is not None:
+            fill(backbone, filters_for(backbone, self.images, seed, self.workers))
 
     def untrained(self) -> "Subject":
         """The baseline: the same architecture under the same position mode, never trained."""
-        return Subject(RANDOM, self.description, None, self.folder)
+        return Subject(RANDOM, self.description, None, self.folder, images=self.images, workers=self.workers)
 
     def for_finetuning(self, seed: int = 0, **kwargs: Any) -> tuple[Backbone, str]:
         """Build a backbone to train further: (it, with position encoding; a note on what was added, or empty).
@@ -79,6 +90,7 @@ class Subject:
         torch.manual_seed(seed)
         backbone = build(self.description | {"position": "full", "kwargs": self.description["kwargs"] | kwargs})
         if self.state is None:
+            self._begin(backbone, seed)
             return backbone, ""
         fresh = {}
         if self.description["position"] == "none":
