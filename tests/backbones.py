@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from common.models import Backbone, Features, ModelConfig, create
+from common.models.backbone import IMAGENET_STD
 from common.models.irpe import add_irpe
+from common.models.stem import add_stem
 from common.models.swin import alter
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -32,6 +34,7 @@ class Row:
     oblong: tuple[tuple[int, int], tuple[int, int]] | None = ((16, 24), (2, 3))  # a size, and its grid
     odd: tuple[tuple[int, int], tuple[int, int]] | None = ((40, 40), (5, 5))
     idle: str = "nothing"  # parameters whose gradient is zero until others have moved
+    stem: dict[str, Any] | None = None
 
 
 PLAIN = "vit_tiny_patch16_224"
@@ -68,6 +71,7 @@ ROWS = {
     "irpe, no class token": Row(
         PLAIN, VIT | {"class_token": False, "global_pool": "avg"}, {"on": "k", "method": "product"}, prefix=0
     ),
+    "stem": Row(PLAIN, stem={"filters": 12, "side": 6}),
     "lv-vit": Row("lvvit_t", LV, **LV_SIZES),
     "lv-vit, dynamic": Row("lvvit_t", LV | {"dynamic_img_size": True}, **LV_SIZES),
     "sp-vit": Row("spvit_s", SP, **LV_SIZES, idle=UNTIL_W2_MOVES),
@@ -84,6 +88,8 @@ def build(name: str, size: tuple[int, int] | None = None, drop_path: float = 0.0
     row = ROWS[name]
     if row.irpe is not None:
         more["irpe"] = dict(row.irpe)
+    if row.stem is not None:
+        more["stem"] = dict(row.stem)
     torch.manual_seed(0)
     kwargs = row.kwargs | {"drop_path_rate": drop_path}
     return create(ModelConfig(row.name, kwargs, **more), size or row.size)
@@ -100,6 +106,8 @@ def own(name: str, **kwargs: Any) -> Any:
     model = timm.create_model(row.name, **kwargs)
     if row.irpe is not None:
         add_irpe(model, **row.irpe)
+    if row.stem is not None:
+        add_stem(model, IMAGENET_STD, **row.stem)
     if swin:
         alter(model, **{key.removeprefix("swin_"): value for key, value in swin.items()})
     return model

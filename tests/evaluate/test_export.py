@@ -21,9 +21,9 @@ from common.models.plan import PlanSpec, TokenPlan
 from evaluate.exporting import onnx, timm_files
 from evaluate.job.classifier import Classifier
 
-NAMES = [name for name, row in ROWS.items() if row.irpe is None and name != "swin, altered"]
+NAMES = [name for name, row in ROWS.items() if row.irpe is None and name not in ("swin, altered", "stem")]
 TO_TIMM = [*((name, "full") for name in NAMES), *((name, "none") for name in NAMES if name != "nest")]  # 3 s, as Swin
-ELSEWHERE = ["irpe, qkv", "swin, altered"]
+ELSEWHERE = ["irpe, qkv", "swin, altered", "stem"]
 CALM = ["--threads", "1", "--images", "3"]
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
@@ -36,7 +36,7 @@ def run_of(tmp_path, data):
     def make(name, position="full", pooling="mean", classes=0, size=None, **options):
         row = ROWS[name]
         torch.manual_seed(3)
-        config = ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe, **options)
+        config = ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe, stem=row.stem, **options)
         backbone = create(config, list(size or row.size))
         for parameter in backbone.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -326,7 +326,7 @@ def test_mistakes_in_a_line(make_run, script, run_script, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript, onnxruntime")
 @pytest.mark.parametrize("position", ["full", "none"])
-@pytest.mark.parametrize("name", ["vit", "deit, distilled", "irpe, qkv", "lv-vit", "sp-vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", "deit, distilled", "irpe, qkv", "stem", "lv-vit", "sp-vit", "swin"])
 def test_onnx_gives_the_same_features_for_any_batch(name, position, run_of, script):
     run, export = run_of(name, position), script("export")
     assert export.main(["--ckpt", str(run), "--to", "onnx", *CALM]) == 0  # compares three images; it was made of two

@@ -20,7 +20,7 @@ def made(name, position="full", size=None):
     row = ROWS[name]
     size = size or row.size
     torch.manual_seed(0)
-    backbone = create(ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe), list(size)).eval()
+    backbone = create(ModelConfig(row.name, dict(row.kwargs), irpe=row.irpe, stem=row.stem), list(size)).eval()
     for parameter in backbone.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     backbone.use_plans({PlanSpec(position=position)})
