@@ -47,8 +47,9 @@ def test_a_new_stem_answers_as_the_baseline() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_filters_follow_from_seed_and_images_alone(images: Path) -> None:
+def test_filters_follow_from_seed_and_images_alone(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from workers, from what else was drawn or from the network; and they leave the generator alone."""
+    monkeypatch.setattr(whitened, "DRAWN", 2000)
     folder = open_data(Location(str(images)))
     torch.manual_seed(1)
     made = stemmed({"filters": 20}, 8, 24)

@@ -13,8 +13,11 @@ from timm.layers import resample_abs_pos_embed
 from common.checkpoints import public, storage
 from common.checkpoints.pretrained import begin_from
 from common.errors import Refusal
+from common.features import whitened
 from common.models import Backbone, ModelConfig, create
-from evaluate.job.subjects import subject_of
+from evaluate.job.arguments import parser
+from evaluate.job.evaluation import begin
+from evaluate.job.subjects import at_size, subject_of
 
 SMALL = "test_vit"  # timm's own: 64 wide, 6 deep, 160 pixels, 10x10 patches and a class token
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -244,3 +247,27 @@ def test_another_relative_encoding_is_refused_by_name(tmp_path: Path) -> None:
         Refusal, match=r"lookup_table_weight: \(1, 16, 50\), expected \(1, 16, 122\)\).*model\.irpe={'on'"
     ):
         begin_from(other, str(tmp_path))
+
+
+def test_an_untrained_stem_begins_as_patches_of_the_evaluations_training_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is trained begins, or a trained one would be compared with less; what was trained stays."""
+    monkeypatch.setattr(whitened, "DRAWN", 1000)
+    whitened._filters.cache_clear()
+    made = backbone(stem={"filters": 10})
+    run_of(tmp_path, made, "none")
+    (tmp_path / "train").symlink_to(images)
+    (tmp_path / "test").symlink_to(images)
+    options = parser("", baselines=True).parse_args(["--ckpt", str(tmp_path), "--data", str(tmp_path)])
+    job = begin("knn", options, quiet=True)
+    untrained = job.subject.untrained()
+    for seed in (0, 1):
+        filters, offsets = whitened.filters_for(made, job.train, seed)
+        for other in (untrained.backbone(seed), untrained.for_finetuning(seed)[0]):
+            assert torch.equal(other.model.patch_embed.filters, filters)
+            assert torch.equal(other.model.patch_embed.offsets, offsets)
+    assert not torch.equal(untrained.backbone(0).model.patch_embed.filters, filters)
+    assert torch.equal(job.subject.backbone(0).model.patch_embed.filters, made.model.patch_embed.filters)
+    larger, _ = at_size(untrained, 32, None)
+    assert larger.backbone(0).grid == (4, 4) and larger.images is job.train

@@ -31,10 +31,10 @@ DROPPOS: dict[str, Any] = {"keep": 0.5, "position": "partial", "position_keep": 
 
 
 def task(
-    objectives: dict[str, Any], name: str = "vit_tiny_patch16_224", kwargs: Any = VIT, size: Any = 32
+    objectives: dict[str, Any], name: str = "vit_tiny_patch16_224", kwargs: Any = VIT, size: Any = 32, **options: Any
 ) -> Pretraining:
     torch.manual_seed(0)
-    backbone = create(ModelConfig(name, dict(kwargs)), size)
+    backbone = create(ModelConfig(name, dict(kwargs), **options), size)
     return build(backbone, options_for(objectives, backbone), {"global": View(size=list(backbone.size))})
 
 
@@ -227,6 +227,22 @@ def test_a_clean_recipe_is_called_clean(name: str) -> None:
     found = judged(task(*CLEAN[name]))
     assert (found.verdict, found.breaks, found.noise) == ("clean", [], [])
     assert found.deviation < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"irpe": {"on": "qkv"}}])
+def test_a_stem_of_filters_is_clean(options: dict[str, Any]) -> None:
+    """Nothing that it does crosses a patch's border."""
+    for kwargs, size in ((VIT, 32), ({**VIT, "dynamic_img_size": True}, [16, 40])):
+        found = judged(task(NONE, kwargs=kwargs, size=size, stem={"filters": 20}, **options))
+        assert (found.verdict, found.breaks) == ("clean", []) and found.deviation < 1e-12
+    jigsaw = {"absolute": {"keep": 0.5, "head": "mlp"}}
+    assert judged(task(jigsaw, stem={"filters": 20, "side": 8}, **options)).verdict == "clean"
+
+
+@pytest.mark.slow
+def test_a_position_embedding_after_a_stem_is_found() -> None:
+    found = judged(task(FULL, stem={"filters": 20}))
+    assert found.verdict == "leak" and "position embedding (pos_embed)" in found.breaks
 
 
 def test_trained_weights_of_a_clean_recipe_tell_nothing_of_noise() -> None:
