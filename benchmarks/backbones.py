@@ -3,6 +3,7 @@
     python benchmarks/backbones.py                                    # 224 pixels, batch 8, one thread: everything
     python benchmarks/backbones.py time --pair irpe --precision fp32 --rounds 9
     python benchmarks/backbones.py memory --pair sp-vit --size 384
+    python benchmarks/backbones.py time --pair stem --size 32 --batch 64 --precision fp32 --rounds 15
     python benchmarks/backbones.py macs
     python benchmarks/backbones.py --device cuda --batch 64           # on a GPU: several steps a turn, synchronised
 
@@ -41,7 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common.models  # noqa: F401  # registers iRPE, LV-ViT and SP-ViT with timm
 from benchmarks.memory import peak
+from common.models.backbone import IMAGENET_STD
 from common.models.create import set_attention
+from common.models.stem import add_stem
 
 
 class Side(NamedTuple):
@@ -50,6 +53,7 @@ class Side(NamedTuple):
     model: str
     kwargs: Mapping[str, Any] = MappingProxyType({})
     part: str = ""
+    stem: Mapping[str, Any] | None = None  # options of a stem of filters
     time: float | None = None  # bounds on the ratios to the table's first row
     memory: float | None = None
 
@@ -58,6 +62,7 @@ DEIT = "deit_small_patch16_224"
 DEEP = Side("vit_small_patch16_224", {"depth": 16, "mlp_ratio": 3.0, "qkv_bias": False})
 WITHOUT_MIXING = {"mix_token": False}  # dense outputs, and no exchange of tokens, which costs a copy of them
 LVVIT = Side("lvvit_s", WITHOUT_MIXING)
+SMALL = Side("vit_tiny_patch16_224", {"patch_size": 8, "depth": 4})  # 192 wide
 PAIRS: dict[str, dict[str, Side]] = {
     "irpe": {
         "DeiT-S": Side(DEIT),
@@ -75,6 +80,10 @@ PAIRS: dict[str, dict[str, Side]] = {
     "sp-vit": {
         "LV-ViT-S": LVVIT,
         "SP-ViT-S": Side("spvit_s", WITHOUT_MIXING, time=1.15, memory=1.10),
+    },
+    "stem": {
+        "ViT, 192 wide, 4 deep": SMALL,
+        "with a stem of 200 filters": SMALL._replace(stem={"filters": 200, "side": 6}),
     },
 }
 # Multiply-accumulates in millions at 224 pixels, of matrix products alone (arXiv 2107.14222; the second number is the
@@ -94,6 +103,8 @@ def make(side: Side, arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     device, B = torch.device(arguments.device), arguments.batch
     model: Any = timm.create_model(side.model, img_size=arguments.size, drop_path_rate=0.0, **side.kwargs)
+    if side.stem is not None:
+        add_stem(model, IMAGENET_STD, **side.stem)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():

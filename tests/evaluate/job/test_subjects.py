@@ -259,7 +259,7 @@ def test_an_untrained_stem_begins_as_patches_of_the_evaluations_training_images(
     run_of(tmp_path, made, "none")
     (tmp_path / "train").symlink_to(images)
     (tmp_path / "test").symlink_to(images)
-    options = parser("", baselines=True).parse_args(["--ckpt", str(tmp_path), "--data", str(tmp_path)])
+    options = parser("").parse_args(["--ckpt", str(tmp_path), "--data", str(tmp_path)])
     job = begin("knn", options, quiet=True)
     untrained = job.subject.untrained()
     for seed in (0, 1):
