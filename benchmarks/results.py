@@ -4,6 +4,7 @@
     python benchmarks/results.py quickstart --seeds 0 1 2 data=fashion-mnist data_root=PATH epochs=5
     python benchmarks/results.py compare --objectives-of mp3 --judge builtin data_root=PATH
     python benchmarks/results.py --table                     # the rows in few columns, as README has them
+    python benchmarks/results.py --natural PATH --minutes 60 # every objective for the same time: natural/table.py
 
 Each seed is a run of its own below runs/results/: weights, order and crops differ, and so do the untrained backbone it
 is compared with and the probe. A row says what was measured by which command on which commit; nothing is typed in.
@@ -15,6 +16,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.processes.launch import entry
+
+# isort: split
 import argparse
 import datetime
 import json
@@ -165,6 +169,11 @@ def judged(folder: Path, seed: int, words: Sequence[str], linear: Sequence[str])
 
 def main() -> None:
     """Train, judge, write the row."""
+    if any(word.split("=")[0] == "--natural" for word in sys.argv[1:]):
+        from benchmarks.natural import table as natural  # which imports this module
+
+        natural.main(sys.argv[1:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the rows in few columns, and measure nothing")
     parser.add_argument("recipe", nargs="?", help="a recipe of configs/pretrain, or the path of one")
@@ -227,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry(lambda _: main())()
