@@ -166,7 +166,7 @@ def train(method: str, config: PretrainConfig, folder: Path) -> None:
     task = {"mae": MAE, "simclr": SimCLR}[method](backbone.model).to(device).train()
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     peak = own.lr * config.batch / 256
-    optimizer = torch.optim.AdamW(parameter_groups(task, own.weight_decay), lr=peak, betas=tuple(own.betas))
+    optimizer = torch.optim.AdamW(parameter_groups(task, own.weight_decay), lr=peak, betas=tuple(own.betas), fused=True)
     feed = batches(Pictures(open_data(config.data), transform_of(method, config)), config)
     seconds, losses, logged = 0.0, [], 0
     for step in range(1, steps + 1):

@@ -12,6 +12,7 @@ from common import config as configuration
 from common.errors import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "natural"
 REFERENCE = "absolute"  # what all rows are compared with: their cost, and their answers on each test image
 EIGHTHS = (1, 2, 4)  # of the training, after which it is judged too
 
@@ -85,7 +86,7 @@ class Job:
     def folder(self) -> Path:
         """Where it is trained."""
         name = self.row.replace(", ", "-").replace(" ", "_").replace("'", "")
-        return ROOT / "runs" / "natural" / f"{self.minutes:g}min-{name}-s{self.seed}"
+        return RUNS / f"{self.minutes:g}min-{name}-s{self.seed}"
 
 
 def queue(rows: Sequence[str], seeds: Sequence[int], minutes: float) -> list[Job]:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.natural import rows as settings
 from benchmarks.natural.rows import EIGHTHS, PEERS, REFERENCE, ROOT, ROWS, Job, ratios, recipe_of, steps_in
 from benchmarks.results import records
 from common.checkpoints.storage import write_atomically
@@ -99,7 +100,7 @@ def timed(rows: Sequence[str], recipe: str, data: str, more: Sequence[str]) -> l
             for row in rows:
                 folder = Path(place) / "run"
                 script, words = script_and_words(row, recipe, more)
-                log = ROOT / "runs" / "natural" / "costs.log"
+                log = settings.RUNS / "costs.log"
                 run(script, [*words, *short, f"data={data}", f"run={folder}", "--overwrite"], log)
                 rounds[-1][row] = seconds_of_a_step(folder / "metrics.jsonl", batch)
                 print(f"round {number + 1}, {row}: {1000 * rounds[-1][row]:.1f} ms a step", flush=True)
@@ -117,7 +118,7 @@ def costs(rows: Sequence[str], recipe: str, data: str, more: Sequence[str]) -> d
 
     Raises Refusal where what was measured before is of another recipe or another machine.
     """
-    path = ROOT / "runs" / "natural" / "costs.json"
+    path = settings.RUNS / "costs.json"
     about = {"recipe": recipe_of(recipe), "words": list(more), "machine": machine()}
     found = read(path) or about | {"rows": {}}
     for name, value in about.items():

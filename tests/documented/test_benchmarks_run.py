@@ -79,12 +79,13 @@ ROWS = {
 LIGHTLY = [command for command in part("benchmarks/") if "dino_step" in command]
 SUPERVISED = part("benchmarks/supervised.py")
 TOKENS = part("benchmarks/token_labels.py")
-RESULTS = [command for command in part("benchmarks/results.py") if "--table" not in command]
+NATURAL = [command for command in part("benchmarks/results.py") if "--natural" in command]
+RESULTS = [command for command in part("benchmarks/results.py") if "--table" not in command and command not in NATURAL]
 
 
 def test_every_benchmark_is_run() -> None:
     table = ["python benchmarks/results.py --table"]
-    assert sorted([*ROWS, *LIGHTLY, *RESULTS, *SUPERVISED, *TOKENS, *table]) == part("benchmarks/")
+    assert sorted([*ROWS, *LIGHTLY, *NATURAL, *RESULTS, *SUPERVISED, *TOKENS, *table]) == part("benchmarks/")
 
 
 @pytest.mark.slow
@@ -180,6 +181,47 @@ def test_variants_of_supervised_training_have_rows(command: str, home: Path, mon
     assert list(by_name) == ["plain", "absolute", "absolute, as in the paper (LEAK allowed)"]
     assert [row["operations"] for row in by_name.values()] == ["1.0", "2.0", "1.0"]
     assert all((row["labels"], row["steps"], row["seeds"]) == ("10 %", "2", "0, 1") for row in by_name.values())
+
+
+@pytest.mark.slow
+def test_rows_of_equal_time_are_written_and_pictures_drawn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By eight steps of two rows; its scripts run in this process. The second command reads what the first left."""
+    from benchmarks.natural import rows, running, table
+
+    patched = (
+        (table, "RESULTS", home / "RESULTS.md"),
+        (table, "PICTURES", home / "pictures"),
+        (rows, "RUNS", home / "n"),
+    )
+    short = ((running, "SHORT", 4), (running, "LINE", 2), (running, "ROUNDS", 1), (running, "steps_in", lambda *_: 8))
+    for module, name, value in (*patched, *short):
+        monkeypatch.setattr(module, name, value)
+    scripts = []
+
+    def run(script: str, words: list[str], log: Path) -> None:
+        scripts.append(script)
+        more = ["--epochs", "1"] if script == "evaluate/linear.py" else []
+        with training_here(), monkeypatch.context() as patch:
+            assert call(module_of(script), [*words, *more], patch) == 0
+
+    monkeypatch.setattr(running, "run", run)
+    (home / "RESULTS.md").write_text("# Results\n")
+    few = ["batch=4", "threads=1", "log_every=2", "loader.workers=0", "monitor.most=4", "monitor.bank=8"]
+    few += ["model.kwargs.patch_size=8", "model.kwargs.embed_dim=24", "model.kwargs.depth=2"]
+    whole, again = (split(command)[1] for command in sorted(NATURAL, key=len))
+    whole = [word.replace("~", str(home)) for word in whole]
+    assert call(module_of("benchmarks/results.py"), [*whole, *few, "--seeds", "0", "--rows", "MP3"], monkeypatch) == 0
+    text = (home / "RESULTS.md").read_text()
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 60 ")]
+    assert [row[1] for row in cells] == ["untrained", "pixels", "patches", "absolute", "MP3"]
+    named = [dict(zip(table.COLUMNS, row, strict=True)) for row in cells]
+    assert [row["audit"] for row in named[3:]] == ["clean", "clean"] and named[4]["images seen"] == "32"
+    assert all(re.fullmatch(r"\d+\.\d", row[name]) for row in named for name in table.MEASURES.values())
+    pictures = sorted((home / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["natural_curves.png", "natural_positions.png"]
+    count = len(scripts)
+    assert call(module_of("benchmarks/results.py"), [*again, *few, "--seeds", "0"], monkeypatch) == 0
+    assert len(scripts) == count and (home / "RESULTS.md").read_text() == text
 
 
 class Inline:
