@@ -184,6 +184,7 @@ def test_variants_of_supervised_training_have_rows(command: str, home: Path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_rows_of_equal_time_are_written_and_pictures_drawn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By eight steps of two rows; its scripts run in this process. The second command reads what the first left."""
     from benchmarks.natural import rows, running, table
@@ -194,7 +195,8 @@ def test_rows_of_equal_time_are_written_and_pictures_drawn(home: Path, monkeypat
         (rows, "RUNS", home / "n"),
     )
     short = ((running, "SHORT", 4), (running, "LINE", 2), (running, "ROUNDS", 1), (running, "steps_in", lambda *_: 8))
-    for module, name, value in (*patched, *short):
+    fewer = ((running, "EIGHTHS", (4,)), (table, "EIGHTHS", (4,)))
+    for module, name, value in (*patched, *short, *fewer):
         monkeypatch.setattr(module, name, value)
     scripts = []
 
