@@ -39,7 +39,8 @@ readout of that name (docs/evaluation.md). *Minus*: the row less `absolute`, pai
 over other test images (bootstrap; it covers no other seed). *Audit*: whether the answer is in the question; `–` where no place
 is asked. *Position*: right answers on held-out images; heads ask different questions, with different chances. *Took*:
 minutes in which the steps were really made. lightly's rows are its own modules, transforms and losses on the same network, optimizer
-and images (they also see the 500 that ours hold out). *Untrained*, *pixels*, *patches*: nothing learned, judged alike.
+and images (they also see the 500 that ours hold out). *Untrained* (the network of `absolute`, without
+position embedding), *pixels*, *patches*: nothing learned, judged alike; all features are extracted in fp32.
 Curves are of checkpoints on the way, whose learning rate has not fallen yet.
 
 """  # noqa: E501
@@ -160,7 +161,7 @@ def row(name: str, minutes: float, runs: Mapping[str, Mapping[int, Finished]], c
         *cells,
         f"{1000 * first.seconds:.0f} ms" if first.seconds else "–",
         f"{statistics.fmean(took):.1f} min" if took else "–",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {training.get('precision', 'fp32')}",
+        f"{machine['gpu'] or machine['cpu']}" + (f", {training['precision']}" if training else ""),
         f"`{command}` ({datetime.date.today()})",
     ]
 
