@@ -60,7 +60,7 @@ def settled(
 # start, export, and what was automatic of each objective.
 IMAGENET = """
 pretrain/apl                    14 -     375300  0.0667  0.998063  student   all
-pretrain/cifar10                 4 -     3000    0.1    0.9995    student   all
+pretrain/cifar10                 4 -     2500    0.1    0.9995    student   all
 pretrain/cifar10_compare         8 class 200180     0.1    0.9995  student
 pretrain/compare                 7 class  40036     0.1    0.9995  student
 pretrain/compare_dino            4 class  30027     0.1      0.99  teacher   256   0.1   all
