@@ -98,7 +98,10 @@ def number(text: str) -> float:
 def test_what_a_comment_says_of_the_schedule_is_what_the_recipe_does(name: str) -> None:
     """Epochs, images a step, learning rate, warm-up, decay, clip and grid, wherever a comment names them."""
     comment, config = comment_of(RECIPES[name]), loaded(RECIPES[name])
-    command = re.match(r"(?:accelerate launch|python) (?:pretrain/run|benchmarks/results).py ?(\S*)", comment)
+    command = re.match(
+        r"(?:accelerate launch|python) (?:pretrain/run|benchmarks/results).py (?:--natural PATH --recipe )?(\S*)",
+        comment,
+    )
     assert command is not None and command[1].rpartition("/")[2].removesuffix(".yaml") in (
         name,
         "" if name == "quickstart" else name,

@@ -175,8 +175,16 @@ def test_checkpointed_blocks_give_the_same_gradient() -> None:
         (ModelConfig("vit_tiny_patch16_224", attention="fusd"), 32, "did you mean 'fused'"),
         (ModelConfig("vit_tiny_patch16_224", std=[0.5, 0.5]), 32, "as many finite numbers each, and every std above 0"),
         (ModelConfig("vit_tiny_patch16_224", {"in_chans": 1}), 32, "one mean and one std per input channel"),
-        (ModelConfig("vit_tiny_patch16_224", {"in_chans": 4}, [0.5] * 4, [0.5] * 4), 32, "in_chans=4: images have 3"),
-        (ModelConfig("vit_tiny_patch16_224", {}, [0.5] * 2, [0.5] * 2), 32, "model.mean=[0.5, 0.5]: images have 3"),
+        (
+            ModelConfig("vit_tiny_patch16_224", {"in_chans": 4}, mean=[0.5] * 4, std=[0.5] * 4),
+            32,
+            "in_chans=4: images have 3",
+        ),
+        (
+            ModelConfig("vit_tiny_patch16_224", mean=[0.5] * 2, std=[0.5] * 2),
+            32,
+            "model.mean=[0.5, 0.5]: images have 3",
+        ),
         (ModelConfig("swin_tiny_patch4_window7_224", {"in_chans": 5}), 224, "transparency is laid over white"),
         (ModelConfig("nest_tiny"), 72, "nest_tiny"),
     ],
