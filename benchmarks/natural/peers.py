@@ -17,14 +17,13 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.processes.launch import entry, set_threads
+from common.processes.launch import entry, set_threads, usable_cores
 
 # isort: split
 import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import time
 import warnings
@@ -129,7 +128,7 @@ def batches(pictures: Pictures, config: PretrainConfig) -> Iterator[list[Tensor]
     """Yield batches of views without end, in a new order each time round."""
     workers = config.loader.workers
     if workers is None:
-        workers = max(1, len(os.sched_getaffinity(0)) - 1)
+        workers = max(1, usable_cores() - 1)
     order = torch.Generator().manual_seed(config.seed)
     loader = torch.utils.data.DataLoader(
         pictures, config.batch, shuffle=True, drop_last=True, num_workers=workers, generator=order,

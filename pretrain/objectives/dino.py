@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.batches.views import View
-from common.features.metrics import rankme
+from common.features.metrics import rankme_of_some
 from common.models import Backbone, Features
 from common.numerics import wide
 from common.processes import collectives
 from pretrain.distillation.objective import Distillation, DistillationOptions
 from pretrain.distillation.prototypes import crops_cross_entropy, entropy, marginal_entropy
 from pretrain.objectives import Objective, Pass, crops_compared
-
-RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Dino(Distillation):
             "prototypes_used": self.used.sum().to(loss.dtype),
             "teacher_temperature": loss.new_full((), self.temperature.at(self.progress)),
             "feature_std": unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5,
-            "rankme": loss.new_tensor(rankme(unit[:: math.ceil(len(unit) / RANKED)])),
+            "rankme": loss.new_tensor(rankme_of_some(unit)),
             "student_teacher_cosine": F.cosine_similarity(wide(student), wide(teacher), dim=1).mean(),
         }
         if self.centre is not None:

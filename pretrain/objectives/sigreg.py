@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches.views import View
-from common.features.metrics import rankme
+from common.features.metrics import rankme_of_some
 from common.limits import Count, NotNegative, Probability, Range
 from common.models import Backbone, Features
 from common.numerics import wide
@@ -30,7 +30,6 @@ HEALTHY = Verdict("healthy")
 COLLAPSE = Verdict(
     "collapse", "all images have nearly one projection: raise lam, lower the learning rate, or use a larger batch"
 )
-RANKED = 512  # rows that RankMe looks at: its singular values cost the cube of them
 EPSILON = 1e-5  # added to a variance, as in PyTorch's BatchNorm
 
 
@@ -127,7 +126,7 @@ class Sigreg(Objective):
         unit = collectives.gathered(F.normalize(wide(rows), dim=1))
         return {
             "projection_std": everybody.std(0, correction=0).mean(),
-            "rankme": everybody.new_tensor(rankme(unit[:: math.ceil(len(unit) / RANKED)])),
+            "rankme": everybody.new_tensor(rankme_of_some(unit)),
         }
 
 
